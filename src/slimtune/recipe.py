@@ -1,0 +1,159 @@
+"""The recipe: one frozen, validated description of a run, from YAML plus ``key=value`` overrides.
+
+Unknown keys fail with the nearest known name. ``${NAME}`` in any string is replaced by the environment variable of that name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import ValidationError, model_validator
+
+from slimtune.errors import UserError, nearest
+from slimtune.sections import (
+    BudgetConfig,
+    Count,
+    DataConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GeneratorConfig,
+    LoraConfig,
+    ModelConfig,
+    RecoverConfig,
+    SearchConfig,
+    Section,
+    Source,
+    TrainConfig,
+)
+
+class Recipe(Section):
+    """A run."""
+
+    method: Literal["atp", "finetune"] = "atp"
+    """``atp``: tune and prune in one stage; ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
+    out: str = "runs/run"
+    """Output folder."""
+    seed: Count = 0
+    """Of everything random."""
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda``."""
+    trackers: tuple[str, ...] = ()
+    """accelerate trackers to feed besides metrics.jsonl, e.g. ``[tensorboard]``."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    budget: BudgetConfig = BudgetConfig()
+    lora: LoraConfig = LoraConfig()
+    generator: GeneratorConfig = GeneratorConfig()
+    search: SearchConfig = SearchConfig()
+    recover: RecoverConfig = RecoverConfig()
+    distill: DistillConfig = DistillConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.generator.width % self.generator.heads:
+            raise ValueError(f"generator.heads={self.generator.heads} must divide generator.width={self.generator.width}")
+        if self.model.init == "config" and self.method != "finetune" and not self.model.path and not self.model.config:
+            raise ValueError("model.init=config needs model.config or model.path")
+        return self
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
+
+    Raises:
+        UserError: the file is missing or not a mapping, a key is unknown, a value is invalid or a variable unset.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"recipe {str(path)!r} does not exist; give the path of a YAML file, e.g. recipes/demo.yaml")
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values, not {type(raw).__name__}")
+    for override in overrides:
+        _apply(raw, override)
+    return parse(raw)
+
+
+def parse(raw: Mapping[str, Any]) -> Recipe:
+    """Validate a mapping into a Recipe (variables expanded). Raises UserError with the first problem."""
+    try:
+        return Recipe.model_validate(_expand(dict(raw)))
+    except ValidationError as error:
+        raise UserError(_explain(error)) from error
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key.strip():
+        raise UserError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+    *parents, leaf = key.strip().split(".")
+    node = raw
+    for name in parents:
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {name!r} is not a section of the recipe")
+        node = child
+    node[leaf] = _number(value)
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 reads ``1e-4`` as text; everyone else reads a number."""
+    if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _expand(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_expand(item) for item in value]
+    return re.sub(r"\$\{(\w+)\}", _variable, value) if isinstance(value, str) else value
+
+
+def _variable(match: re.Match[str]) -> str:
+    name = match.group(1)
+    if name not in os.environ:
+        raise UserError(f"the recipe uses ${{{name}}} but the environment variable {name} is not set; export {name}=...")
+    return os.environ[name]
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors()[0]
+    loc = [str(part) for part in first["loc"]]
+    where = ".".join(loc)
+    if first["type"] == "extra_forbidden":
+        return f"recipe: unknown key {where!r}.{nearest(loc[-1], _keys_at(loc[:-1]))}"
+    if first["type"] == "value_error" and not where:
+        return f"recipe: {first['ctx']['error']}"
+    return f"recipe: {where}={first['input']!r} is not valid: {first['msg']}"
+
+
+def _keys_at(loc: Sequence[str]) -> list[str]:
+    section: Any = Recipe
+    for part in loc:
+        if part.isdigit():
+            continue
+        annotation = section.model_fields[part].annotation
+        section = Source if annotation == tuple[Source, ...] else annotation
+    return list(section.model_fields) if hasattr(section, "model_fields") else []

@@ -1,0 +1,125 @@
+"""Device, precision, seeds, ranks, the run folder and metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import UserError
+
+log = logging.getLogger("slimtune")
+
+
+def pick_device(name: str) -> str:
+    """``auto`` -> the local CUDA device if there is one, else ``cpu``. Raises UserError for an absent device."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise UserError(f"device={name!r} but torch sees no CUDA device; use device=cpu or device=auto")
+        return f"cuda:{local_rank()}" if name == "cuda" else name
+    if name != "cpu":
+        raise UserError(f"device={name!r} is not supported; use auto, cpu or cuda")
+    return name
+
+
+def pick_dtype(name: str, device: str) -> Any:
+    """``auto`` -> bfloat16 on a GPU, float32 on CPU."""
+    import torch
+
+    if name == "auto":
+        name = "bfloat16" if device.startswith("cuda") else "float32"
+    return getattr(torch, name)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class RunFolder:
+    """The output folder of a run. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out={str(path)!r} cannot be created: {error.strerror}; choose another folder") from error
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def write_text(self, name: str, text: str) -> Path:
+        """Write a file atomically."""
+        target = self.path / name
+        if rank() == 0:
+            partial = target.with_name(target.name + ".partial")
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, target)
+        return target
+
+    def write_json(self, name: str, value: Any) -> Path:
+        return self.write_text(name, json.dumps(value, indent=2, sort_keys=False) + "\n")
+
+
+class Metrics:
+    """metrics.jsonl: one flat object a line, appended as the run goes, truncated to ``step`` on resume."""
+
+    def __init__(self, folder: RunFolder):
+        self.path = folder / "metrics.jsonl"
+
+    def restart(self, before: tuple[str, int] | None) -> None:
+        """Forget the rows after checkpoint ``before`` = (phase, step) on a resume, or all rows (``None``)."""
+        if rank() != 0:
+            return
+        kept: list[str] = []
+        if before is not None and self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
+                kept.append(line)
+                if json.loads(line).get("checkpoint") == list(before):
+                    break
+            else:
+                kept = []
+        partial = self.path.with_name("metrics.jsonl.partial")
+        partial.write_text("".join(kept), encoding="utf-8")
+        os.replace(partial, self.path)
+
+    def write(self, **values: Any) -> None:
+        if rank() != 0:
+            return
+        clean = {key: _plain(value) for key, value in values.items()}
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(clean) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "item"):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,257 @@
+"""The sections of a recipe: frozen pydantic models, one docstring per field (they are the reference)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Source(Section):
+    """Where rows come from. A plain string stands for ``{path: string}``."""
+
+    path: str
+    """A file (jsonl, json, csv, parquet, txt; .gz/.xz/.bz2 allowed), ``builtin:python-docs``, or a hub id ``org/name``."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    separator: str | None = None
+    """For .txt: the line that divides documents (default: the whole file is one document)."""
+    text: str | None = None
+    """Template of a plain-text row, e.g. ``"{title}\\n{body}"``."""
+    prompt: str | None = None
+    """Template of the prompt, e.g. ``"Question: {question}\\nAnswer:"``; goes with ``completion``."""
+    completion: str | None = None
+    """Template of the completion."""
+    messages: str | None = None
+    """Name of the field that holds a list of ``{role, content}``."""
+    rows: Positive | None = None
+    """Read at most this many rows."""
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [{"path": item} if isinstance(item, str) else item for item in items]
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_as_sources)]
+
+
+class ModelConfig(Section):
+    """The model to start from."""
+
+    path: str = ""
+    """A folder, a hub id ``org/name``, or ``builtin:base-10m``."""
+    init: Literal["pretrained", "config"] = "pretrained"
+    """``pretrained`` loads weights; ``config`` draws random ones from ``config`` (over ``path``'s config.json if given)."""
+    config: dict[str, Any] = {}
+    """Configuration keys for ``init: config``; must hold ``model_type`` when ``path`` is empty."""
+    tokenizer: str | None = None
+    """Folder or hub id of the tokenizer; default: ``path``."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base weights while training. ``auto``: bfloat16 on a GPU, float32 on CPU."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation. ``auto``: what transformers chooses for the family."""
+    checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
+    """Activation (gradient) checkpointing."""
+
+
+class DataConfig(Section):
+    """Rows of text, prompt/completion or chat messages, and how they are divided."""
+
+    train: Sources = ()
+    """Rows to tune on."""
+    decision: Sources = ()
+    """Rows the pruning decision is learned on; default: a part of ``train`` chosen by hash."""
+    valid: Sources = ()
+    """Rows for figures during the run; default: a part of ``train`` chosen by hash."""
+    test: Sources = ()
+    """Rows for the figures of the summary; default: a part of ``train`` chosen by hash."""
+    decision_fraction: Fraction = 0.1
+    """Part of ``train`` taken for decisions when ``decision`` is empty."""
+    valid_fraction: Fraction = 0.02
+    """Part of ``train`` taken for validation when ``valid`` is empty."""
+    test_fraction: Fraction = 0.05
+    """Part of ``train`` taken for the test when ``test`` is empty."""
+    on_overlap: Literal["error", "drop"] = "error"
+    """When a row of train or decision data also stands in valid or test: stop, or drop it from train and decision."""
+    max_length: Positive = 512
+    """Tokens in a window or example."""
+    on_long: Literal["error", "truncate", "drop"] = "error"
+    """When a prompt/completion or chat example exceeds ``max_length`` (plain text is windowed instead)."""
+    packing: bool = True
+    """Put several examples into one window (they do not attend to one another)."""
+    answer_only: bool = True
+    """Loss on completions and assistant turns only. No effect on plain text."""
+
+
+class BudgetConfig(Section):
+    """How small the model shall become."""
+
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 0.6
+    """Part of the parameters to keep."""
+    of: Literal["total", "block"] = "total"
+    """Of what: all parameters (embeddings counted, once if tied), or those of the decoder blocks' linears."""
+    tolerance: Annotated[float, Field(gt=0.0, lt=0.1)] = 0.002
+    """Largest allowed distance of the final ratio from ``keep``."""
+    layout: Literal["per-layer", "uniform"] = "per-layer"
+    """``uniform``: equal widths in all layers, so the export is the stock class; ``per-layer``: widths free by layer."""
+    ffn_multiple: Positive | Literal["auto"] = "auto"
+    """Round MLP widths to this. ``auto``: the largest of 128, 64, 32, 16, 8 that meets ``tolerance``."""
+
+
+class LoraConfig(Section):
+    """LoRA on every linear of the blocks, through PEFT."""
+
+    rank: Positive = 32
+    """Rank r."""
+    alpha: Annotated[float, Field(gt=0)] | None = None
+    """Scale is alpha/r; default: alpha = r (scale 1, as in the paper)."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """LoRA dropout during ``adapt`` turns; always off in ``decide`` turns."""
+    semantics: Literal["hard", "lora_aware"] = "hard"
+    """``hard``: gates cover base and LoRA; ``lora_aware``: gates cover the base only, the lasso empties the LoRA part."""
+    lasso: Literal["proximal", "loss", "none"] = "proximal"
+    """For ``lora_aware``: shrink after each optimiser step, a term of the loss, or nothing."""
+    lasso_weight: Annotated[float, Field(ge=0.0)] = 1.0
+    """Strength: for ``proximal`` the number of times a median group is emptied over the lasso ramp; for ``loss`` its factor."""
+
+
+class GeneratorConfig(Section):
+    """The trainable generator of pruning decisions."""
+
+    kind: Literal["transformer", "direct"] = "transformer"
+    """``transformer``: layer embeddings, a small transformer over layers, per-layer heads; ``direct``: free logits."""
+    width: Positive = 64
+    """Embedding width."""
+    depth: Positive = 2
+    """Transformer layers."""
+    heads: Positive = 4
+    """Attention heads; divides ``width``."""
+    train_embedding: bool = True
+    """The paper freezes the (orthogonal) layer embeddings: ``false``."""
+    offset: float = 3.0
+    """Added to every logit before sampling: P(keep) at the start is sigmoid(offset) for logistic noise."""
+    temperature: Annotated[float, Field(gt=0.0)] = 0.4
+    """Of the relaxed sample."""
+    noise: Literal["logistic", "gumbel"] = "logistic"
+    """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
+    estimator: Literal["reinmax", "ste"] = "reinmax"
+    """Gradient through the hard sample."""
+    prior: Literal["none", "taylor"] = "none"
+    """Starting logits: equal, or from squared-gradient Taylor scores of the gates on decision data."""
+    prior_scale: Annotated[float, Field(ge=0.0)] = 2.0
+    """Standard deviation of the prior's logits."""
+    prior_steps: Positive = 16
+    """Decision batches read for the prior; they count as search tokens."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """AdamW learning rate; times 0.2 in the last fifth of the search."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW weight decay."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradient-norm clip."""
+
+
+class SearchConfig(Section):
+    """The phase in which ``decide`` and ``adapt`` turns alternate."""
+
+    steps: Count = 200
+    """Steps (one ``adapt`` turn each)."""
+    decide_every: Positive = 1
+    """A ``decide`` turn on every n-th step."""
+    alpha: Annotated[float, Field(ge=0.0)] = 5.0
+    """Weight of the budget loss |log(kept/target)|."""
+    ramp: Fraction = 0.4
+    """Part of the steps over which the budget's target falls from 1 to its final value."""
+
+
+class RecoverConfig(Section):
+    """The phase that tunes the physically smaller model."""
+
+    steps: Count = 200
+    """Steps."""
+    lr: Annotated[float, Field(gt=0.0)] | None = None
+    """Peak learning rate of this phase; default: ``train.lr``."""
+
+
+class DistillConfig(Section):
+    """Self-distillation: the same model with its gates open teaches the gated one."""
+
+    weight: Annotated[float, Field(ge=0.0)] = 0.0
+    """Factor of the KL term; 0 switches it off."""
+    temperature: Annotated[float, Field(gt=0.0)] = 1.0
+    """Softmax temperature of teacher and student."""
+    recover: bool = False
+    """Keep the uncut model in memory as the teacher of the recovery phase as well."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    steps: Count = 400
+    """Steps of ``method: finetune`` (``atp`` uses ``search.steps`` + ``recover.steps``)."""
+    batch: Positive = 16
+    """Windows in one step over all processes."""
+    micro_batch: Positive | None = None
+    """Windows in one forward pass; default: ``batch`` over the processes."""
+    lr: Annotated[float, Field(gt=0.0)] = 2e-4
+    """Peak learning rate of the model's trainable weights."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """``muon``: Muon for matrices, AdamW for the rest (torch >= 2.9; meant for ``init: config``)."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Decay after the warm-up, to ``final_lr`` of the peak, over all phases together."""
+    warmup: Fraction = 0.03
+    """Part of all steps."""
+    final_lr: Fraction = 0.1
+    """Part of the peak learning rate at the end."""
+    decay: Fraction = 1.0
+    """Part of all steps over which the decay runs (before it the rate is constant)."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    """AdamW weight decay."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradient-norm clip."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast. ``auto``: bfloat16 on a GPU, float32 on CPU."""
+    compile: bool = False
+    """``torch.compile`` the decoder layers."""
+    checkpoint_every: Count = 0
+    """Steps between checkpoints; 0: only between phases."""
+    threads: Positive | None = None
+    """CPU threads; default: torch's choice."""
+
+
+class EvaluateConfig(Section):
+    """Figures of the run."""
+
+    every: Count = 0
+    """Steps between validation figures of the current hard Plan; 0: only at the ends of phases."""
+    windows: Positive = 256
+    """At most this many windows for each figure."""
+    batch: Positive = 16
+    """Windows in one evaluation pass."""
+    choices: Positive = 200
+    """At most this many multiple-choice rows for the accuracy figure."""
+    dense_lora: bool = False
+    """Also tune the uncut model with LoRA on the same tokens and report it beside (the ceiling)."""
+
+
+class ExportConfig(Section):
+    """What is written."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the written weights. ``auto``: that of the base checkpoint."""
+    verify: bool = True
+    """Reload in a fresh process and compare logits before the run says it is done."""
+    merge: bool = True
+    """Merge LoRA into the weights."""

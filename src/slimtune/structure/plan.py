@@ -1,0 +1,135 @@
+"""The decision: which units of every layer stay. JSON, hashable, replayable on the base checkpoint without training code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from slimtune.errors import UserError
+from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
+
+Keep = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Kept unit indices (sorted) by layer and axis, with the widths they were chosen from.
+
+    Attributes:
+        model_type: family of the base.
+        group: query heads of a KV group (to write head counts).
+        full: units of every layer and axis before the cut.
+        kept: kept indices of every layer and axis.
+        notes: free facts (base, seed, ratios); not part of the digest.
+    """
+
+    model_type: str
+    group: int
+    full: tuple[Mapping[str, int], ...]
+    kept: tuple[Keep, ...]
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, structure: Structure, kept: Sequence[Mapping[str, Sequence[int]]], **notes: Any) -> Plan:
+        """A checked Plan over ``structure``."""
+        plan = cls(
+            structure.family.model_type,
+            structure.group,
+            tuple(dict(layer.units) for layer in structure.layers),
+            tuple({axis: tuple(sorted(int(unit) for unit in layer[axis])) for axis in AXES} for layer in kept),
+            notes,
+        )
+        plan.check(structure)
+        return plan
+
+    @classmethod
+    def uncut(cls, structure: Structure) -> Plan:
+        """Everything stays."""
+        return cls.of(structure, [{axis: range(layer.units[axis]) for axis in AXES} for layer in structure.layers])
+
+    def check(self, structure: Structure) -> None:
+        """Raise UserError unless this Plan fits ``structure`` and leaves no layer empty."""
+        widths = tuple(dict(layer.units) for layer in structure.layers)
+        if self.model_type != structure.family.model_type or self.full != widths or len(self.kept) != len(widths):
+            raise UserError(
+                f"the plan was made for a {self.model_type!r} model with widths {_brief(self.full)}, "
+                f"this one is {structure.family.model_type!r} with {_brief(widths)}"
+            )
+        for index, (layer, full) in enumerate(zip(self.kept, self.full, strict=True)):
+            for axis in AXES:
+                units = layer[axis]
+                if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= full[axis]:
+                    raise UserError(f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}")
+
+    def widths(self, layer: int) -> dict[str, int]:
+        """The keys of ``layer`` in a Hugging Face config."""
+        groups = len(self.kept[layer][KV_GROUP])
+        return {
+            "num_attention_heads": groups * self.group,
+            "num_key_value_heads": groups,
+            "intermediate_size": len(self.kept[layer][FFN]),
+        }
+
+    @property
+    def is_uniform(self) -> bool:
+        """All layers have the same widths: a stock class can hold the model."""
+        return all(self.widths(layer) == self.widths(0) for layer in range(len(self.kept)))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the decision (notes left out)."""
+        return hashlib.sha256(self._body().encode()).hexdigest()
+
+    def _body(self) -> str:
+        body = {
+            "model_type": self.model_type,
+            "group": self.group,
+            "full": [dict(layer) for layer in self.full],
+            "kept": [{axis: list(layer[axis]) for axis in AXES} for layer in self.kept],
+        }
+        return json.dumps(body, sort_keys=True, separators=(",", ":"))
+
+    def to_json(self) -> str:
+        return json.dumps({"version": 1, "digest": self.digest, "notes": dict(self.notes), "plan": json.loads(self._body())})
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Raises UserError when the text is not a plan or its digest does not match."""
+        try:
+            raw = json.loads(text)
+            body = raw["plan"]
+            kept = tuple({axis: tuple(layer[axis]) for axis in AXES} for layer in body["kept"])
+            plan = cls(body["model_type"], body["group"], tuple(body["full"]), kept, raw.get("notes", {}))
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
+        if raw.get("digest") != plan.digest:
+            raise UserError("plan.json was changed by hand: its digest does not match; write it anew with Plan.to_json()")
+        return plan
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters under a Plan. ``total`` counts tied embeddings once; ``block`` counts what units own."""
+
+    total: int
+    block: int
+    total_ratio: float
+    block_ratio: float
+
+
+def count(structure: Structure, plan: Plan) -> Counts:
+    """Exact parameter counts of ``plan`` on ``structure``."""
+    block = sum(
+        len(kept[axis]) * layer.unit_params[axis]
+        for kept, layer in zip(plan.kept, structure.layers, strict=True)
+        for axis in AXES
+    )
+    total = structure.constant_params + block
+    return Counts(total, block, total / structure.total_params, block / structure.prunable_params)
+
+
+def _brief(widths: Sequence[Mapping[str, int]]) -> str:
+    return f"{len(widths)} layers of {dict(widths[0]) if widths else {}}"
