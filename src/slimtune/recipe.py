@@ -1,6 +1,7 @@
 """The recipe: one frozen, validated description of a run, from YAML plus ``key=value`` overrides.
 
-Unknown keys fail with the nearest known name. ``${NAME}`` in any string is replaced by the environment variable of that name.
+Unknown keys fail with the nearest known name. ``${NAME}`` in any string is replaced by the environment variable of
+that name.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from slimtune.sections import (
     TrainConfig,
 )
 
+
 class Recipe(Section):
     """A run."""
 
@@ -60,7 +62,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.generator.width % self.generator.heads:
-            raise ValueError(f"generator.heads={self.generator.heads} must divide generator.width={self.generator.width}")
+            raise ValueError(
+                f"generator.heads={self.generator.heads} must divide generator.width={self.generator.width}"
+            )
         if self.model.init == "config" and self.method != "finetune" and not self.model.path and not self.model.config:
             raise ValueError("model.init=config needs model.config or model.path")
         return self
@@ -134,7 +138,9 @@ def _expand(value: Any) -> Any:
 def _variable(match: re.Match[str]) -> str:
     name = match.group(1)
     if name not in os.environ:
-        raise UserError(f"the recipe uses ${{{name}}} but the environment variable {name} is not set; export {name}=...")
+        raise UserError(
+            f"the recipe uses ${{{name}}} but the environment variable {name} is not set; export {name}=..."
+        )
     return os.environ[name]
 
 

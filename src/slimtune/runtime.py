@@ -40,14 +40,17 @@ def pick_dtype(name: str, device: str) -> Any:
 
 
 def rank() -> int:
+    """This process among all processes of the run."""
     return int(os.environ.get("RANK", "0"))
 
 
 def local_rank() -> int:
+    """This process among those of the same host."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def world_size() -> int:
+    """Processes of the run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -84,6 +87,7 @@ class RunFolder:
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
+        """Write a value as indented JSON, atomically."""
         return self.write_text(name, json.dumps(value, indent=2, sort_keys=False) + "\n")
 
 
@@ -110,6 +114,7 @@ class Metrics:
         os.replace(partial, self.path)
 
     def write(self, **values: Any) -> None:
+        """Append one row; tensors and numpy scalars become numbers, non-finite numbers text."""
         if rank() != 0:
             return
         clean = {key: _plain(value) for key, value in values.items()}

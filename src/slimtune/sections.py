@@ -12,6 +12,8 @@ Count = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
+    """Frozen; unknown keys are errors; attribute docstrings are the reference of ``slimtune recipe``."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
 
@@ -19,7 +21,7 @@ class Source(Section):
     """Where rows come from. A plain string stands for ``{path: string}``."""
 
     path: str
-    """A file (jsonl, json, csv, parquet, txt; .gz/.xz/.bz2 allowed), ``builtin:python-docs``, or a hub id ``org/name``."""
+    """A file (jsonl, json, csv, parquet, txt; also .gz/.xz/.bz2), ``builtin:python-docs`` or a hub id ``org/name``."""
     name: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"
@@ -52,7 +54,7 @@ class ModelConfig(Section):
     path: str = ""
     """A folder, a hub id ``org/name``, or ``builtin:base-10m``."""
     init: Literal["pretrained", "config"] = "pretrained"
-    """``pretrained`` loads weights; ``config`` draws random ones from ``config`` (over ``path``'s config.json if given)."""
+    """``pretrained`` loads weights; ``config`` draws random ones from ``config`` (over ``path``'s config.json)."""
     config: dict[str, Any] = {}
     """Configuration keys for ``init: config``; must hold ``model_type`` when ``path`` is empty."""
     tokenizer: str | None = None
@@ -106,7 +108,7 @@ class BudgetConfig(Section):
     tolerance: Annotated[float, Field(gt=0.0, lt=0.1)] = 0.002
     """Largest allowed distance of the final ratio from ``keep``."""
     layout: Literal["per-layer", "uniform"] = "per-layer"
-    """``uniform``: equal widths in all layers, so the export is the stock class; ``per-layer``: widths free by layer."""
+    """``uniform``: equal widths in all layers, so the export is the stock class; ``per-layer``: free widths."""
     ffn_multiple: Positive | Literal["auto"] = "auto"
     """Round MLP widths to this. ``auto``: the largest of 128, 64, 32, 16, 8 that meets ``tolerance``."""
 
@@ -121,11 +123,11 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """LoRA dropout during ``adapt`` turns; always off in ``decide`` turns."""
     semantics: Literal["hard", "lora_aware"] = "hard"
-    """``hard``: gates cover base and LoRA; ``lora_aware``: gates cover the base only, the lasso empties the LoRA part."""
+    """``hard``: gates cover base and LoRA; ``lora_aware``: gates cover the base, the lasso empties the LoRA part."""
     lasso: Literal["proximal", "loss", "none"] = "proximal"
     """For ``lora_aware``: shrink after each optimiser step, a term of the loss, or nothing."""
     lasso_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """Strength: for ``proximal`` the number of times a median group is emptied over the lasso ramp; for ``loss`` its factor."""
+    """For ``proximal``: the number of times a median group is emptied over the lasso ramp; for ``loss``: its factor."""
 
 
 class GeneratorConfig(Section):

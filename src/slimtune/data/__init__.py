@@ -1,0 +1,1 @@
+"""Rows in, batches of tokens out."""

@@ -1,0 +1,1 @@
+"""In which turns a model is learned: one function a method."""

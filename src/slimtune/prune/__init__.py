@@ -1,0 +1,1 @@
+"""What shall be cut: gates, sampling, generator, budget."""

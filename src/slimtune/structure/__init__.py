@@ -1,0 +1,1 @@
+"""What can be cut: families, axes, plans. Knows neither torch nor transformers."""

@@ -1,4 +1,7 @@
-"""The decision: which units of every layer stay. JSON, hashable, replayable on the base checkpoint without training code."""
+"""The decision: which units of every layer stay.
+
+JSON, hashable, replayable on the base checkpoint without training code.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,9 @@ class Plan:
             for axis in AXES:
                 units = layer[axis]
                 if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= full[axis]:
-                    raise UserError(f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}")
+                    raise UserError(
+                        f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}"
+                    )
 
     def widths(self, layer: int) -> dict[str, int]:
         """The keys of ``layer`` in a Hugging Face config."""
@@ -93,7 +98,10 @@ class Plan:
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def to_json(self) -> str:
-        return json.dumps({"version": 1, "digest": self.digest, "notes": dict(self.notes), "plan": json.loads(self._body())})
+        """The file plan.json: version, digest, notes, plan."""
+        return json.dumps(
+            {"version": 1, "digest": self.digest, "notes": dict(self.notes), "plan": json.loads(self._body())}
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -106,7 +114,9 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
         if raw.get("digest") != plan.digest:
-            raise UserError("plan.json was changed by hand: its digest does not match; write it anew with Plan.to_json()")
+            raise UserError(
+                "plan.json was changed by hand: its digest does not match; write it anew with Plan.to_json()"
+            )
         return plan
 
 
