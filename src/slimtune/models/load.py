@@ -1,0 +1,134 @@
+"""Load configs, tokenizers and models from a folder, the hub or the package; attach LoRA. Nothing is changed on disk."""
+
+from __future__ import annotations
+
+import re
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from slimtune.errors import UserError
+from slimtune.sections import LoraConfig, ModelConfig
+from slimtune.structure.axes import Structure
+from slimtune.structure.families import describe
+
+BUILTIN = "builtin:"
+
+
+def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
+    """A usable location and whether it is local. Only ``org/name`` may reach the network.
+
+    Raises:
+        UserError: a folder that does not exist, or a builtin that is not shipped.
+    """
+    if path.startswith(BUILTIN):
+        folder = Path(str(files("slimtune"))) / "assets" / path.removeprefix(BUILTIN)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{what}={path!r} is not shipped with this package")
+        return str(folder), True
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{what}={path!r} has no config.json; give a Hugging Face model folder")
+        return str(folder), True
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+        return path, False
+    raise UserError(f"{what}={path!r} does not exist; give a model folder, a hub id org/name, or builtin:base-10m")
+
+
+def _hub(call: Any, location: str, local: bool, what: str, **kwargs: Any) -> Any:
+    try:
+        return call(location, local_files_only=local, **kwargs)
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        remedy = "check the folder's files" if local else "check the id and the network, or give a folder"
+        raise UserError(f"{what}={location!r} cannot be loaded ({reason}); {remedy}") from error
+
+
+def load_config(config: ModelConfig) -> PreTrainedConfig:
+    """The Hugging Face config of the recipe's model, inline keys applied for ``init: config``."""
+    if not config.path:
+        if "model_type" not in config.config:
+            raise UserError("model.path is empty: give a folder or hub id, or init: config with config.model_type")
+        keys = dict(config.config)
+        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+    location, local = locate(config.path)
+    loaded = _hub(AutoConfig.from_pretrained, location, local, "model.path", revision=config.revision)
+    for key, value in (config.config if config.init == "config" else {}).items():
+        setattr(loaded, key, value)
+    return loaded
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer, exactly as it is (no token added, no setting changed)."""
+    path = config.tokenizer or config.path
+    if not path:
+        raise UserError("model.tokenizer is empty: give a folder or hub id with a tokenizer")
+    if config.tokenizer and Path(path).expanduser().is_dir():
+        location, local = str(Path(path).expanduser()), True
+    else:
+        location, local = locate(path, "model.tokenizer" if config.tokenizer else "model.path")
+    return _hub(AutoTokenizer.from_pretrained, location, local, "model.tokenizer", revision=config.revision)
+
+
+def meta_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+    """``{parameter name: shape}`` of the model a config describes, tied parameters once, no memory used."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def structure_of(config: PreTrainedConfig) -> Structure:
+    """The prunable structure of the model a config describes. Raises UserError for refused and unknown families."""
+    from slimtune.structure.families import family_of
+
+    family_of(str(config.model_type))  # refuse before building anything
+    return describe(config.to_dict(), meta_shapes(config))
+
+
+def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The causal LM on ``device`` in ``dtype``, dropout-free eval mode, caches off."""
+    kwargs: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    if config.init == "config":
+        model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
+    else:
+        location, local = locate(config.path)
+        model = _hub(
+            AutoModelForCausalLM.from_pretrained,
+            location,
+            local,
+            "model.path",
+            dtype=dtype,
+            revision=config.revision,
+            **kwargs,
+        )
+    model.config.use_cache = False
+    return model.to(device).eval()
+
+
+def enable_checkpointing(model: PreTrainedModel | PeftModel, kind: str) -> None:
+    """Activation checkpointing: ``none``, ``non_reentrant`` or ``reentrant``."""
+    if kind == "none":
+        return
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+    if kind == "reentrant":
+        # a reentrant segment is only differentiated when its input asks for a gradient; embeddings are frozen
+        base.enable_input_require_grads()
+
+
+def attach_lora(model: PreTrainedModel, structure: Structure, lora: LoraConfig) -> PeftModel:
+    """PEFT LoRA on every linear of the blocks (the table's rows); everything else frozen. Adapters in fp32."""
+    peft_config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha or lora.rank,
+        lora_dropout=lora.dropout,
+        target_modules=[row.path for row in structure.family.linears],
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, peft_config)

@@ -1,0 +1,172 @@
+"""The only code that changes a model: place gates, cut by a Plan, merge LoRA.
+
+A mask sits in front of the consumer of each axis (``o_proj``: one number per KV group; ``down_proj``: one per channel).
+Zeroing a consumer's input equals deleting the producers' rows and the consumer's columns, biases included, so the masked
+model and the cut one agree to float error for any mask.
+Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from slimtune.structure.axes import Linear, Side, Structure
+from slimtune.structure.plan import Plan
+
+ReadMask = Callable[[int, str], Tensor | None]
+"""(layer, axis) -> the current mask [units], or None for an open gate."""
+
+
+def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
+    """The decoder blocks, under PEFT or not."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return list(base.get_submodule(structure.family.blocks))
+
+
+def linears_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, Linear, nn.Module]]:
+    """(layer, row of the table, module) for every linear; the module is the PEFT wrapper where there is one."""
+    for index, block in enumerate(blocks_of(model, structure)):
+        for row in structure.family.linears:
+            yield index, row, block.get_submodule(row.path)
+
+
+def place_gates(model: nn.Module, structure: Structure, consumer: ReadMask, base: ReadMask) -> list[Any]:
+    """Hang gates into a model; call after LoRA is attached (hooks set before land inside the wrapper).
+
+    Args:
+        consumer: masks the input of each axis's consumer: covers base and LoRA alike (``hard``).
+        base: masks the *base* output of each axis's producers and leaves their LoRA branch free (``lora_aware``).
+
+    Returns:
+        Handles; ``handle.remove()`` takes a gate out.
+    """
+    handles = []
+    for layer, row, module in linears_of(model, structure):
+        if row.into:
+            handles.append(module.register_forward_pre_hook(_gate_input(structure, layer, row.into, consumer)))
+        if row.out:
+            inner = module.base_layer if isinstance(module, LoraLayer) else module
+            handles.append(inner.register_forward_hook(_gate_output(structure, layer, row.out, base)))
+    return handles
+
+
+def _gate_input(structure: Structure, layer: int, side: Side, read: ReadMask) -> Callable[..., Any]:
+    rows = structure.rows(side)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        mask = read(layer, side.axis)
+        if mask is None:
+            return None
+        return (args[0] * _spread(mask, rows, args[0]), *args[1:])
+
+    return hook
+
+
+def _gate_output(structure: Structure, layer: int, side: Side, read: ReadMask) -> Callable[..., Any]:
+    rows = structure.rows(side)
+
+    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        mask = read(layer, side.axis)
+        return None if mask is None else output * _spread(mask, rows, output)
+
+    return hook
+
+
+def _spread(mask: Tensor, rows: int, like: Tensor) -> Tensor:
+    mask = mask if rows == 1 else mask.repeat_interleave(rows)
+    return mask.to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A trainable parameter that a cut replaced, so that an optimiser can take its state along."""
+
+    old: nn.Parameter
+    new: nn.Parameter
+    dim: int
+    index: Tensor
+
+
+@torch.no_grad()
+def cut(model: nn.Module, structure: Structure, plan: Plan) -> list[Replaced]:
+    """Delete what ``plan`` does not keep, in place: base weights, biases and LoRA factors. ``model.config`` stays the base's.
+
+    Raises:
+        UserError: the plan does not fit ``structure``.
+    """
+    plan.check(structure)
+    replaced: list[Replaced] = []
+    for layer, row, module in linears_of(model, structure):
+        for dim, side in ((0, row.out), (1, row.into)):
+            if side and len(plan.kept[layer][side.axis]) < structure.layers[layer].units[side.axis]:
+                replaced += _slice_linear(module, dim, structure.indices(side, plan.kept[layer][side.axis]))
+    for index, block in enumerate(blocks_of(model, structure)):
+        _set_head_counts(block, plan.widths(index))
+    return replaced
+
+
+def _slice_linear(module: nn.Module, dim: int, keep: list[int]) -> list[Replaced]:
+    base = module.base_layer if isinstance(module, LoraLayer) else module
+    index = torch.tensor(keep, device=base.weight.device)
+    changed = [_slice_parameter(base, "weight", dim, index)]
+    if dim == 0 and base.bias is not None:
+        changed.append(_slice_parameter(base, "bias", 0, index))
+    setattr(base, "out_features" if dim == 0 else "in_features", len(keep))
+    if isinstance(module, LoraLayer):
+        # LoRA is B (out x r) times A (r x in): rows of the output live in B, columns of the input in A
+        factors: Any = module.lora_B if dim == 0 else module.lora_A
+        for factor in factors.values():
+            changed.append(_slice_parameter(factor, "weight", dim, index))
+            setattr(factor, "out_features" if dim == 0 else "in_features", len(keep))
+        for name in ("out_features",) if dim == 0 else ("in_features",):
+            if name in module.__dict__:
+                setattr(module, name, len(keep))
+    return [item for item in changed if item.old.requires_grad]
+
+
+def _slice_parameter(owner: nn.Module, name: str, dim: int, index: Tensor) -> Replaced:
+    old = getattr(owner, name)
+    new = nn.Parameter(old.data.index_select(dim, index).contiguous(), requires_grad=old.requires_grad)
+    setattr(owner, name, new)
+    return Replaced(old, new, dim, index)
+
+
+def _set_head_counts(block: nn.Module, widths: dict[str, int]) -> None:
+    for module in block.modules():
+        for name, key in (("num_heads", "num_attention_heads"), ("num_key_value_heads", "num_key_value_heads")):
+            if isinstance(getattr(module, name, None), int):
+                setattr(module, name, widths[key])
+
+
+def merge_lora(model: nn.Module) -> nn.Module:
+    """Fold LoRA into the base weights and return the plain transformers model."""
+    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+
+
+@dataclass(frozen=True)
+class LoraSlice:
+    """LoRA entries that belong to the units of one axis: ``tensor`` viewed along ``dim`` as [units, rows]."""
+
+    tensor: Tensor
+    dim: int
+    rows: int
+
+
+def lora_slices(model: nn.Module, structure: Structure) -> dict[tuple[int, str], list[LoraSlice]]:
+    """For every (layer, axis): rows of B of the producers and columns of A of the consumer (spec: coupled groups)."""
+    slices: dict[tuple[int, str], list[LoraSlice]] = {}
+    for layer, row, module in linears_of(model, structure):
+        if not isinstance(module, LoraLayer):
+            continue
+        for dim, side, factors in ((0, row.out, module.lora_B), (1, row.into, module.lora_A)):
+            if side:
+                found = [LoraSlice(factor.weight, dim, structure.rows(side)) for factor in factors.values()]
+                slices.setdefault((layer, side.axis), []).extend(found)
+    return slices

@@ -1,0 +1,46 @@
+"""Hard 0/1 samples of gates with a surrogate gradient.
+
+Sources: ATP code-derived specification (single Gumbel, straight-through), ReinMax (Liu et al. 2023, binary closed form).
+A logit z keeps its unit with P = sigmoid(z) under ``logistic`` noise and 1 - exp(-exp(z)) under one ``gumbel`` draw.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Noise = Literal["logistic", "gumbel"]
+Estimator = Literal["reinmax", "ste"]
+
+
+def draw_noise(shape: tuple[int, ...], kind: Noise, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Logistic noise log U - log(1-U), or Gumbel noise -log(-log U); fp32, drawn on CPU so that all ranks agree."""
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64).clamp_(1e-12, 1 - 1e-12)
+    noise = uniform.logit() if kind == "logistic" else -torch.log(-torch.log(uniform))
+    return noise.float().to(device)
+
+
+def keep_probability(logits: Tensor, kind: Noise) -> Tensor:
+    """P(keep) of each unit."""
+    return torch.sigmoid(logits) if kind == "logistic" else -torch.expm1(-torch.exp(logits))
+
+
+def sample(logits: Tensor, noise: Tensor, kind: Noise, estimator: Estimator, temperature: float) -> Tensor:
+    """A hard sample in {0, 1} (forward) with the estimator's gradient (backward).
+
+    ``ste``: d = sigmoid'((z + noise)/T)/T. ``reinmax``: with p = P(keep) as a logistic of its effective logit u,
+    pi1 = (B + sigmoid(u/T))/2 and d/du = 2 pi1 (1 - pi1) - p (1 - p)/2, which at T = 1 is (1-p)/2 for B = 1 and p/2 for
+    B = 0: second-order accurate.
+    """
+    if estimator == "ste":
+        soft = torch.sigmoid((logits + noise) / temperature)
+        return (soft >= 0.5).float() + soft - soft.detach()
+    # P = 1 - exp(-exp z) is the logistic of log(exp(exp z) - 1): one formula then serves both kinds of noise
+    effective = logits if kind == "logistic" else torch.log(torch.expm1(torch.exp(logits.clamp(max=4.0))))
+    hard = (logits + noise >= 0).float()
+    p = torch.sigmoid(effective.detach())
+    half = (hard + torch.sigmoid(effective.detach() / temperature)) / 2
+    slope = 2 * half * (1 - half) - p * (1 - p) / 2
+    return hard + slope * (effective - effective.detach())
