@@ -92,25 +92,22 @@ class RunFolder:
 
 
 class Metrics:
-    """metrics.jsonl: one flat object a line, appended as the run goes, truncated to ``step`` on resume."""
+    """metrics.jsonl: one flat object a line, appended as the run goes, cut back to the checkpoint on resume."""
 
     def __init__(self, folder: RunFolder):
         self.path = folder / "metrics.jsonl"
 
-    def restart(self, before: tuple[str, int] | None) -> None:
-        """Forget the rows after checkpoint ``before`` = (phase, step) on a resume, or all rows (``None``)."""
+    def restart(self, before: tuple[str, str, int] | None) -> None:
+        """Forget the rows after checkpoint ``before`` = (stage, phase, step) on a resume, or all rows (``None``)."""
         if rank() != 0:
             return
-        kept: list[str] = []
-        if before is not None and self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines(keepends=True):
-                kept.append(line)
-                if json.loads(line).get("checkpoint") == list(before):
-                    break
-            else:
-                kept = []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+        keep = 0
+        for number, line in enumerate(lines):
+            if before is not None and line.endswith("\n") and json.loads(line).get("checkpoint") == list(before):
+                keep = number + 1
         partial = self.path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(kept), encoding="utf-8")
+        partial.write_text("".join(lines[:keep]), encoding="utf-8")
         os.replace(partial, self.path)
 
     def write(self, **values: Any) -> None:

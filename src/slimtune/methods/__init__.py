@@ -1,1 +1,1 @@
-"""In which turns a model is learned: one function a method."""
+"""In which turns it is learned: a method is a function in one file and a row in ``METHODS``."""

@@ -3,12 +3,13 @@
 A mask sits in front of the consumer of each axis (``o_proj``: one number per KV group; ``down_proj``: one per channel).
 Zeroing a consumer's input equals deleting the producers' rows and the consumer's columns, biases included, so the masked
 model and the cut one agree to float error for any mask.
-Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F].
+Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F], or [B, K] or [B, F] for one mask a sample.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,8 +81,8 @@ def _gate_output(structure: Structure, layer: int, side: Side, read: ReadMask) -
 
 
 def _spread(mask: Tensor, rows: int, like: Tensor) -> Tensor:
-    mask = mask if rows == 1 else mask.repeat_interleave(rows)
-    return mask.to(like.dtype)
+    mask = mask if rows == 1 else mask.repeat_interleave(rows, dim=-1)
+    return (mask if mask.ndim == 1 else mask[:, None, :]).to(like.dtype)
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,32 @@ def _set_head_counts(block: nn.Module, widths: dict[str, int]) -> None:
         for name, key in (("num_heads", "num_attention_heads"), ("num_key_value_heads", "num_key_value_heads")):
             if isinstance(getattr(module, name, None), int):
                 setattr(module, name, widths[key])
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """No dropout and no parameter gradients inside: what a ``decide`` turn needs (the model stays in train mode, because
+    activation checkpointing is only active there)."""
+    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    rates = [module.p for module in dropouts]
+    attention = [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)]
+    attention_rates = [module.attention_dropout for module in attention]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for module in dropouts:
+        module.p = 0.0
+    for module in attention:
+        module.attention_dropout = 0.0
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for module, rate in zip(dropouts, rates, strict=True):
+            module.p = rate
+        for module, rate in zip(attention, attention_rates, strict=True):
+            module.attention_dropout = rate
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def merge_lora(model: nn.Module) -> nn.Module:

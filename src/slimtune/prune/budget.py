@@ -199,3 +199,24 @@ def masks_of(plan: Plan, device: torch.device | str = "cpu") -> dict[Site, Tenso
             mask[list(kept[axis])] = 1.0
             masks[layer, axis] = mask.to(device)
     return masks
+
+
+@torch.no_grad()
+def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str) -> dict[Site, Tensor]:
+    """0/1 masks of the units above the one level that keeps ``keep``; unrounded, at least one unit a site.
+
+    What ``adapt`` turns see while searching: deterministic and always at the present target, so LoRA learns on the model
+    that is about to be cut out and not on the noise of the sampler.
+    """
+    sites = list(structure.sites())
+    flat = torch.cat([logits[site].float() for site in sites])
+    costs = torch.cat(
+        [torch.full_like(logits[site], structure.layers[site[0]].unit_params[site[1]], dtype=torch.float64) for site in sites]
+    )
+    order = torch.sort(flat, descending=True, stable=True).indices
+    kept = torch.zeros_like(flat)
+    kept[order[torch.cumsum(costs[order], 0) <= _allowance(structure, keep, of) + 0.5]] = 1.0
+    masks = dict(zip(sites, (part.clone() for part in kept.split([len(logits[site]) for site in sites])), strict=True))
+    for site, mask in masks.items():
+        mask[logits[site].argmax()] = 1.0
+    return masks

@@ -1,0 +1,49 @@
+"""Perplexity over windows, with its standard error."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from slimtune.data.batches import Windows
+from slimtune.train.objective import IGNORE, forward
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, windows: Windows, limit: int, batch: int, device: torch.device, bf16: bool = False) -> dict[str, float]:
+    """Next-token loss and perplexity over at most ``limit`` evenly spaced windows.
+
+    Returns:
+        ``loss`` (nats a token), ``ppl`` = exp(loss), ``ppl_se`` (standard error of ppl, from the spread between windows),
+        ``tokens`` (targets counted).
+    """
+    stride = max(1, math.ceil(len(windows) / limit))
+    chosen = list(range(0, len(windows), stride))
+    sums, counts = [], []
+    training = model.training
+    model.eval()
+    for start in range(0, len(chosen), batch):
+        part = {key: value.to(device) for key, value in windows.collate(chosen[start : start + batch]).items()}
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            logits = forward(model, part)
+        labels = part["labels"][:, 1:]
+        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        sums.append(losses.sum(1).double().cpu())
+        counts.append((labels != IGNORE).sum(1).double().cpu())
+    model.train(training)
+    return _figures(torch.cat(sums), torch.cat(counts))
+
+
+def _figures(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+    """Ratio estimate sum/count over windows and its linearised standard error."""
+    total = float(counts.sum())
+    if total == 0:
+        return {"loss": math.nan, "ppl": math.nan, "ppl_se": math.nan, "tokens": 0.0}
+    loss = float(sums.sum()) / total
+    n = len(sums)
+    spread = float(((sums - loss * counts) ** 2).sum()) * n / max(1, n - 1)
+    error = math.sqrt(spread) / total
+    return {"loss": loss, "ppl": math.exp(min(loss, 700.0)), "ppl_se": math.exp(min(loss, 700.0)) * error, "tokens": total}

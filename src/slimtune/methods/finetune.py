@@ -1,0 +1,64 @@
+"""Tune only: LoRA on a pretrained model, or all weights of one made from a config (the same loop)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.methods.outcome import Outcome
+from slimtune.models.load import attach_lora, enable_checkpointing, load_model
+from slimtune.models.surgery import blocks_of
+from slimtune.runtime import pick_dtype
+from slimtune.structure.plan import Plan
+from slimtune.train import checkpoint
+from slimtune.train.loop import Phase, Turn, checkpoint_path, run_phase
+from slimtune.train.objective import Batch, cross_entropy_sum, forward
+from slimtune.train.session import Session
+from slimtune.train.tuner import Tuner
+
+
+def run(session: Session) -> Outcome:
+    """Train for ``train.steps`` steps; as the dense reference of ``atp``, for as many as its adapt turns."""
+    recipe = session.recipe
+    steps = recipe.train.steps if recipe.method == "finetune" else recipe.search.steps + recipe.recover.steps
+    model = _model(session)
+    tuner = Tuner(session, model, steps)
+
+    def loss(batch: Batch) -> Tensor:
+        return cross_entropy_sum(forward(tuner.wrapped, batch), batch["labels"])
+
+    def adapt(step: int) -> dict[str, Any]:
+        return tuner.update(step, loss)
+
+    first = 0
+    saved = checkpoint.load(checkpoint_path(session), session.device) if session.resume else None
+    if saved:
+        tuner.restore(saved["tuner"])
+        first = saved["step"]
+    phase = Phase(
+        name="tune",
+        steps=steps,
+        turns=[Turn("adapt", adapt)],
+        capture=lambda: {"tuner": tuner.capture()},
+        kept=lambda: 1.0,
+        figures=lambda: session.valid_figures(model),
+    )
+    run_phase(session, phase, first)
+    return Outcome(model.eval(), Plan.uncut(session.structure), {"adapt": tuner.tokens})
+
+
+def _model(session: Session) -> Any:
+    recipe = session.recipe
+    scratch = recipe.model.init == "config"
+    # weights trained from scratch stay in fp32 and are autocast; frozen ones may rest in bf16
+    dtype = torch.float32 if scratch else pick_dtype(recipe.model.dtype, str(session.device))
+    model: Any = load_model(recipe.model, str(session.device), dtype)
+    if not scratch:
+        model = attach_lora(model, session.structure, recipe.lora)
+    enable_checkpointing(model, recipe.model.checkpointing)
+    if recipe.train.compile:
+        for block in blocks_of(model, session.structure):
+            block.compile()
+    return model

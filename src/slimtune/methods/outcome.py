@@ -1,0 +1,32 @@
+"""What a method hands back to the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from slimtune.structure.plan import Plan
+from slimtune.train.session import Session
+
+
+@dataclass
+class Outcome:
+    """A tuned (and cut) model.
+
+    Attributes:
+        model: LoRA still attached where LoRA was trained.
+        plan: what stayed; ``Plan.uncut`` when nothing was removed.
+        tokens: non-padding tokens that went through forward and backward, by turn.
+        notes: figures of the method (leak, kept ratios).
+    """
+
+    model: nn.Module
+    plan: Plan
+    tokens: dict[str, int]
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Method = Callable[[Session], Outcome]

@@ -1,0 +1,64 @@
+"""Checkpoints: one file a stage, written beside and renamed, so that a kill leaves the old or the new one, never half."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtune.errors import UserError
+from slimtune.runtime import rank
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write ``state`` atomically on rank 0.
+
+    Raises:
+        UserError: the disk is full or not writable; the previous checkpoint is untouched.
+    """
+    if rank() != 0:
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"checkpoint {str(path)!r} cannot be written ({error}); free some disk space and continue with --resume "
+            "(the previous checkpoint is untouched)"
+        ) from error
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """The state, or None when there is no checkpoint yet."""
+    if not path.is_file():
+        return None
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UserError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}); delete it to start anew") from error
+    return state
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors that training changes, by name."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@torch.no_grad()
+def restore_trainable(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Copy a ``trainable_state`` back; names and shapes must agree."""
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if set(parameters) != set(state):
+        raise UserError("the checkpoint was written with another model or LoRA setting; delete it or use the old recipe")
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise UserError(f"the checkpoint's {name!r} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.copy_(state[name])

@@ -1,0 +1,118 @@
+"""The only loop: phases of steps, steps of turns."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from slimtune.errors import UserError
+from slimtune.train import checkpoint
+from slimtune.train.session import Figures, Session
+
+Step = Callable[[int], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One kind of update: its name, what it does at a step (returns figures, ``loss`` among them), and its cadence."""
+
+    name: str
+    run: Step
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps with the same turns.
+
+    Attributes:
+        capture: everything a resumed run needs besides (phase, step).
+        kept: the present kept ratio, for the progress bar and the metrics.
+        figures: validation figures of the current hard Plan, taken every ``evaluate.every`` steps.
+    """
+
+    name: str
+    steps: int
+    turns: Sequence[Turn]
+    capture: Callable[[], dict[str, Any]]
+    kept: Callable[[], float]
+    figures: Callable[[], Figures]
+
+
+def seed_turn(seed: int, phase: str, turn: str, step: int, rank: int = 0) -> None:
+    """Everything random inside a turn (dropout) depends on nothing but these, so resuming needs no saved RNG state."""
+    torch.manual_seed(hash_seed(seed, phase, turn, step, rank))
+
+
+def hash_seed(*parts: Any) -> int:
+    """A stable 63-bit seed (Python's own hash of strings changes between processes)."""
+    value = 1469598103934665603
+    for byte in "/".join(map(str, parts)).encode():
+        value = ((value ^ byte) * 1099511628211) % 2**63
+    return value
+
+
+def checkpoint_path(session: Session) -> Any:
+    return session.folder / f"checkpoint-{session.stage}.pt"
+
+
+def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
+    """Run steps ``first``..``phase.steps`` and leave a checkpoint at the end.
+
+    Raises:
+        UserError: a loss is not finite.
+    """
+    session.progress.start(phase.name, first, phase.steps)
+    try:
+        for step in range(first, phase.steps):
+            _run_step(session, phase, step)
+            every = session.recipe.train.checkpoint_every
+            if every and (step + 1) % every == 0 and step + 1 < phase.steps:
+                _checkpoint(session, phase, step + 1)
+    finally:
+        session.progress.stop()
+    _checkpoint(session, phase, phase.steps)
+
+
+def _run_step(session: Session, phase: Phase, step: int) -> None:
+    started = time.perf_counter()
+    row: dict[str, Any] = {"stage": session.stage, "phase": phase.name, "step": step}
+    loss = math.nan
+    for turn in phase.turns:
+        if step % turn.every:
+            continue
+        seed_turn(session.recipe.seed, phase.name, turn.name, step, session.accelerator.process_index)
+        figures = {key: float(value) for key, value in turn.run(step).items()}
+        loss = figures["loss"]
+        if not math.isfinite(loss):
+            _stop_on_nan(session, phase, turn, step, loss)
+        row |= {f"{turn.name}_{key}": value for key, value in figures.items()}
+    row["kept"] = phase.kept()
+    row["seconds"] = round(time.perf_counter() - started, 4)
+    every = session.recipe.evaluate.every
+    if every and (step + 1) % every == 0:
+        row |= {f"valid_{key}": value for key, value in phase.figures().items()}
+    session.metrics.write(**row)
+    if session.recipe.trackers:
+        session.accelerator.log({key: value for key, value in row.items() if isinstance(value, float)}, step=step)
+    session.progress.step(phase.name, step, loss, row["kept"])
+
+
+def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, loss: float) -> None:
+    train = session.recipe.train
+    raise UserError(
+        f"the loss is {loss} in phase {phase.name!r}, turn {turn.name!r}, step {step}: lower train.lr (now {train.lr}) or "
+        f"generator.lr (now {session.recipe.generator.lr}), or set train.precision=float32; the last checkpoint is kept"
+    )
+
+
+def _checkpoint(session: Session, phase: Phase, step: int) -> None:
+    # the row first: a kill between the two leaves a row too many, which the resumed run cuts off again
+    session.metrics.write(checkpoint=[session.stage, phase.name, step])
+    checkpoint.save(checkpoint_path(session), {"phase": phase.name, "step": step, **phase.capture()})
+    session.accelerator.wait_for_everyone()

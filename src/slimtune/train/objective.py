@@ -1,0 +1,79 @@
+"""Losses on a batch, and the mean over a step's targets whatever its micro-batches and ranks.
+
+Shapes: B batch, T tokens, V vocabulary, N targets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+IGNORE = -100
+
+Batch = Mapping[str, Tensor]
+
+
+def forward(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits [B, T, V]."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    return model(**inputs, use_cache=False).logits
+
+
+def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [N, V] and labels [N] of the positions that are predicted."""
+    wanted = labels[:, 1:] != IGNORE
+    return logits[:, :-1][wanted], labels[:, 1:][wanted]
+
+
+def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
+    """Summed next-token cross-entropy in fp32 over the targets."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def distillation_sum(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """Summed KL(teacher || student) at the targets, times temperature squared (Hinton et al. 2015)."""
+    ours, _ = _shifted(student, labels)
+    theirs, _ = _shifted(teacher, labels)
+    log_ours = F.log_softmax(ours.float() / temperature, dim=-1)
+    log_theirs = F.log_softmax(theirs.float() / temperature, dim=-1)
+    return F.kl_div(log_ours, log_theirs, reduction="sum", log_target=True) * temperature**2
+
+
+def count_targets(batches: Sequence[Batch], accelerator: Accelerator) -> int:
+    """Targets of a step over all micro-batches and ranks."""
+    here = sum(int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in batches)
+    total = accelerator.reduce(torch.tensor(float(here), device=accelerator.device))
+    return max(1, int(total))
+
+
+def accumulate(
+    model: nn.Module, batches: Sequence[Batch], accelerator: Accelerator, loss: Callable[[Batch], Tensor], sync: bool = True
+) -> Tensor:
+    """Backward of ``loss`` (a sum over targets) over micro-batches, scaled to the mean over the whole step.
+
+    Args:
+        sync: let DDP average parameter gradients at the last micro-batch; off for turns without parameter gradients.
+
+    Returns:
+        The mean loss over all ranks, detached.
+    """
+    targets = count_targets(batches, accelerator)
+    total = torch.zeros((), device=accelerator.device)
+    for number, batch in enumerate(batches):
+        last = number == len(batches) - 1
+        with accelerator.no_sync(model) if not (sync and last) else nullcontext():
+            with accelerator.autocast():
+                value = loss(batch) / targets
+            # DDP and the leaf masks take the mean over ranks; the sum over ranks is the mean over targets
+            (value * accelerator.num_processes).backward()
+        total += value.detach()
+    reduced: Tensor = accelerator.reduce(total)
+    return reduced
+
+
+

@@ -1,0 +1,79 @@
+"""What a run carries from room to room: recipe, devices, data, run folder, and the ways to report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from slimtune.data.batches import Order, Splits, Windows
+from slimtune.recipe import Recipe
+from slimtune.runtime import Metrics, RunFolder, pick_device, pick_dtype
+from slimtune.structure.axes import Structure
+from slimtune.train.progress import Progress
+
+Figures = dict[str, float]
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """accelerate for device, autocast, DDP/FSDP and trackers."""
+    device = pick_device(recipe.device)
+    precision = pick_dtype(recipe.train.precision, device)
+    if recipe.train.threads:
+        torch.set_num_threads(recipe.train.threads)
+    return Accelerator(
+        mixed_precision="bf16" if precision is torch.bfloat16 else "no",
+        cpu=device == "cpu",
+        log_with=list(recipe.trackers) or None,
+        project_dir=recipe.out,
+    )
+
+
+@dataclass
+class Session:
+    """One run of one method.
+
+    Attributes:
+        valid_figures: measures a model (gates as they are) on validation windows; supplied by the pipeline, because
+            evaluation lives beside the methods, not below them.
+        stage: name of the checkpoint and prefix of the metric rows (``main``, or ``dense_lora`` for the reference).
+    """
+
+    recipe: Recipe
+    accelerator: Accelerator
+    structure: Structure
+    splits: Splits
+    folder: RunFolder
+    metrics: Metrics
+    progress: Progress
+    valid_figures: Callable[[torch.nn.Module], Figures]
+    stage: str = "main"
+    resume: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def batches(self, windows: Windows, purpose: str) -> Batches:
+        """An endless, seeded stream of step batches over ``windows``."""
+        seed = self.recipe.seed * 7919 + sum(map(ord, purpose))
+        return Batches(windows, Order(len(windows), seed), self)
+
+
+class Batches:
+    """Step ``n`` of a stream is a pure function of (seed, n): a resumed run reads what an uninterrupted one would."""
+
+    def __init__(self, windows: Windows, order: Order, session: Session):
+        self.windows, self.order, self.session = windows, order, session
+
+    def at(self, step: int) -> list[dict[str, Any]]:
+        """This rank's micro-batches of step ``step``, on the device."""
+        train, accelerator = self.session.recipe.train, self.session.accelerator
+        whole = self.order.indices(step * train.batch, train.batch)
+        mine = whole[accelerator.process_index :: accelerator.num_processes]
+        size = train.micro_batch or max(1, len(mine))
+        parts = [self.windows.collate(mine[start : start + size]) for start in range(0, len(mine), size)]
+        return [{key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts]

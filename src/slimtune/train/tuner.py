@@ -1,0 +1,83 @@
+"""The ``adapt`` turn: update the model's trainable weights on training data. Shared by every method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.train import checkpoint
+from slimtune.train.objective import Batch, accumulate
+from slimtune.train.optimizers import ReplacedParameter, carry_over, model_optimizers
+from slimtune.train.schedule import lr_factor, set_lr
+from slimtune.train.session import Session
+
+
+class Tuner:
+    """Model, its optimisers and the stream of training batches.
+
+    ``step`` is counted over all phases, so learning rate and data order do not depend on where a phase ends.
+    """
+
+    def __init__(self, session: Session, model: nn.Module, total_steps: int):
+        self.session, self.model, self.total_steps = session, model, total_steps
+        self.optimizers = model_optimizers(model, session.recipe.train)
+        self.batches = session.batches(session.splits.train, "train")
+        self.tokens = 0
+        self.wrapped = self._wrap()
+
+    def _wrap(self) -> nn.Module:
+        accelerator = self.session.accelerator
+        return accelerator.prepare_model(self.model) if accelerator.num_processes > 1 else self.model
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def update(
+        self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None
+    ) -> dict[str, Any]:
+        """One optimiser step on batch ``step``; ``loss`` sums over a micro-batch's targets, ``penalty`` comes once."""
+        session, train = self.session, self.session.recipe.train
+        factor = lr_factor(step, self.total_steps, train)
+        rates = [set_lr(optimizer, factor) for optimizer in self.optimizers]
+        self.wrapped.train()
+        parts = self.batches.at(step)
+        value = accumulate(self.wrapped, parts, session.accelerator, loss)
+        figures: dict[str, Any] = {"loss": value, "lr": rates[0]}
+        if penalty is not None:
+            extra = penalty()
+            extra.backward()
+            figures["penalty"] = extra.detach()
+        figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters(), train.clip)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.tokens += sum(part["input_ids"].numel() for part in parts) * session.accelerator.num_processes
+        return figures
+
+    def carry_over(self, replaced: Sequence[ReplacedParameter]) -> None:
+        """After a physical cut: sliced parameters, sliced moments, a new wrapper."""
+        for optimizer in self.optimizers:
+            carry_over(optimizer, replaced)
+        self.wrapped = self._wrap()
+
+    def set_peak(self, lr: float) -> None:
+        """Another peak learning rate from here on."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["initial_lr"] = lr
+
+    def capture(self) -> dict[str, Any]:
+        return {
+            "model": checkpoint.trainable_state(self.model),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "tokens": self.tokens,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        checkpoint.restore_trainable(self.model, state["model"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.tokens = state["tokens"]
