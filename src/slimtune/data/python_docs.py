@@ -19,9 +19,9 @@ from slimtune.errors import UserError
 MIN_CHARS = 300
 """Smaller pieces of a module are joined until they reach this many characters."""
 
-_SKIP = {"test", "tests", "idlelib", "idle_test", "lib2to3", "site-packages", "dist-packages", "turtledemo", "__pycache__"}
-_LEGAL = re.compile(r"copyright|\(c\) *\d{4}|all rights reserved|licen[sc]ed? (under|to)|permission (is|to)", re.IGNORECASE)
-_Def = ast.FunctionDef | ast.AsyncFunctionDef
+_SKIP = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
+_LEGAL = re.compile(r"(?i)copyright|\(c\) *\d{4}|all rights reserved|licen[sc]ed? (under|to)|permission (is|to)")
+_Named = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def documents() -> list[tuple[str, str]]:
@@ -68,23 +68,23 @@ def _pieces(tree: ast.Module, module: str) -> Iterator[tuple[str, str]]:
     if doc := _doc(tree):
         yield module, f"{module}\n\n{doc}"
     for node in tree.body:
-        if isinstance(node, (ast.ClassDef, *_Def.__args__)) and (entries := list(_entries(node, module))):
+        if isinstance(node, _Named) and (entries := list(_entries(node, module))):
             yield f"{module}.{node.name}", "\n\n".join(entries)
 
 
-def _entries(node: ast.ClassDef | _Def, prefix: str) -> Iterator[str]:
-    """The entry of a class or function, then those of a class's members: ``module.Class.method(args)``, its docstring."""
+def _entries(node: _Named, prefix: str) -> Iterator[str]:
+    """The entry of a definition (``module.Class.method(args)``, its docstring), then those of a class's members."""
     name = f"{prefix}.{node.name}"
     if doc := _doc(node):
         title = f"class {name}" if isinstance(node, ast.ClassDef) else f"{name}({ast.unparse(node.args)})"
         yield f"{title}\n\n{doc}"
     if isinstance(node, ast.ClassDef):
         for child in node.body:
-            if isinstance(child, (ast.ClassDef, *_Def.__args__)):
+            if isinstance(child, _Named):
                 yield from _entries(child, name)
 
 
-def _doc(node: ast.Module | ast.ClassDef | _Def) -> str:
+def _doc(node: ast.Module | _Named) -> str:
     paragraphs = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").split("\n\n")
     return "\n\n".join(part for part in paragraphs if not _LEGAL.search(part)).strip()
 

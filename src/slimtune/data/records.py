@@ -79,7 +79,7 @@ def _text(file: IO[bytes], newline: str | None = None) -> io.TextIOWrapper:
 
 def _fields(value: Any, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise UserError(f"{origin}: expected an object with fields, found {type(value).__name__}; one row is one {{...}}")
+        raise UserError(f"{origin}: a row must be an object {{...}}, found {type(value).__name__}")
     return value
 
 
@@ -91,7 +91,7 @@ def _jsonl(file: IO[bytes], source: Source) -> Iterator[Record]:
         try:
             value = json.loads(line)
         except json.JSONDecodeError as error:
-            raise UserError(f"{origin}: not valid JSON ({error.msg} at column {error.colno}); fix or remove it") from error
+            raise UserError(f"{origin}: not valid JSON ({error.msg}, column {error.colno}); fix the line") from error
         yield origin, _fields(value, origin)
 
 
@@ -120,7 +120,7 @@ def _csv(file: IO[bytes], source: Source) -> Iterator[Record]:
             return
         origin = f"{source.path}:{reader.line_num}"
         if None in row:
-            raise UserError(f"{origin}: more cells than the header names ({len(reader.fieldnames or ())}); quote the commas")
+            raise UserError(f"{origin}: more cells than the {len(reader.fieldnames or ())} of the header; quote commas")
         yield origin, row
 
 
@@ -176,8 +176,8 @@ def _hub_records(source: Source) -> Iterator[Record]:
         rows = datasets.load_dataset(source.path, source.name, split=source.split)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"data source {source.path!r} (name={source.name!r}, split={source.split!r}) cannot be loaded from the hub: "
-            f"{error}; check the id, name and split, or give a local file"
+            f"data source {source.path!r} (name={source.name!r}, split={source.split!r}) cannot be loaded from "
+            f"the hub: {error}; check the id, name and split, or give a local file"
         ) from error
     for number, row in enumerate(rows):
         yield f"{source.path}[{source.split}]:{number}", dict(row)

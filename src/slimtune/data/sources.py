@@ -51,7 +51,7 @@ class Row:
 
     @cached_property
     def key(self) -> str:
-        """sha256 (hex) of the content after NFKC, casefold and collapsing of white space: the row's identity in splits."""
+        """sha256 (hex) of the content after NFKC, casefold and collapsing of white space: the row's identity."""
         text = self.content
         if not text.isascii():
             text = unicodedata.normalize("NFKC", text)
@@ -182,7 +182,8 @@ def _message(item: Any, origin: str) -> dict[str, Any]:
 
 def _field(name: str, fields: Mapping[str, Any], origin: str) -> Any:
     if name not in fields:
-        raise UserError(f"{origin}: no field {name!r}; fields: {sorted(map(str, fields))}.{nearest(name, map(str, fields))}")
+        known = sorted(map(str, fields))
+        raise UserError(f"{origin}: no field {name!r}; its fields are {known}.{nearest(name, known)}")
     return fields[name]
 
 
@@ -190,11 +191,11 @@ def _string(fields: Mapping[str, Any], name: str, origin: str) -> str:
     value = _field(name, fields, origin)
     if value is None or isinstance(value, str):
         return value or ""
-    raise UserError(f"{origin}: field {name!r} must be a string, found {type(value).__name__}; use a template or convert it")
+    raise UserError(f"{origin}: field {name!r} must be a string, found {type(value).__name__}; use a template")
 
 
 class _Template(string.Formatter):
-    """``str.format`` with item access only: attributes of values are not reachable, lists of strings join by a space."""
+    """``str.format`` with item access only (no attributes of values); lists of strings join by a space."""
 
     def __init__(self, origin: str):
         self.origin = origin
@@ -217,7 +218,7 @@ class _Template(string.Formatter):
         if isinstance(value, (str, int, float)):
             return value
         raise UserError(
-            f"{self.origin}: {{{name}}} in a template must be text, a number or a list of texts, found {type(value).__name__}"
+            f"{self.origin}: {{{name}}} in a template must be text, number or list of texts, not {type(value).__name__}"
             + (f"; reach inside, e.g. {{{name}[{next(iter(value))}]}}" if isinstance(value, Mapping) and value else "")
         )
 
@@ -226,4 +227,6 @@ def _fill(template: str, fields: Mapping[str, Any], origin: str) -> str:
     try:
         return _Template(origin).vformat(template, (), fields)
     except ValueError as error:
-        raise UserError(f"template {template!r} is not valid ({error}); write {{field}}, and {{{{ }}}} for braces") from error
+        raise UserError(
+            f"template {template!r} is not valid: {error}; double the braces that are not fields"
+        ) from error
