@@ -1,0 +1,41 @@
+# Targets: demo test check golden bench setup clean. The set-up lives in .venv and is made again when its inputs change.
+PYTHON ?= python3
+BIN := .venv/bin
+# Idle OpenMP threads spin; beside other work that costs more than the tests themselves.
+ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+CODE := $(wildcard src tests benchmarks)
+
+.PHONY: demo test check golden bench setup clean
+
+setup: .venv/.ok
+
+.venv/.ok: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/python -m slimtune tune recipes/demo.yaml out=runs/demo --overwrite
+
+test: setup check
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2
+
+check: setup
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# Record the golden losses again; look at the difference before you commit it.
+golden: setup
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 0 tests/golden --record
+	git diff --stat -- tests/golden
+
+bench:
+	@echo 'Run one with: $(BIN)/python benchmarks/NAME.py --help'
+	@ls -1 benchmarks 2>/dev/null || echo 'benchmarks/ is empty'
+
+# Caches and builds; .venv and runs/ stay.
+clean:
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,159 @@
+"""What a run will cost, without weights, data or training: a config on the meta device and cost.py's arithmetic."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from slimtune import runtime
+from slimtune.estimate.cost import Job, Phase, memory, phases
+from slimtune.models.load import load_config, structure_of
+from slimtune.prune.budget import MULTIPLES, smallest_ratio
+from slimtune.prune.generator import Generator
+from slimtune.recipe import Recipe
+from slimtune.structure.axes import Structure
+
+EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
+"""Part of the plain matmul rate that training reaches; an assumption, printed beside every expected time."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model, whole or cut: parameters, ratios to the whole, and the smallest the structure allows."""
+
+    total: int
+    block: int
+    total_ratio: float
+    block_ratio: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything ``slimtune estimate`` prints.
+
+    Attributes:
+        units: (layers, units by axis), equal neighbours together.
+        memory: bytes of one process, by item.
+        matmul_flops: measured operations a second of a plain matmul, or None.
+        problem: why the budget cannot be met, or None.
+    """
+
+    model_type: str
+    units: tuple[tuple[str, dict[str, int]], ...]
+    before: Size
+    after: Size
+    smallest: Size
+    lora_params: int
+    lora_params_after: int
+    generator_params: int
+    phases: tuple[Phase, ...]
+    memory: dict[str, int]
+    device: str
+    dtype: str
+    matmul_flops: float | None
+    efficiency: float
+    problem: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+
+def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
+    """The cost of a run. Reads config.json (or the inline config) only; times a matmul for less than a second.
+
+    Args:
+        recipe: the run; its data need not exist.
+        measure: time this machine's matmul; without it the expected times are None.
+
+    Raises:
+        UserError: the config cannot be had, or the family is refused or unknown.
+    """
+    config = load_config(recipe.model)
+    structure = structure_of(config)
+    smallest, after, problem = _sizes(recipe, structure)
+    kind = _device_kind(recipe.device)
+    dtype = runtime.pick_dtype(recipe.train.precision, kind)
+    whole = recipe.method == "finetune" and recipe.model.init == "config"
+    generator = _generator_params(recipe, structure) if recipe.method == "atp" else 0
+    job = Job(recipe, config, structure, after.block_ratio, whole, generator, dtype.itemsize)
+    rate = _matmul_rate(kind, dtype) if measure and (kind == "cpu" or torch.cuda.is_available()) else None
+    return Estimate(
+        model_type=structure.family.model_type,
+        units=_units(structure),
+        before=Size(structure.total_params, structure.prunable_params, 1.0, 1.0),
+        after=after,
+        smallest=smallest,
+        lora_params=job.lora(),
+        lora_params_after=job.lora(job.part),
+        generator_params=generator,
+        phases=tuple(phases(job, rate and rate * EFFICIENCY[kind] * runtime.world_size())),
+        memory=memory(job, kind),
+        device=kind,
+        dtype=str(dtype).removeprefix("torch."),
+        matmul_flops=rate,
+        efficiency=EFFICIENCY[kind],
+        problem=problem,
+    )
+
+
+def _device_kind(device: str) -> str:
+    """``cpu`` or ``cuda``; a GPU that is not here can be planned for, but not timed."""
+    return "cuda" if device.startswith("cuda") else runtime.pick_device(device).partition(":")[0]
+
+
+def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size, str | None]:
+    """The smallest possible size, the target's, and why the target cannot be met."""
+
+    def size(block: float) -> Size:
+        total = structure.constant_params + block
+        return Size(round(total), round(block), total / structure.total_params, block / structure.prunable_params)
+
+    budget, whole = recipe.budget, structure.prunable_params
+    multiple = min(MULTIPLES) if budget.ffn_multiple == "auto" else budget.ffn_multiple
+    smallest = size(smallest_ratio(structure, "block", multiple) * whole)
+    if recipe.method != "atp":
+        return smallest, size(whole), None
+    of_total = budget.of == "total"
+    wanted = budget.keep * structure.total_params - structure.constant_params if of_total else budget.keep * whole
+    least = smallest.total_ratio if of_total else smallest.block_ratio
+    if budget.keep >= least:
+        return smallest, size(wanted), None
+    problem = (
+        f"budget.keep={budget.keep} of {budget.of} cannot be met: embeddings, norms and the least every layer "
+        f"must keep are already {least:.3f}; ask for more than that{', or use budget.of=block' if of_total else ''}"
+    )
+    return smallest, smallest, problem
+
+
+def _units(structure: Structure) -> tuple[tuple[str, dict[str, int]], ...]:
+    """(layers, units by axis), equal neighbours together."""
+    rows, start = [], 0
+    for units, run in groupby(dict(layer.units) for layer in structure.layers):
+        last = start + len(list(run)) - 1
+        rows.append((f"{start}-{last}" if last > start else str(start), units))
+        start = last + 1
+    return tuple(rows)
+
+
+def _generator_params(recipe: Recipe, structure: Structure) -> int:
+    with torch.device("meta"):
+        generator = Generator(structure, recipe.generator, uniform=recipe.budget.layout == "uniform")
+    return sum(parameter.numel() for parameter in generator.parameters())
+
+
+def _matmul_rate(kind: str, dtype: torch.dtype) -> float:
+    """Operations a second of a square matmul, the best of at least three, in less than a second."""
+    n = 8192 if kind == "cuda" else 1024
+    left, right = (torch.randn(n, n, device=kind).to(dtype) for _ in range(2))
+    best, stop = float("inf"), time.perf_counter() + 0.5
+    runs = 0
+    while runs < 3 or time.perf_counter() < stop:
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # reading a value waits for the device
+        best, runs = min(best, time.perf_counter() - start), runs + 1
+    return 2 * n**3 / best

@@ -1,0 +1,156 @@
+"""The arithmetic of a run's cost: operations and bytes.
+
+Legend: B windows in a step, T tokens in a window, D model width, A query width (heads x head_dim), K key/value width,
+F MLP width, V vocabulary, r LoRA rank, s bytes of a number in the compute dtype, P parameters. After the cut every
+axis is taken to keep the same part of its units, the part that meets the budget.
+
+Floating-point operations of a token (2 a multiply-add): forward ``f = 2 (block linears + V D) + 4 T A``. A turn costs
+``2 f + 6 P_lora`` (LoRA: forward, and a backward that needs no gradient of the frozen weights), ``3 f`` (all weights)
+or ``2 f + 4 P_lora + 6 P_generator / tokens`` (decide); activation checkpointing adds the blocks' forward once more,
+a teacher one ``f``. Evaluation and reading data are not counted.
+
+Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
+``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
+fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
+``s D`` a layer and one whole block. Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments),
+logits ``12 B T V`` bytes (``14 B T V`` in 16-bit), twice with a teacher.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedConfig
+
+from slimtune import runtime
+from slimtune.recipe import Recipe
+from slimtune.structure.axes import FFN, KV_GROUP, Side, Structure
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase: steps, tokens of all turns, floating-point operations, seconds (None without a measured rate)."""
+
+    name: str
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the formulas need, collected once."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    structure: Structure
+    part: float
+    whole: bool
+    generator: int
+    bytes_: int
+
+    @property
+    def query_widths(self) -> int:
+        """A summed over the layers."""
+        head = self.structure.group * self.structure.head_dim
+        return sum(layer.units[KV_GROUP] * head for layer in self.structure.layers)
+
+    @property
+    def head_params(self) -> int:
+        """V D: the output head is a matmul whether or not it is tied."""
+        return int(self.config.vocab_size * self.config.hidden_size)
+
+    def lora(self, part: float = 1.0) -> int:
+        """LoRA parameters when ``part`` of the units is left (0 when all weights are trained)."""
+        if self.whole:
+            return 0
+        return sum(
+            round(self.recipe.lora.rank * (self._dim(layer, row.out, part) + self._dim(layer, row.into, part)))
+            for layer in range(len(self.structure.layers))
+            for row in self.structure.family.linears
+        )
+
+    def _dim(self, layer: int, side: Side | None, part: float) -> float:
+        if side is None:
+            return float(self.config.hidden_size)
+        return part * self.structure.layers[layer].units[side.axis] * self.structure.rows(side)
+
+    def forward(self, part: float = 1.0) -> float:
+        """Operations of one token's forward pass."""
+        blocks = 2 * self.structure.prunable_params + 4 * self.recipe.data.max_length * self.query_widths
+        return part * blocks + 2 * self.head_params
+
+    def adapt(self, part: float = 1.0) -> float:
+        """Operations of one token in a turn that trains the model."""
+        turn = 3 * self.forward(part) if self.whole else 2 * self.forward(part) + 6 * self.lora(part)
+        return turn + self.recompute(part)
+
+    def recompute(self, part: float = 1.0) -> float:
+        """The blocks' forward, once more, with activation checkpointing."""
+        again = self.recipe.model.checkpointing != "none"
+        return self.forward(part) - 2 * self.head_params if again else 0.0
+
+
+def phases(job: Job, speed: float | None) -> list[Phase]:
+    """The phases of the run. ``speed``: operations a second over all processes."""
+    recipe = job.recipe
+    step_tokens = recipe.train.batch * recipe.data.max_length
+
+    def phase(name: str, steps: int, turns: list[tuple[int, float]]) -> Phase:
+        """``turns``: (steps, operations a token)."""
+        flops = sum(count * step_tokens * cost for count, cost in turns)
+        tokens = sum(count for count, _ in turns) * step_tokens
+        return Phase(name, steps, tokens, flops, flops / speed if speed else None)
+
+    if recipe.method == "finetune":
+        return [phase("train", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
+    search, recover, part = recipe.search.steps, recipe.recover.steps, job.part
+    prior = recipe.generator.prior_steps if recipe.generator.prior != "none" else 0
+    decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / step_tokens
+    teacher = job.forward() if recipe.distill.weight > 0 else 0.0
+    turns = [(search, job.adapt() + teacher), (-(-search // recipe.search.decide_every), decide), (prior, decide)]
+    recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
+    rows = [phase("search", search, turns), phase("recover", recover, [(recover, recovering)])]
+    if recipe.evaluate.dense_lora:
+        rows.append(phase("dense LoRA", search + recover, [(search + recover, job.adapt())]))
+    return rows
+
+
+def memory(job: Job, kind: str) -> dict[str, int]:
+    """Bytes of one process at the fullest moment, before the cut."""
+    recipe, layers = job.recipe, len(job.structure.layers)
+    micro = recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())
+    tokens, size = micro * recipe.data.max_length, job.bytes_
+    if job.whole:
+        weights = {"weights, gradients, AdamW": 16 * job.structure.total_params}
+    else:
+        weight_bytes = runtime.pick_dtype(recipe.model.dtype, kind).itemsize
+        weights = {
+            "weights": weight_bytes * job.structure.total_params,
+            "LoRA, gradients, AdamW": 16 * job.lora(),
+            "generator, gradients, AdamW": 16 * job.generator,
+        }
+    blocks = activation_bytes(job) * tokens
+    if recipe.model.checkpointing != "none":
+        blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
+    teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
+    logits = teacher * tokens * job.config.vocab_size * (12 if size == 4 else 14)
+    items = {**weights, "activations": blocks, "logits": logits}
+    if recipe.distill.recover and teacher == 2:
+        items["teacher weights (recover)"] = items["weights"]
+    return {name: int(value) for name, value in items.items() if value}
+
+
+def activation_bytes(job: Job) -> int:
+    """What autograd saves for one token in all blocks, without checkpointing (the formula of this module)."""
+    rank = 0 if job.whole else job.recipe.lora.rank
+    dims = (24 if job.whole else 16) * job.config.hidden_size + 28 * rank
+    structure, total = job.structure, 0
+    eager = job.recipe.model.attention == "eager" or getattr(job.config, "attn_logit_softcapping", None)
+    for layer in structure.layers:
+        keys = layer.units[KV_GROUP] * structure.head_dim
+        wide = 2 * keys * structure.group + 2 * keys + 4 * layer.units[FFN]
+        scores = 10 * job.recipe.data.max_length * layer.units[KV_GROUP] * structure.group if eager else 0
+        total += dims + job.bytes_ * wide + scores
+    return total

@@ -1,0 +1,84 @@
+"""An Estimate as tables."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from slimtune.estimate.build import Estimate
+from slimtune.recipe import Recipe
+
+
+def render(estimate: Estimate, recipe: Recipe, console: Console | None = None) -> None:
+    """Print structure, sizes, phases and memory."""
+    out = console or Console()
+    out.print(_units(estimate))
+    out.print(_sizes(estimate, recipe))
+    out.print(_phases(estimate))
+    out.print(_memory(estimate))
+    out.print(_footnote(estimate), highlight=False)
+
+
+def _units(estimate: Estimate) -> Table:
+    table = Table(title=f"What can be cut: {estimate.model_type}", title_justify="left")
+    axes = list(estimate.units[0][1])
+    for name in ("layers", *axes):
+        table.add_column(name, justify="right")
+    for layers, units in estimate.units:
+        table.add_row(layers, *(f"{units[axis]:,}" for axis in axes))
+    return table
+
+
+def _sizes(estimate: Estimate, recipe: Recipe) -> Table:
+    target = (
+        f"budget.keep={recipe.budget.keep} of {recipe.budget.of}"
+        if recipe.method == "atp"
+        else "after (nothing is cut)"
+    )
+    table = Table("parameters", title="Size", title_justify="left")
+    for name in ("before", target, "smallest possible"):
+        table.add_column(name, justify="right")
+    sizes = (estimate.before, estimate.after, estimate.smallest)
+    table.add_row("total", *(f"{size.total:,} ({size.total_ratio:.3f})" for size in sizes))
+    table.add_row("in prunable units", *(f"{size.block:,} ({size.block_ratio:.3f})" for size in sizes))
+    table.add_row("LoRA", f"{estimate.lora_params:,}", f"{estimate.lora_params_after:,}", "")
+    table.add_row("generator", f"{estimate.generator_params:,}", "", "")
+    return table
+
+
+def _phases(estimate: Estimate) -> Table:
+    table = Table("phase", title="Work", title_justify="left")
+    for name in ("steps", "tokens of all turns", "TFLOP", "expected time"):
+        table.add_column(name, justify="right")
+    for phase in estimate.phases:
+        cells = (f"{phase.steps:,}", f"{phase.tokens:,}", f"{phase.flops / 1e12:,.1f}", _clock(phase.seconds))
+        table.add_row(phase.name, *cells)
+    return table
+
+
+def _memory(estimate: Estimate) -> Table:
+    table = Table("memory of one process", title="Memory before the cut (the fullest phase)", title_justify="left")
+    table.add_column("GB", justify="right")
+    for name, size in estimate.memory.items():
+        table.add_row(name, f"{size / 1e9:,.2f}")
+    table.add_row("sum", f"{sum(estimate.memory.values()) / 1e9:,.2f}", style="bold")
+    return table
+
+
+def _footnote(estimate: Estimate) -> str:
+    machine = f"{estimate.device}, {estimate.dtype}"
+    if estimate.matmul_flops is None:
+        return f"No matmul was timed for {machine} on this machine, so no time is expected."
+    return (
+        f"Expected time = FLOP / ({estimate.matmul_flops / 1e9:,.0f} GFLOP/s, a matmul timed just now on {machine}, "
+        f"x {estimate.efficiency} assumed efficiency x processes); evaluation, data and set-up are not in it. "
+        "The formulas stand in slimtune/estimate/cost.py."
+    )
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

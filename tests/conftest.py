@@ -1,0 +1,51 @@
+"""One thread, no network, fixed seeds; ``--record`` writes golden files anew."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+# Examples take as long as a shared machine lets them; the same ones on every run, so a red run can be repeated.
+hypothesis.settings.register_profile("slimtune", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("slimtune")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record", action="store_true", help="write the golden losses instead of comparing them")
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> bool:
+    """Whether golden files are to be written."""
+    return bool(request.config.getoption("--record"))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    yield
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of the larger data sets and models: ``data/...`` and ``models/base-44m``."""
+    value = os.environ.get("SLIMTUNE_DATA")
+    if not value:
+        pytest.skip("SLIMTUNE_DATA is not set: the larger data sets are not at hand")
+    folder = Path(value)
+    assert folder.is_dir(), f"SLIMTUNE_DATA={value} is no folder"
+    return folder

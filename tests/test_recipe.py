@@ -1,0 +1,130 @@
+"""Recipes: what is accepted, and what an error says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from slimtune.errors import UserError
+from slimtune.recipe import Recipe, load, parse
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: {path: some/model}\nbudget: {keep: 0.7}\ndata: {train: rows.jsonl}\n")
+    return path
+
+
+def test_a_file_with_overrides(file: Path) -> None:
+    recipe = load(file, ["budget.keep=0.5", "train.lr=1e-4", "data.test=[a.jsonl, b.csv]", "seed=3", "lora.alpha=null"])
+    assert (recipe.budget.keep, recipe.train.lr, recipe.seed, recipe.lora.alpha) == (0.5, 1e-4, 3, None)
+    assert [source.path for source in recipe.data.train] == ["rows.jsonl"]
+    assert [source.path for source in recipe.data.test] == ["a.jsonl", "b.csv"]
+    assert load(file).budget.keep == 0.7
+
+
+def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.write_text("")
+    assert load(empty) == Recipe()
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"bugdet": {}}, r"unknown key 'bugdet'. Did you mean 'budget'\?"),
+        ({"budget": {"kep": 0.5}}, r"unknown key 'budget.kep'. Did you mean 'keep'\?"),
+        (
+            {"data": {"train": [{"path": "x", "promt": "y"}]}},
+            r"unknown key 'data.train.0.promt'. Did you mean 'prompt'\?",
+        ),
+        ({"budget": {"keep": 0}}, r"budget.keep=0 is not valid: .*greater than 0"),
+        ({"budget": {"keep": 1.5}}, r"budget.keep=1.5 is not valid"),
+        ({"train": {"batch": 2.5}}, r"train.batch=2.5 is not valid"),
+        ({"lora": {"semantics": "soft"}}, r"lora.semantics='soft' is not valid: .*'hard' or 'lora_aware'"),
+        ({"generator": {"heads": 3}}, r"generator.heads=3 must divide generator.width=64"),
+        ({"model": {"init": "config"}}, r"needs model.config or model.path"),
+        ({"data": {"train": [{"text": "no path"}]}}, r"data.train.0.path"),
+    ],
+)
+def test_what_is_refused(raw: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("budget.keep", r"'budget.keep' is not of the form section.key=value"),
+        ("=1", r"not of the form"),
+        ("budget.keep=[", r"not valid YAML"),
+        ("seed.x=1", r"'seed' is not a section"),
+        ("budget.kepp=0.5", r"Did you mean 'keep'\?"),
+    ],
+)
+def test_what_an_override_cannot_be(file: Path, override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load(file, ["seed=1", override])
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a\n- b\n", "must be a mapping.*list")])
+def test_what_a_file_cannot_be(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere.yaml' does not exist; give the path"):
+        load(tmp_path / "nowhere.yaml")
+
+
+def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIM_TEST_FOLDER", "/data")
+    raw = {"data": {"train": ["${SLIM_TEST_FOLDER}/a.jsonl"]}, "model": {"path": "${SLIM_TEST_FOLDER}"}}
+    recipe = parse(raw)
+    assert (recipe.data.train[0].path, recipe.model.path) == ("/data/a.jsonl", "/data")
+    monkeypatch.delenv("SLIM_TEST_FOLDER")
+    with pytest.raises(UserError, match=r"SLIM_TEST_FOLDER is not set; export SLIM_TEST_FOLDER="):
+        parse(raw)
+
+
+def test_frozen() -> None:
+    recipe = Recipe()
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.budget.keep = 0.1  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.seed = 1  # type: ignore[misc]
+
+
+def test_defaults_are_valid_when_written_out() -> None:
+    assert parse(yaml.safe_load(Recipe().to_yaml())) == Recipe()
+
+
+@given(
+    keep=st.floats(0.01, 1.0),
+    lr=st.floats(1e-9, 1.0),
+    multiple=st.integers(1, 512) | st.just("auto"),
+    template=st.text(st.characters(exclude_characters="$", exclude_categories=["Cs"]), max_size=30),
+    seed=st.integers(0, 2**31),
+)
+def test_the_resolved_recipe_reads_back_equal(
+    keep: float, lr: float, multiple: int | str, template: str, seed: int
+) -> None:
+    recipe = parse(
+        {
+            "seed": seed,
+            "budget": {"keep": keep, "ffn_multiple": multiple},
+            "train": {"lr": lr},
+            "data": {"train": {"path": "x.jsonl", "prompt": template, "completion": "{answer}"}},
+        }
+    )
+    assert parse(yaml.safe_load(recipe.to_yaml())) == recipe
