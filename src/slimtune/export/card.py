@@ -1,0 +1,179 @@
+"""The model card (README.md) of an exported folder: what is known, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+import slimtune
+from slimtune.structure.axes import FFN, KV_GROUP
+from slimtune.structure.plan import Plan
+
+_TEMPLATE = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- slimtune
+- pruned
+{%- if hub_base %}
+base_model: {{ hub_base }}
+{%- endif %}
+{%- if license %}
+license: {{ license }}
+{%- endif %}
+---
+# {{ title }}
+
+A smaller, tuned version of {{ base }}, made with slimtune {{ version }}.
+
+| fact | value |
+| --- | --- |
+{%- for name, value in rows %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+{%- if perplexities %}
+
+## Perplexity
+
+| text | perplexity |
+| --- | --- |
+{%- for name, value in perplexities %}
+| {{ name }} | {{ value }} |
+{%- endfor %}
+{%- endif %}
+{%- if data %}
+
+## Data
+
+{% for source in data -%}
+- {{ source }}
+{% endfor %}
+{%- endif %}
+
+## Loading
+{% if per_layer %}
+Layers differ in width, so the model has its own small class. The folder carries it (`modeling_slimtune.py`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+
+With slimtune installed nothing in the folder has to be trusted:
+
+```python
+import slimtune
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+```
+{% else %}
+A stock transformers class (`{{ architecture }}`) holds this model; no further code is needed:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder)
+```
+{% endif %}
+`plan.json` lists which units of the base were kept; replayed on the base it gives the same widths.
+
+## Widths
+
+| layer | query heads | KV heads | MLP |
+| --- | --- | --- | --- |
+{%- for row in widths %}
+| {{ row }} |
+{%- endfor %}
+
+## Licence
+
+{% if license -%}
+The base is under {{ license }}; its terms apply to this model too.
+{%- else -%}
+The licence of the base is not known to slimtune; look it up before you use or share this model.
+{%- endif %}
+"""
+
+_LABELS = {
+    "base": "base model",
+    "method": "method",
+    "budget": "budget",
+    "parameters_before": "parameters before",
+    "parameters_after": "parameters after",
+    "reload_difference": "largest logit difference after a reload in a fresh process",
+}
+_ELSEWHERE = ("title", "license", "perplexities", "data")
+
+
+def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> str:
+    """The text of the card.
+
+    Args:
+        facts: all optional: ``title``, ``base``, ``license`` (of the base), ``method``, ``budget``,
+            ``parameters_before``, ``parameters_after``, ``perplexities`` ({name: value}), ``data`` (list of sources),
+            ``reload_difference``. Other keys become rows of the table under their own name. Absent facts (or None) are
+            not mentioned; only an unknown licence is said to be unknown.
+        plan: the decision, for the table of widths.
+        config: config.json of the folder.
+    """
+    known = {key: value for key, value in facts.items() if value is not None}
+    base = str(known.get("base", "a base model"))
+    order = [key for key in _LABELS if key in known] + [key for key in known if key not in (*_LABELS, *_ELSEWHERE)]
+    rows = [(_LABELS.get(key, key.replace("_", " ")), _text(known[key])) for key in order]
+    rows.append(("weights", str(config.get("dtype"))))
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(_TEMPLATE).render(
+        title=known.get("title", "Pruned model"),
+        base=base,
+        # only an id of the hub may stand in the metadata; a folder of the author's machine means nothing elsewhere
+        hub_base=base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None,
+        license=known.get("license"),
+        version=slimtune.__version__,
+        rows=rows,
+        perplexities=[(name, _text(value)) for name, value in dict(known.get("perplexities", {})).items()],
+        data=[_text(source) for source in known.get("data", ())],
+        per_layer="per_layer_config" in config,
+        architecture=(config.get("architectures") or ["?"])[0],
+        widths=_widths(plan),
+    )
+
+
+def write(folder: Path, facts: Mapping[str, Any], plan: Plan) -> Path:
+    """Write README.md into an exported folder (again, when more facts are known)."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file = folder / "README.md"
+    file.write_text(render(facts, plan, config), encoding="utf-8")
+    return file
+
+
+def _widths(plan: Plan) -> list[str]:
+    lines = []
+    for layer, full in enumerate(plan.full):
+        now = plan.widths(layer)
+        pairs = (
+            (now["num_attention_heads"], full[KV_GROUP] * plan.group),
+            (now["num_key_value_heads"], full[KV_GROUP]),
+            (now["intermediate_size"], full[FFN]),
+        )
+        lines.append(" | ".join([str(layer), *(f"{kept} of {whole}" for kept, whole in pairs)]))
+    return lines
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,195 @@
+"""Write a cut model as a Hugging Face directory: the stock class where one can hold it, else the per-layer class.
+
+Which class fits is not looked up but tried: the candidate config is built on the meta device and its parameter shapes are
+compared with the model's. That catches every trap of the stock classes (validators, norms sized as hidden / heads).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from shutil import copyfile
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict, snapshot_download
+from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from slimtune.errors import UserError
+from slimtune.export import card
+from slimtune.export.folder import replacing
+from slimtune.models import per_layer
+from slimtune.models.load import locate
+from slimtune.structure.axes import AXES
+from slimtune.structure.plan import Plan
+
+MAX_SHARD = "4GB"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "generation_config.json",
+)
+"""Files of a base folder that go into the export unchanged."""
+_SPARE_BYTES = 1 << 20
+_NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "per_layer_config")
+
+
+@dataclass(frozen=True)
+class _Twin:
+    """A stock class with the same arithmetic and tensors but without the first one's check of hidden_size % heads."""
+
+    model_type: str
+    keys: Mapping[str, Any]
+    without: tuple[str, ...]
+    """Keys of the first class the twin lacks; it can only stand in when they are all off."""
+    ignored: tuple[str, ...] = ()
+
+
+_TWINS = {
+    "llama": _Twin(
+        "mistral",
+        {"sliding_window": None},
+        without=("attention_bias", "mlp_bias"),
+        ignored=("pretraining_tp", "layer_types"),
+    )
+}
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer_source: Path | str | None,
+    plan: Plan,
+    folder: Path,
+    dtype: torch.dtype | None,
+    facts: Mapping[str, Any],
+) -> Path:
+    """Write ``model`` to ``folder``, whole or not at all; an earlier model there is replaced at the very end.
+
+    Args:
+        model: a stock causal LM, cut by ``plan``, LoRA merged; ``model.config`` is still that of the base. Not changed.
+        tokenizer_source: folder or hub id whose tokenizer files are copied byte for byte; None: none are written.
+        plan: the decision; also written, as plan.json.
+        dtype: of the written weights; None: as they are.
+        facts: for the model card, see ``card.render``.
+
+    Raises:
+        UserError: the model does not fit the plan, the disk is full, or the folder may not be replaced.
+    """
+    source = _tokenizer_folder(tokenizer_source)
+    if source and source.resolve() == Path(folder).resolve():
+        raise UserError(f"the export would replace its own base {str(folder)!r}; choose another folder")
+    weights = dict(model.named_parameters())  # tied ones once
+    config = config_for(model.config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    config.dtype = dtype or model.dtype
+    size = torch.empty((), dtype=config.dtype).element_size()
+    needed = sum(tensor.numel() for tensor in weights.values()) * size + _SPARE_BYTES
+    with replacing(Path(folder), needed) as partial:
+        config.save_pretrained(partial)
+        model.generation_config.save_pretrained(partial)
+        save_torch_state_dict(
+            {name: _converted(tensor, dtype) for name, tensor in weights.items()},
+            partial,
+            max_shard_size=MAX_SHARD,
+            metadata={"format": "pt"},
+        )
+        for file in _tokenizer_files(source):
+            copyfile(file, partial / file.name)
+        (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        after = {"parameters_after": sum(tensor.numel() for tensor in weights.values())}
+        card.write(partial, {**after, **facts}, plan)
+    return Path(folder)
+
+
+def config_for(base: PreTrainedConfig, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedConfig:
+    """The config of the cut model: stock if a stock class builds exactly ``shapes``, else the per-layer one.
+
+    Raises:
+        UserError: no class builds these shapes, so the model was not cut by ``plan`` (or still carries LoRA).
+    """
+    difference = ""
+    for candidate in _candidates(base, plan):
+        with torch.device("meta"):
+            shell = AutoModelForCausalLM.from_config(copy.deepcopy(candidate))
+        built = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters()}
+        if built == dict(shapes):
+            candidate.architectures = [type(shell).__name__]
+            return candidate
+        difference = _first_difference(built, shapes)
+    raise UserError(
+        f"the model does not fit its plan: {difference}; merge LoRA and cut it with this plan before saving"
+    )
+
+
+def _candidates(base: PreTrainedConfig, plan: Plan) -> Iterator[PreTrainedConfig]:
+    if all(len(kept[axis]) == full[axis] for kept, full in zip(plan.kept, plan.full, strict=True) for axis in AXES):
+        uncut = copy.deepcopy(base)
+        uncut.use_cache = True
+        yield uncut
+        return
+    keys = {key: value for key, value in base.to_dict().items() if key not in _NOT_CARRIED}
+    keys["use_cache"] = True  # training switches it off; a model folder is for use
+    # after the cut hidden_size / heads no longer is the size of a head
+    keys["head_dim"] = keys.get("head_dim") or base.hidden_size // base.num_attention_heads
+    if plan.is_uniform:
+        yield from _stock(base.model_type, {**keys, **plan.widths(0)})
+    per_layer.register()
+    widths = {str(layer): plan.widths(layer) for layer in range(len(plan.kept))}
+    yield per_layer.CONFIGS[base.model_type](**keys, per_layer_config=widths)
+
+
+def _stock(model_type: str, keys: Mapping[str, Any]) -> Iterator[PreTrainedConfig]:
+    options = [(model_type, dict(keys))]
+    twin = _TWINS.get(model_type)
+    if twin and not any(keys.get(key) for key in twin.without):
+        kept = {key: value for key, value in keys.items() if key not in (*twin.without, *twin.ignored)}
+        options.append((twin.model_type, {**kept, **twin.keys}))
+    for name, option in options:
+        try:
+            yield AutoConfig.for_model(name, **option)
+        except (StrictDataclassError, ValueError):
+            continue  # the class refuses such widths by rule; the next one may not
+
+
+def _first_difference(built: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> str:
+    for name in sorted({*built, *given}):
+        if built.get(name) != given.get(name):
+            return f"{name} should be {built.get(name, 'absent')} and is {given.get(name, 'absent')}"
+    return "no difference"
+
+
+def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    detached = tensor.detach()
+    return detached.to(dtype) if dtype and detached.is_floating_point() else detached
+
+
+def _tokenizer_folder(source: Path | str | None) -> Path | None:
+    if source is None:
+        return None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    location, local = locate(str(source), "model.tokenizer")
+    if local:
+        return Path(location)
+    try:
+        return Path(snapshot_download(location, allow_patterns=list(TOKENIZER_FILES)))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"tokenizer files of {location!r} cannot be fetched ({reason}); give a local folder") from error
+
+
+def _tokenizer_files(source: Path | None) -> list[Path]:
+    if source is None:
+        return []
+    return sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
