@@ -172,9 +172,9 @@ def fit(
         row, length = long[0]
         longest = max(length for _, length in long)
         raise UserError(
-            f"{row.origin}: {length} tokens exceed data.max_length={config.max_length} (as do {len(long) - 1} more rows "
-            f"of data.{name}; the longest has {longest}); set data.max_length={longest}, or data.on_long=truncate (cuts "
-            "the prompt from the left), or data.on_long=drop"
+            f"{row.origin}: {length} tokens exceed data.max_length={config.max_length} (as do {len(long) - 1} more "
+            f"rows of data.{name}; the longest has {longest}); set data.max_length={longest}, or data.on_long=truncate "
+            "(cuts the prompt from the left), or data.on_long=drop"
         )
     notes.update({f"{name}.long": len(long)} if long else {})
     return kept

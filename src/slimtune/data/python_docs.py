@@ -7,6 +7,7 @@ so reading them has no side effects. Works on CPython 3.11 and later.
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import sysconfig
@@ -19,18 +20,19 @@ from slimtune.errors import UserError
 MIN_CHARS = 300
 """Smaller pieces of a module are joined until they reach this many characters."""
 
-_SKIP = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "site-packages", "dist-packages"}
+_SKIP = frozenset(["test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "encodings", "site-packages", "dist-packages"])
 _LEGAL = re.compile(r"(?i)copyright|\(c\) *\d{4}|all rights reserved|licen[sc]ed? (under|to)|permission (is|to)")
 _Named = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def documents() -> list[tuple[str, str]]:
-    """(name, text) of every document, in a fixed order.
+@functools.cache
+def documents() -> tuple[tuple[str, str], ...]:
+    """(name, text) of every document, in a fixed order; parsed once a process (about five seconds).
 
     Raises:
         UserError: this Python carries neither topics nor library sources.
     """
-    found = [*_topics(), *library(Path(sysconfig.get_paths()["stdlib"]))]
+    found = (*_topics(), *library(Path(sysconfig.get_paths()["stdlib"])))
     if not found:
         raise UserError("builtin:python-docs: this Python carries no documentation; give your own data.train instead")
     return found

@@ -84,19 +84,23 @@ def _fields(value: Any, origin: str) -> dict[str, Any]:
 
 
 def _jsonl(file: IO[bytes], source: Source) -> Iterator[Record]:
-    for number, line in enumerate(_text(file, newline="\n"), start=1):
-        if not line.strip():
-            continue
-        origin = f"{source.path}:{number}"
-        try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{origin}: not valid JSON ({error.msg}, column {error.colno}); fix the line") from error
-        yield origin, _fields(value, origin)
+    with _text(file, newline="\n") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            origin = f"{source.path}:{number}"
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{origin}: not valid JSON ({error.msg}, column {error.colno}); fix the line"
+                ) from error
+            yield origin, _fields(value, origin)
 
 
 def _json(file: IO[bytes], source: Source) -> Iterator[Record]:
-    text = _text(file).read()
+    with _text(file) as whole:
+        text = whole.read()
     try:
         value = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
@@ -110,18 +114,17 @@ def _json(file: IO[bytes], source: Source) -> Iterator[Record]:
 
 def _csv(file: IO[bytes], source: Source) -> Iterator[Record]:
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default of 128 KiB is less than one long document
-    reader = csv.DictReader(_text(file, newline=""), strict=True)
-    while True:
+    with _text(file, newline="") as lines:
+        reader = csv.DictReader(lines, strict=True)
         try:
-            row = next(reader, None)
+            for row in reader:
+                origin = f"{source.path}:{reader.line_num}"
+                if None in row:
+                    cells = len(reader.fieldnames or ())
+                    raise UserError(f"{origin}: more cells than the {cells} of the header; quote those with commas")
+                yield origin, row
         except csv.Error as error:
-            raise UserError(f"{source.path}:{reader.line_num}: not valid CSV ({error})") from error
-        if row is None:
-            return
-        origin = f"{source.path}:{reader.line_num}"
-        if None in row:
-            raise UserError(f"{origin}: more cells than the {len(reader.fieldnames or ())} of the header; quote commas")
-        yield origin, row
+            raise UserError(f"{source.path}:{reader.line_num}: not valid CSV ({error}); fix the line") from error
 
 
 def _parquet(file: IO[bytes], source: Source) -> Iterator[Record]:
@@ -142,18 +145,15 @@ def _parquet(file: IO[bytes], source: Source) -> Iterator[Record]:
 
 
 def _txt(file: IO[bytes], source: Source) -> Iterator[Record]:
-    text = _text(file)
-    if source.separator is None:
-        yield f"{source.path}:1", {"text": text.read()}
-        return
     lines: list[str] = []
     first = 1
-    for number, line in enumerate(text, start=1):
-        if line.rstrip("\n") == source.separator:
-            yield f"{source.path}:{first}", {"text": "".join(lines)}
-            lines, first = [], number + 1
-        else:
-            lines.append(line)
+    with _text(file) as text:
+        for number, line in enumerate(text, start=1):
+            if line.rstrip("\n") == source.separator:
+                yield f"{source.path}:{first}", {"text": "".join(lines)}
+                lines, first = [], number + 1
+            else:
+                lines.append(line)
     if lines:
         yield f"{source.path}:{first}", {"text": "".join(lines)}
 

@@ -57,7 +57,7 @@ def _phases(estimate: Estimate) -> Table:
 
 
 def _memory(estimate: Estimate) -> Table:
-    table = Table("memory of one process", title="Memory before the cut (the fullest phase)", title_justify="left")
+    table = Table("of one process", title="Memory, fullest phase", title_justify="left")
     table.add_column("GB", justify="right")
     for name, size in estimate.memory.items():
         table.add_row(name, f"{size / 1e9:,.2f}")

@@ -1,0 +1,284 @@
+"""A whole run: check, measure, tune and prune, export, reload, report. ``tune`` is the public entry."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from slimtune import __version__
+from slimtune.data.batches import Splits, load_splits
+from slimtune.errors import UserError
+from slimtune.evaluate.choices import accuracy
+from slimtune.evaluate.perplexity import perplexity
+from slimtune.export import huggingface
+from slimtune.export.verify import verify
+from slimtune.methods import atp, finetune
+from slimtune.methods.outcome import Method, Outcome
+from slimtune.models.load import load_config, load_model, load_tokenizer, locate, structure_of
+from slimtune.models.selfcheck import self_check
+from slimtune.models.surgery import merge_lora
+from slimtune.prune.budget import solve
+from slimtune.recipe import Recipe
+from slimtune.report.table import render
+from slimtune.runtime import Metrics, RunFolder, pick_dtype, rank, seed_everything
+from slimtune.structure.axes import Structure
+from slimtune.structure.plan import count
+from slimtune.train import checkpoint
+from slimtune.train.progress import Progress
+from slimtune.train.session import Figures, Session, make_accelerator
+
+METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run}
+
+Summary = dict[str, Any]
+
+
+def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Summary:
+    """Run a recipe from data to verified export.
+
+    Args:
+        recipe: what to do; see :class:`slimtune.recipe.Recipe`.
+        resume: continue an interrupted run in ``recipe.out`` (losses and Plan are those of an uninterrupted run).
+        overwrite: replace an earlier run in ``recipe.out``.
+
+    Returns:
+        The summary that also stands in ``summary.json``.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    started = time.perf_counter()
+    folder = _open_folder(recipe, resume, overwrite)
+    seed_everything(recipe.seed)
+    run = _Run(recipe, folder, resume)
+    run.check()
+    summary = run.execute()
+    summary["seconds"] = round(time.perf_counter() - started, 1)
+    folder.write_json("summary.json", summary)
+    if rank() == 0:
+        run.progress.console.print(render(summary))
+    return summary
+
+
+def _open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
+    out = Path(recipe.out)
+    stored = out / "recipe.yaml"
+    if stored.is_file() and not resume and not overwrite:
+        raise UserError(f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite")
+    if stored.is_file() and resume:
+        _same_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), recipe)
+    folder = RunFolder(out)
+    if not (stored.is_file() and resume):
+        for name in ("stages.json", "summary.json", "metrics.jsonl", *(path.name for path in out.glob("checkpoint-*.pt"))):
+            (out / name).unlink(missing_ok=True)
+        folder.write_text("recipe.yaml", recipe.to_yaml())
+    return folder
+
+
+def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
+    now = yaml.safe_load(recipe.to_yaml())
+    for key in sorted(set(stored) | set(now)):
+        if key != "out" and stored.get(key) != now.get(key):
+            old, new = stored.get(key), now.get(key)
+            if isinstance(old, dict) and isinstance(new, dict):
+                inner = next(name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name))
+                key, old, new = f"{key}.{inner}", old.get(inner), new.get(inner)
+            raise UserError(
+                f"--resume: {key} is {new!r} now but {old!r} in the run's recipe.yaml; "
+                "resume with the same recipe or start anew with --overwrite"
+            )
+
+
+class _Run:
+    """One run's parts, built in the order in which they can fail cheaply."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, resume: bool):
+        self.recipe, self.folder, self.resume = recipe, folder, resume
+        self.progress = Progress()
+        self.config = load_config(recipe.model)
+        self.structure: Structure = structure_of(self.config)
+        self.accelerator = make_accelerator(recipe)
+        self.bf16 = pick_dtype(recipe.train.precision, str(self.accelerator.device)) is torch.bfloat16
+        if recipe.trackers:
+            self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
+        self.metrics = Metrics(folder)
+        self.stages: dict[str, Any] = {}
+        self.tokenizer: Any = None
+        self.splits: Splits
+
+    def check(self) -> None:
+        """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
+        recipe = self.recipe
+        if recipe.method == "atp":
+            zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
+            solve(zeros, self.structure, recipe.budget)
+        self.tokenizer = load_tokenizer(recipe.model)
+        if len(self.tokenizer) > self.config.vocab_size:
+            raise UserError(
+                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocab_size is {self.config.vocab_size}; "
+                "give the tokenizer that belongs to the model (model.tokenizer)"
+            )
+        need = {"train", "valid", "test"} | ({"decision"} if recipe.method == "atp" else set())
+        self.progress.say("reading and tokenising data ...")
+        self.splits = load_splits(recipe.data, self.tokenizer, frozenset(need))
+        sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
+        self.progress.say(f"data: {sizes}")
+        difference = self_check(self.config, recipe.seed)
+        self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
+        self._start_or_resume()
+
+    def _start_or_resume(self) -> None:
+        stages = self.folder / "stages.json"
+        if self.resume and stages.is_file():
+            self.stages = json.loads(stages.read_text(encoding="utf-8"))
+        before = None
+        for stage in ("main", "dense_lora"):
+            state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
+            if state:
+                before = (stage, state["phase"], state["step"])
+                break
+        self.metrics.restart(before)
+
+    def execute(self) -> Summary:
+        """Measure the base, run the reference if asked for, run the method, export and measure what was written."""
+        recipe = self.recipe
+        base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
+        dense: Figures = {}
+        if recipe.evaluate.dense_lora and recipe.method != "finetune":
+            dense = self._stage("dense_lora", self._measure_dense)
+        started = time.perf_counter()
+        outcome = METHODS[recipe.method](self._session("main"))
+        seconds = time.perf_counter() - started
+        result, difference = self._export(outcome, {"base": base, "dense_lora": dense})
+        result["seconds"] = round(seconds, 1)
+        return {
+            "version": __version__,
+            "method": recipe.method,
+            "out": recipe.out,
+            "model": str(self.folder / "model"),
+            "seed": recipe.seed,
+            "keep": recipe.budget.keep,
+            "of": recipe.budget.of,
+            "base": base,
+            "dense_lora": dense,
+            "result": result,
+            "reload_difference": difference,
+            "leak": outcome.notes.get("leak"),
+            "plan": outcome.plan.digest,
+            "tokens": outcome.tokens,
+            "machine": _machine(self.accelerator.device),
+        }
+
+    def _stage(self, name: str, measure: Callable[[], Figures]) -> Figures:
+        if name not in self.stages:
+            self.stages[name] = measure()
+            self.folder.write_json("stages.json", self.stages)
+        found: Figures = self.stages[name]
+        return found
+
+    def _session(self, stage: str) -> Session:
+        return Session(
+            recipe=self.recipe,
+            accelerator=self.accelerator,
+            structure=self.structure,
+            splits=self.splits,
+            folder=self.folder,
+            metrics=self.metrics,
+            progress=self.progress,
+            valid_figures=self._valid,
+            stage=stage,
+            resume=self.resume,
+        )
+
+    def _valid(self, model: nn.Module) -> Figures:
+        evaluate = self.recipe.evaluate
+        return perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.accelerator.device, self.bf16)
+
+    def _test(self, model: nn.Module) -> Figures:
+        evaluate, device = self.recipe.evaluate, self.accelerator.device
+        figures = perplexity(model, self.splits.test, evaluate.windows, evaluate.batch, device, self.bf16)
+        rows = self.splits.choice_rows[: evaluate.choices]
+        if rows:
+            figures |= accuracy(model, self.tokenizer, rows, self.recipe.data.max_length, device, self.bf16)
+        return figures
+
+    def _measure_base(self) -> Figures:
+        self.progress.say("measuring the base model ...")
+        device = str(self.accelerator.device)
+        model = load_model(self.recipe.model, device, pick_dtype(self.recipe.model.dtype, device))
+        location, local = locate(self.recipe.model.path)
+        size = {"bytes": _weight_bytes(Path(location))} if local else {}
+        return {**self._test(model), "parameters": self.structure.total_params, "block_ratio": 1.0, **size}
+
+    def _measure_dense(self) -> Figures:
+        self.progress.say("reference: LoRA on the uncut model, same tokens")
+        started = time.perf_counter()
+        outcome = finetune.run(self._session("dense_lora"))
+        seconds = round(time.perf_counter() - started, 1)
+        return {**self._test(outcome.model), "parameters": self.structure.total_params, "block_ratio": 1.0, "seconds": seconds}
+
+    def _export(self, outcome: Outcome, facts: Summary) -> tuple[Figures, float | None]:
+        """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
+        recipe = self.recipe
+        model: Any = outcome.model.float()
+        model = merge_lora(model) if recipe.export.merge else model
+        dtype = self._export_dtype()
+        model.to(dtype)
+        counts = count(self.structure, outcome.plan)
+        plan = replace(outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio})
+        target = self.folder / "model"
+        difference: float | None = None
+        if rank() == 0:
+            self.progress.say(f"writing {target} ...")
+            source = recipe.model.tokenizer or recipe.model.path
+            where = locate(source)[0] if not Path(source).is_dir() else source
+            facts = {**facts, "recipe": recipe.model_dump(mode="json"), "parameters": counts.total}
+            huggingface.save(model, where, plan, target, dtype, facts)
+            if recipe.export.verify:
+                difference = self._verify(model.float().cpu().eval(), target)
+        self.accelerator.wait_for_everyone()
+        device = self.accelerator.device
+        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True).to(device)
+        figures = self._test(loaded)
+        parameters = sum(parameter.numel() for parameter in loaded.parameters())
+        return {
+            **figures,
+            "parameters": parameters,
+            "block_ratio": counts.block_ratio,
+            "bytes": _weight_bytes(target),
+        }, difference
+
+    def _export_dtype(self) -> torch.dtype:
+        name = self.recipe.export.dtype
+        if name != "auto":
+            return pick_dtype(name, "cpu")
+        stored = getattr(self.config, "dtype", None)
+        return stored if isinstance(stored, torch.dtype) and self.recipe.model.init == "pretrained" else torch.float32
+
+    @torch.no_grad()
+    def _verify(self, model: nn.Module, target: Path) -> float:
+        ids = self.splits.test.collate([0])["input_ids"][:, :64]
+        difference = verify(target, ids, model(input_ids=ids, use_cache=False).logits)
+        self.progress.say(f"reload: logits of a fresh process differ by {difference:.1e}")
+        return difference
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+

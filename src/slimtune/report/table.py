@@ -1,0 +1,79 @@
+"""The summary as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+Summary = dict[str, Any]
+
+COLUMNS = {"base": "base", "dense_lora": "dense LoRA", "result": "slimtune"}
+
+
+def render(summary: Summary) -> RenderableType:
+    """Figures of the base, the dense reference if it was run, and the result; below it what the run cost."""
+    present = [name for name in COLUMNS if summary.get(name)]
+    table = Table(title=f"{summary['method']}: {summary['out']}", title_justify="left")
+    table.add_column("")
+    for name in present:
+        table.add_column(COLUMNS[name], justify="right")
+    for label, key, form in _ROWS:
+        cells = [_cell(summary[name], key, form, summary.get("base")) for name in present]
+        if any(cells):
+            table.add_row(label, *cells)
+    return Group(table, Text(_footer(summary)))
+
+
+def _cell(figures: Summary, key: str, form: Callable[[Any, Summary, Summary | None], str], base: Summary | None) -> str:
+    return form(figures[key], figures, base) if figures.get(key) is not None else ""
+
+
+def _parameters(value: int, figures: Summary, base: Summary | None) -> str:
+    share = f" ({value / base['parameters']:.1%})" if base and value != base["parameters"] else ""
+    return f"{value:,}{share}"
+
+
+def _perplexity(value: float, figures: Summary, base: Summary | None) -> str:
+    return f"{value:.2f} ± {figures.get('ppl_se', 0.0):.2f}"
+
+
+def _accuracy(value: float, figures: Summary, base: Summary | None) -> str:
+    return f"{value:.1%} ± {figures.get('accuracy_se', 0.0):.1%}"
+
+
+def _ratio(value: float, figures: Summary, base: Summary | None) -> str:
+    return f"{value:.1%}"
+
+
+def _bytes(value: int, figures: Summary, base: Summary | None) -> str:
+    return f"{value / 1e6:,.1f} MB"
+
+
+def _seconds(value: float, figures: Summary, base: Summary | None) -> str:
+    return f"{value:,.0f} s"
+
+
+_ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
+    ("parameters", "parameters", _parameters),
+    ("kept of the blocks", "block_ratio", _ratio),
+    ("perplexity, test", "ppl", _perplexity),
+    ("accuracy, test", "accuracy", _accuracy),
+    ("on disk", "bytes", _bytes),
+    ("training time", "seconds", _seconds),
+]
+
+
+def _footer(summary: Summary) -> str:
+    lines = [f"model      {summary['model']}"]
+    if summary.get("reload_difference") is not None:
+        lines.append(f"reload     logits of a fresh process differ by {summary['reload_difference']:.1e}")
+    if summary.get("leak") is not None:
+        lines.append(f"leak       {summary['leak']:.1e} before the cut")
+    tokens = ", ".join(f"{name} {count:,}" for name, count in summary["tokens"].items() if count)
+    lines.append(f"tokens     {tokens}")
+    lines.append(f"time       {summary['seconds']:,.0f} s on {summary['machine']}")
+    return "\n".join(lines)
