@@ -1,0 +1,181 @@
+"""The estimate against models that are really built: parameters, operations and saved bytes are counted."""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from families import tiny_config
+from slimtune.errors import UserError
+from slimtune.estimate import Estimate, estimate, render
+from slimtune.models.load import attach_lora, structure_of
+from slimtune.recipe import Recipe, parse
+
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+}
+WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+
+
+def recipe_of(config: dict[str, Any], **sections: Any) -> Recipe:
+    base: dict[str, Any] = {
+        "device": "cpu",
+        "model": {"init": "config", "config": config},
+        "data": {"train": "nowhere.jsonl", "max_length": 32},
+        "train": {"batch": 2},
+        "lora": {"rank": 4},
+    }
+    for name, value in sections.items():
+        base[name] = {**base[name], **value} if isinstance(base.get(name), dict) else value
+    return parse(base)
+
+
+def cost(config: dict[str, Any], **sections: Any) -> Estimate:
+    return estimate(recipe_of(config, **sections), measure=False)
+
+
+def tiny(name: str = "llama", **overrides: Any) -> tuple[dict[str, Any], torch.nn.Module]:
+    config = tiny_config(name, **overrides)
+    return config.to_dict(), AutoModelForCausalLM.from_config(config)
+
+
+def count(model: torch.nn.Module, *, trainable: bool = False) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "phi", "gemma2"])
+def test_parameters_are_those_of_the_built_model(name: str) -> None:
+    config, model = tiny(name)
+    result = cost(config)
+    assert result.before.total == count(model)
+    assert result.after.total == pytest.approx(0.6 * count(model), abs=1)
+    lora = attach_lora(model, structure_of(model.config), recipe_of(config).lora)  # type: ignore[arg-type]
+    assert result.lora_params == count(lora, trainable=True)
+
+
+def test_lora_after_the_cut_is_that_of_a_model_built_at_half_the_widths() -> None:
+    config, _ = tiny()
+    _, half = tiny(num_attention_heads=2, num_key_value_heads=1, intermediate_size=48)
+    result = cost(config, budget={"keep": 0.5, "of": "block"})
+    lora = attach_lora(half, structure_of(half.config), recipe_of(config).lora)  # type: ignore[arg-type]
+    assert result.after.total == sum(p.numel() for n, p in lora.named_parameters() if "lora" not in n)
+    assert result.lora_params_after == count(lora, trainable=True)
+
+
+def test_llama_3_8b_from_an_inline_config() -> None:
+    result = cost(LLAMA_3_8B)
+    assert result.before.total == 8_030_261_248
+    assert result.units == (("0-31", {"kv_group": 8, "ffn": 14336}),)
+    assert result.after.total_ratio == pytest.approx(0.6)
+    assert result.after.block_ratio == pytest.approx(0.5398, abs=1e-4)  # embeddings stay whole
+    assert result.smallest.total < result.after.total
+
+
+@pytest.mark.parametrize("method", ["lora", "whole", "forward"])
+def test_operations_agree_with_a_flop_counter(method: str) -> None:
+    config, model = tiny(
+        **WIDE, attn_implementation="eager"
+    )  # the counter does not see inside the CPU's fused attention
+    kind = {"method": "finetune"} if method == "whole" else {"search": {"steps": 0}, "budget": {"keep": 1.0}}
+    result = cost(config, **kind, train={"batch": 2, "steps": 1}, recover={"steps": 1})
+    expected = result.phases[-1].flops
+    if method == "forward":  # what distillation adds is exactly one forward pass
+        more = cost(config, **kind, recover={"steps": 1}, distill={"weight": 1.0, "recover": True})
+        expected = more.phases[-1].flops - expected
+    elif method == "lora":
+        model = attach_lora(model, structure_of(model.config), recipe_of(config).lora)  # type: ignore[arg-type]
+    with FlopCounterMode(display=False) as counter:
+        ids = torch.randint(0, 97, (2, 32))
+        loss = model(input_ids=ids, labels=ids).loss
+        if method != "forward":
+            loss.backward()
+    # the first layer's inputs need no gradient, and attention's backward is more than twice its forward
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02 if method == "forward" else 0.1)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_activations_agree_with_what_autograd_saves(whole: bool) -> None:
+    config, model = tiny(**WIDE)
+    result = cost(config, method="finetune" if whole else "atp")
+    if not whole:
+        model = attach_lora(model, structure_of(model.config), recipe_of(config).lora)  # type: ignore[arg-type]
+    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model.train()(input_ids=torch.randint(0, 97, (2, 32)))
+    saved = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
+    assert saved == pytest.approx(result.memory["activations"], rel=0.05)
+
+
+def test_checkpointing_trades_memory_for_operations() -> None:
+    plain = cost(LLAMA_3_8B)
+    light = cost(LLAMA_3_8B, model={"checkpointing": "non_reentrant"})
+    assert light.memory["activations"] < plain.memory["activations"] / 10
+    assert light.phases[0].flops == pytest.approx(1.5 * plain.phases[0].flops, rel=0.05)
+
+
+def test_steps_and_tokens_by_phase() -> None:
+    config, _ = tiny()
+    sections = {"search": {"steps": 10, "decide_every": 3}, "recover": {"steps": 5}, "evaluate": {"dense_lora": True}}
+    phases = cost(config, **sections).phases
+    assert [(p.name, p.steps) for p in phases] == [("search", 10), ("recover", 5), ("dense LoRA", 15)]
+    assert [p.tokens for p in phases] == [(10 + 4) * 64, 5 * 64, 15 * 64]  # decide turns at steps 0, 3, 6 and 9
+    assert cost(config, **sections, generator={"prior": "taylor"}).phases[0].tokens == (10 + 4 + 16) * 64
+    assert phases[1].flops / 5 < phases[2].flops / 15  # the smaller model's step is cheaper
+
+
+def test_training_from_scratch_has_neither_lora_nor_generator() -> None:
+    config, model = tiny()
+    result = cost(config, method="finetune")
+    assert (result.lora_params, result.generator_params, result.after) == (0, 0, result.before)
+    assert result.memory["weights, gradients, AdamW"] == 16 * count(model)
+
+
+def test_a_budget_that_cannot_be_met_is_named_and_still_estimated() -> None:
+    result = cost(LLAMA_3_8B, budget={"keep": 0.1})
+    assert result.problem is not None
+    assert "budget.keep=0.1 of total" in result.problem
+    assert "0.152" in result.problem
+    assert cost(LLAMA_3_8B, budget={"keep": 0.1, "of": "block"}).problem is None
+
+
+def test_a_refused_family_gives_its_reason() -> None:
+    with pytest.raises(UserError, match="'mixtral' is refused: its MLP is already a set of experts"):
+        cost({"model_type": "mixtral"})
+
+
+def test_expected_time_is_operations_over_the_measured_rate() -> None:
+    config, _ = tiny()
+    result = estimate(recipe_of(config))
+    assert result.matmul_flops is not None
+    assert result.matmul_flops > 1e8
+    for phase in result.phases:
+        assert phase.seconds == pytest.approx(phase.flops / (result.matmul_flops * result.efficiency))
+
+
+def test_tables_and_json_show_the_figures() -> None:
+    recipe = recipe_of(LLAMA_3_8B)
+    result = estimate(recipe, measure=False)
+    out = io.StringIO()
+    render(result, recipe, Console(file=out, width=120))
+    for figure in ("8,030,261,248", "(0.540)", "14,336", "search", "No matmul was timed for cpu, float32"):
+        assert figure in out.getvalue()
+    assert json.loads(json.dumps(result.to_dict()))["before"]["total"] == 8_030_261_248
