@@ -1,0 +1,115 @@
+"""Run one recipe in several variants and seeds and collect flat rows.
+
+    python benchmarks/grid.py recipes/health-docs.yaml --seeds 0,1,2 --jobs 3 --rows docs/results/x.json \
+        "atp:" "aware: lora.semantics=lora_aware" "dense_lora: method=finetune train.steps=1000"
+
+A variant is ``name: key=value ...``. The variant called ``dense_lora`` supplies ``dense_value`` for the same seed. Rows are
+``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine}``; a failed run is a row
+whose metric is ``failed``. With ``--jobs`` above 1 runs share the device: figures stay, seconds do not compare.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+
+
+def run(recipe: str, name: str, overrides: list[str], seed: int, runs: Path, threads: int) -> tuple[str, int, dict[str, Any]]:
+    """One ``slimtune tune`` in a process of its own; its summary, or the end of its error output."""
+    out = runs / f"{name}-{seed}"
+    command = [sys.executable, "-m", "slimtune", "tune", recipe, *overrides, f"seed={seed}", f"out={out}", "--overwrite"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "log.txt").open("w") as log:
+        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    if code:
+        return name, seed, {"failed": (out / "log.txt").read_text()[-400:]}
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    print(f"{name} seed {seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True)
+    return name, seed, summary
+
+
+def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str) -> list[Row]:
+    """Flat rows, dense_value joined by seed."""
+    dense = {seed: summary["result"] for name, seed, summary in done if name == "dense_lora" and "result" in summary}
+    rows: list[Row] = []
+    for name, seed, summary in done:
+        common = {"base": base, "domain": domain, "method": name, "seed": seed}
+        if "failed" in summary:
+            rows.append({**common, "metric": "failed", "value": summary["failed"]})
+            continue
+        result = summary["result"]
+        for metric, key in (("domain_ppl", "ppl"), ("accuracy", "accuracy"), ("parameters", "parameters")):
+            if key in result:
+                rows.append(
+                    {
+                        **common,
+                        "keep": summary["keep"] if summary["method"] != "finetune" else 1.0,
+                        "of": summary["of"],
+                        "metric": metric,
+                        "value": result[key],
+                        "se": result.get(f"{key}_se"),
+                        "base_value": summary["base"].get(key),
+                        "dense_value": dense.get(seed, {}).get(key),
+                        "tokens": sum(summary["tokens"].values()),
+                        "gpu_seconds": result["seconds"],
+                        "leak": summary["leak"],
+                        "machine": summary["machine"],
+                    }
+                )
+    return rows
+
+
+def print_table(rows: list[Row]) -> None:
+    """Mean and spread over seeds of the perplexity, and its ratio to dense LoRA."""
+    print(f"{'variant':<28} {'ppl':>8} {'± sd':>6} {'/dense':>7} {'tokens':>12} {'s':>6} seeds")
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == name and row["metric"] == "domain_ppl"]
+        if not mine:
+            print(f"{name:<28} failed")
+            continue
+        values = [row["value"] for row in mine]
+        ratios = [row["value"] / row["dense_value"] for row in mine if row["dense_value"]]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        ratio = f"{statistics.mean(ratios):7.3f}" if ratios else "      -"
+        seconds = statistics.mean(row["gpu_seconds"] for row in mine)
+        print(f"{name:<28} {statistics.mean(values):8.3f} {spread:6.3f} {ratio} {mine[0]['tokens']:12,} {seconds:6.0f} {len(mine)}")
+
+
+def main() -> None:
+    """Parse, run, collect."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("variants", nargs="+")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=4)
+    parser.add_argument("--rows", type=Path, required=True)
+    parser.add_argument("--runs", type=Path, default=Path("runs/grid"))
+    parser.add_argument("--base", default="base-44m")
+    parser.add_argument("--domain", default="")
+    args = parser.parse_args()
+    work = []
+    for variant in args.variants:
+        name, _, overrides = variant.partition(":")
+        work += [(name.strip(), overrides.split(), int(seed)) for seed in args.seeds.split(",")]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run, args.recipe, name, keys, seed, args.runs, args.threads) for name, keys, seed in work]
+        done = [future.result() for future in futures]
+    rows = rows_of(done, args.base, args.domain or Path(args.recipe).stem)
+    args.rows.parent.mkdir(parents=True, exist_ok=True)
+    args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
