@@ -20,7 +20,8 @@ from slimtune.errors import UserError
 MIN_CHARS = 300
 """Smaller pieces of a module are joined until they reach this many characters."""
 
-_SKIP = frozenset(["test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "encodings", "site-packages", "dist-packages"])
+_SKIP = {"test", "tests", "idlelib", "idle_test", "lib2to3", "turtledemo", "encodings"}
+_SKIP |= {"site-packages", "dist-packages"}
 _LEGAL = re.compile(r"(?i)copyright|\(c\) *\d{4}|all rights reserved|licen[sc]ed? (under|to)|permission (is|to)")
 _Named = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
