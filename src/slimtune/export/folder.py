@@ -58,7 +58,7 @@ def _check_target(folder: Path) -> None:
         raise UserError(f"model folder {str(folder)!r} is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise UserError(
-            f"{str(folder)!r} holds other files than a model (no config.json) and is not replaced; choose another folder"
+            f"{str(folder)!r} holds other files than a model (no config.json) and is not replaced; choose another"
         )
 
 

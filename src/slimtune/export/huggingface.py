@@ -1,7 +1,7 @@
 """Write a cut model as a Hugging Face directory: the stock class where one can hold it, else the per-layer class.
 
-Which class fits is not looked up but tried: the candidate config is built on the meta device and its parameter shapes are
-compared with the model's. That catches every trap of the stock classes (validators, norms sized as hidden / heads).
+Which class fits is not looked up but tried: the candidate config is built on the meta device and its parameter shapes
+are compared with the model's. That catches every trap of the stock classes (validators, norms sized as hidden / heads).
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def save(
         model: a stock causal LM, cut by ``plan``, LoRA merged; ``model.config`` is still that of the base. Not changed.
         tokenizer_source: folder or hub id whose tokenizer files are copied byte for byte; None: none are written.
         plan: the decision; also written, as plan.json.
+        folder: the target; ``folder.replacing`` says what it may hold.
         dtype: of the written weights; None: as they are.
         facts: for the model card, see ``card.render``.
 
@@ -96,19 +97,19 @@ def save(
     needed = sum(tensor.numel() for tensor in weights.values()) * size + _SPARE_BYTES
     with replacing(Path(folder), needed) as partial:
         config.save_pretrained(partial)
-        model.generation_config.save_pretrained(partial)
-        save_torch_state_dict(
-            {name: _converted(tensor, dtype) for name, tensor in weights.items()},
-            partial,
-            max_shard_size=MAX_SHARD,
-            metadata={"format": "pt"},
-        )
-        for file in _tokenizer_files(source):
-            copyfile(file, partial / file.name)
-        (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
-        after = {"parameters_after": sum(tensor.numel() for tensor in weights.values())}
-        card.write(partial, {**after, **facts}, plan)
+        converted = {name: _converted(tensor, dtype) for name, tensor in weights.items()}
+        save_torch_state_dict(converted, partial, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
+        _write_rest(partial, source, model, plan)
+        card.write(partial, {"parameters_after": sum(map(Tensor.numel, weights.values())), **facts}, plan)
     return Path(folder)
+
+
+def _write_rest(partial: Path, source: Path | None, model: PreTrainedModel, plan: Plan) -> None:
+    for file in _tokenizer_files(source):
+        copyfile(file, partial / file.name)
+    if not (partial / "generation_config.json").exists():
+        model.generation_config.save_pretrained(partial)
+    (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
 
 def config_for(base: PreTrainedConfig, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedConfig:

@@ -10,13 +10,31 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.func import functional_call
+from transformers import PreTrainedModel
 
 from slimtune.errors import UserError
 
 _CHILD = Path(__file__).with_name("verify_child.py")
 _TAIL_LINES = 15
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, input_ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Logits [B, T, V] (fp32, CPU) of ``model`` with its weights rounded to ``dtype`` as ``save`` rounds them.
+
+    Computed in fp32 whatever the model's dtype; the model is not changed. Not the same as ``model.to(dtype).float()``,
+    which also rounds buffers (the frequencies of the rotary embedding) that no checkpoint stores.
+    """
+    weights = {name: (p.to(dtype) if dtype else p).float() for name, p in model.named_parameters()}
+    rows = [
+        functional_call(model, weights, kwargs={"input_ids": row[None].to(model.device), "use_cache": False}).logits
+        for row in input_ids
+    ]
+    return torch.cat(rows).float().cpu()
 
 
 def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
@@ -25,8 +43,7 @@ def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
     Args:
         folder: an exported model.
         input_ids: [B, T].
-        expected: logits [B, T, V] of the model in memory. For weights written in bfloat16, compute them from weights
-            rounded the same way, or the difference measures the rounding.
+        expected: logits [B, T, V] of the model in memory, as ``reference_logits`` gives them.
 
     Raises:
         UserError: the folder does not load, or the difference is not a number; with the end of the child's stderr.
@@ -42,9 +59,7 @@ def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-_TAIL_LINES:])
-        raise UserError(
-            f"the export {str(folder)!r} does not load in a fresh process (exit {done.returncode}):\n{tail}"
-        )
+        raise UserError(f"the export {str(folder)!r} fails in a fresh process (exit {done.returncode}):\n{tail}")
     difference = float(json.loads(done.stdout.strip().splitlines()[-1])["difference"])
     if not math.isfinite(difference):
         raise UserError(f"the export {str(folder)!r} gives logits that are not finite; check the trained weights")

@@ -16,7 +16,9 @@ def main(folder: str, sample: str) -> None:
     from transformers import AutoModelForCausalLM
 
     tensors = load_file(sample)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=True).eval()
+    # eager: the one implementation that applies every family's soft caps in every version of transformers
+    how = {"dtype": torch.float32, "attn_implementation": "eager", "trust_remote_code": True}
+    model = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     if "slimtune" in sys.modules:
         raise RuntimeError("slimtune was imported, so this shows nothing about the folder alone")
     worst = torch.zeros(())

@@ -1,0 +1,63 @@
+"""Tiny models cut by a Plan, and the sample they are compared on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from families import tiny_config
+from slimtune.models.surgery import cut
+from slimtune.structure.families import describe
+from slimtune.structure.plan import Plan
+
+Kept = Sequence[Mapping[str, Sequence[int]]]
+
+UNEVEN: Kept = (
+    {"kv_group": [1], "ffn": range(0, 80, 2)},
+    {"kv_group": [0, 1], "ffn": range(33)},
+    {"kv_group": [0], "ffn": range(96)},
+)
+"""Other widths in every layer; the first and last lose a KV group, the second and third an axis stays whole."""
+
+
+def even(groups: Sequence[int], ffn: int, layers: int = 3) -> Kept:
+    """The same units in every layer."""
+    return [{"kv_group": groups, "ffn": range(96 - ffn, 96)}] * layers
+
+
+def cut_model(name: str, kept: Kept | None, **overrides: Any) -> tuple[PreTrainedModel, Plan]:
+    """A random fp32 model of ``name`` cut to ``kept`` (None: uncut), and its Plan. Its config is that of the base."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config(name, **overrides)).eval()
+    with torch.no_grad():  # biases and norms start at constants, which would hide a wrong slice
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or "norm" in key:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    shapes = {key: tuple(parameter.shape) for key, parameter in model.named_parameters()}
+    structure = describe(model.config.to_dict(), shapes)
+    plan = Plan.uncut(structure) if kept is None else Plan.of(structure, kept)
+    cut(model, structure, plan)
+    return model, plan
+
+
+def sample_ids(rows: int = 2, tokens: int = 20) -> torch.Tensor:
+    """[rows, tokens] words, longer than the sliding windows of the tiny models."""
+    return torch.randint(3, 97, (rows, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """[B, T, V], no gradient."""
+    with torch.no_grad():
+        return model(input_ids=input_ids).logits
+
+
+def generate(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> list[list[int]]:
+    """Twelve greedy tokens after ``input_ids``."""
+    mask = torch.ones_like(input_ids)
+    tokens = model.generate(
+        input_ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12, **kwargs
+    )
+    return tokens[:, input_ids.shape[1] :].tolist()

@@ -1,0 +1,76 @@
+"""The card says what is known, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+import slimtune
+from cuts import UNEVEN, cut_model, even
+from slimtune.export.card import render, write
+from slimtune.export.huggingface import save
+
+FACTS = {
+    "base": "org/base-1b",
+    "license": "apache-2.0",
+    "method": "atp",
+    "budget": "0.6 of total parameters",
+    "parameters_before": 1_000_000,
+    "parameters_after": 601_234,
+    "perplexities": {"base": 21.532, "this model": 9.1},
+    "data": ["builtin:python-docs", "notes | pipes.jsonl"],
+    "reload_difference": 1.2e-6,
+    "seed": 3,
+    "tokens": None,
+}
+
+
+def plan_of(kept: object) -> object:
+    return cut_model("llama", kept)[1]  # type: ignore[arg-type]
+
+
+def test_every_given_fact_is_shown() -> None:
+    text = render(FACTS, plan_of(UNEVEN), {"per_layer_config": {}, "dtype": "bfloat16"})
+    for part in (
+        "org/base-1b",
+        "1,000,000",
+        "601,234",
+        "21.53",
+        "9.1",
+        "builtin:python-docs",
+        "1.2e-06",
+        "| seed | 3 |",
+    ):
+        assert part in text
+    assert "| 0 | 2 of 4 | 1 of 2 | 40 of 96 |" in text
+    assert f"slimtune {slimtune.__version__}" in text
+    assert "trust_remote_code=True" in text
+    assert "import slimtune" in text
+    meta = yaml.safe_load(text.split("---")[1])
+    assert (meta["base_model"], meta["license"]) == ("org/base-1b", "apache-2.0")
+    assert "tokens" not in text.split("## Perplexity")[0].replace("tokenizer", "")
+
+
+def test_nothing_is_invented() -> None:
+    text = render({}, plan_of(even([0], 40)), {"architectures": ["LlamaForCausalLM"], "dtype": "float32"})
+    assert "licence of the base is not known" in text
+    meta = yaml.safe_load(text.split("---")[1])
+    assert not {"license", "base_model"} & set(meta)
+    for absent in ("## Perplexity", "## Data", "budget", "parameters", "None", "trust_remote_code", "difference"):
+        assert absent not in text
+    assert "LlamaForCausalLM" in text
+
+
+def test_a_folder_is_no_hub_id(tmp_path: Path) -> None:
+    text = render({"base": str(tmp_path)}, plan_of(UNEVEN), {})
+    assert "base_model" not in text
+
+
+def test_the_card_can_be_written_again_with_more_facts(tmp_path: Path) -> None:
+    model, plan = cut_model("llama", UNEVEN)
+    folder = save(model, None, plan, tmp_path / "out", None, {"base": "org/base"})
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"{count:,}" in (folder / "README.md").read_text()
+    write(folder, {"base": "org/base", "reload_difference": 2.5e-7}, plan)
+    assert "2.5e-07" in (folder / "README.md").read_text()
