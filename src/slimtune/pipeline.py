@@ -232,7 +232,8 @@ class _Run:
         model: Any = outcome.model.float()
         model = merge_lora(model) if recipe.export.merge else model
         dtype = self._export_dtype()
-        model.to(dtype)
+        for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
+            parameter.data = parameter.data.to(dtype).float()
         counts = count(self.structure, outcome.plan)
         plan = replace(outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio})
         target = self.folder / "model"
@@ -244,7 +245,7 @@ class _Run:
             facts = {**facts, "recipe": recipe.model_dump(mode="json"), "parameters": counts.total}
             huggingface.save(model, where, plan, target, dtype, facts)
             if recipe.export.verify:
-                difference = self._verify(model.float().cpu().eval(), target)
+                difference = self._verify(model.cpu().eval(), target)
         self.accelerator.wait_for_everyone()
         device = self.accelerator.device
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True).to(device)
