@@ -1,4 +1,4 @@
-"""Load configs, tokenizers and models from a folder, the hub or the package; attach LoRA. Nothing is changed on disk."""
+"""Load configs, tokenizers and models from a folder, the hub or the package; attach LoRA. Nothing on disk is changed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,23 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from slimtune.errors import UserError
 from slimtune.sections import LoraConfig, ModelConfig
 from slimtune.structure.axes import Structure
-from slimtune.structure.families import describe
+from slimtune.structure.families import describe, family_of
 
 BUILTIN = "builtin:"
+_BAD_FILES = (OSError, ValueError)
+"""What transformers raises for files that are absent, broken or of a kind it does not know."""
 
 
 def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
@@ -41,10 +50,13 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
     raise UserError(f"{what}={path!r} does not exist; give a model folder, a hub id org/name, or builtin:base-10m")
 
 
-def _hub(call: Any, location: str, local: bool, what: str, **kwargs: Any) -> Any:
+def _hub(
+    call: Any, location: str, local: bool, what: str, bad: tuple[type[Exception], ...] = (OSError,), **kwargs: Any
+) -> Any:
     try:
-        return call(location, local_files_only=local, **kwargs)
-    except OSError as error:
+        # False, not absent: without it transformers stops to ask on the terminal whether to run a folder's own code
+        return call(location, local_files_only=local, trust_remote_code=False, **kwargs)
+    except bad as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         remedy = "check the folder's files" if local else "check the id and the network, or give a folder"
         raise UserError(f"{what}={location!r} cannot be loaded ({reason}); {remedy}") from error
@@ -56,12 +68,21 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
         if "model_type" not in config.config:
             raise UserError("model.path is empty: give a folder or hub id, or init: config with config.model_type")
         keys = dict(config.config)
-        return AutoConfig.for_model(keys.pop("model_type"), **keys)
+        model_type = family_of(str(keys.pop("model_type"))).model_type
+        return AutoConfig.for_model(model_type, **keys)
     location, local = locate(config.path)
-    loaded = _hub(AutoConfig.from_pretrained, location, local, "model.path", revision=config.revision)
+    _refuse_unknown(location, local, config.revision)
+    loaded = _hub(AutoConfig.from_pretrained, location, local, "model.path", _BAD_FILES, revision=config.revision)
     for key, value in (config.config if config.init == "config" else {}).items():
         setattr(loaded, key, value)
     return loaded
+
+
+def _refuse_unknown(location: str, local: bool, revision: str | None) -> None:
+    """Refuse a model_type that transformers does not know either, with our list instead of its ValueError."""
+    raw, _ = _hub(PreTrainedConfig.get_config_dict, location, local, "model.path", _BAD_FILES, revision=revision)
+    if raw.get("model_type") and raw["model_type"] not in CONFIG_MAPPING:
+        family_of(str(raw["model_type"]))
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -73,7 +94,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
         location, local = str(Path(path).expanduser()), True
     else:
         location, local = locate(path, "model.tokenizer" if config.tokenizer else "model.path")
-    return _hub(AutoTokenizer.from_pretrained, location, local, "model.tokenizer", revision=config.revision)
+    return _hub(AutoTokenizer.from_pretrained, location, local, "model.tokenizer", _BAD_FILES, revision=config.revision)
 
 
 def meta_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -85,8 +106,6 @@ def meta_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
 
 def structure_of(config: PreTrainedConfig) -> Structure:
     """The prunable structure of the model a config describes. Raises UserError for refused and unknown families."""
-    from slimtune.structure.families import family_of
-
     family_of(str(config.model_type))  # refuse before building anything
     return describe(config.to_dict(), meta_shapes(config))
 

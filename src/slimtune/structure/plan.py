@@ -110,7 +110,8 @@ class Plan:
             raw = json.loads(text)
             body = raw["plan"]
             kept = tuple({axis: tuple(layer[axis]) for axis in AXES} for layer in body["kept"])
-            plan = cls(body["model_type"], body["group"], tuple(body["full"]), kept, raw.get("notes", {}))
+            full = tuple(dict(layer) for layer in body["full"])
+            plan = cls(body["model_type"], body["group"], full, kept, raw.get("notes", {}))
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
         if raw.get("digest") != plan.digest:
