@@ -22,11 +22,11 @@ WIDTHS = {
 }
 
 
-def narrow_model(name: str, **overrides: Any) -> Any:
+def narrow_model(name: str, attention: str | None = None, **overrides: Any) -> Any:
     keys = tiny_config(name, **overrides).to_dict()
     config = per_layer.CONFIGS[keys.pop("model_type")](**keys, per_layer_config=WIDTHS)
     per_layer.register()
-    return AutoModelForCausalLM.from_config(config).eval()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
 
 
 def load_cut(name: str, **overrides: Any) -> tuple[Any, Any]:
@@ -108,6 +108,13 @@ def test_only_model_type_and_class_names_differ_from_the_stock_config() -> None:
     assert changed == {"model_type", "per_layer_config"}
 
 
+def test_the_global_widths_can_be_read_and_are_those_before_the_cut() -> None:
+    config = narrow_model("llama").config
+    assert (config.num_attention_heads, config.intermediate_size) == (4, 96)
+    assert {"num_attention_heads", "intermediate_size"} <= set(config)
+    assert [own.intermediate_size for own in config.per_layer_config] == [40, 96, 33]
+
+
 def test_auto_model_gives_the_base_model(tmp_path: Path) -> None:
     model = narrow_model("llama-tied")
     model.save_pretrained(tmp_path)
@@ -134,8 +141,8 @@ def test_head_norms_keep_the_size_of_a_head(name: str) -> None:
 
 @pytest.mark.parametrize("change", [("eager", "sdpa"), ("sdpa", "eager")])
 def test_attention_implementation_can_be_changed_later(change: tuple[str, str]) -> None:
-    model = narrow_model("llama")
-    model.set_attn_implementation(change[0])
+    model = narrow_model("llama", attention=change[0])
+    assert model.config._attn_implementation == change[0]
     before = logits_of(model, sample_ids())
     model.set_attn_implementation(change[1])
     assert (logits_of(model, sample_ids()) - before).abs().max() <= 1e-5

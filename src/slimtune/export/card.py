@@ -64,7 +64,7 @@ Layers differ in width, so the model has its own small class. The folder carries
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)  # unchanged; it only reads the config too
 ```
 
 With slimtune installed nothing in the folder has to be trusted:
