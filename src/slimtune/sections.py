@@ -146,7 +146,7 @@ class GeneratorConfig(Section):
     offset: float = 3.0
     """Added to every logit before sampling: P(keep) at the start is sigmoid(offset) for logistic noise."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.4
-    """Of the relaxed sample."""
+    """Of the relaxed sample of ``ste``; ``reinmax`` has none."""
     noise: Literal["logistic", "gumbel"] = "logistic"
     """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
     estimator: Literal["reinmax", "ste"] = "reinmax"

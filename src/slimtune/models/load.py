@@ -1,4 +1,4 @@
-"""Load configs, tokenizers and models from a folder, the hub or the package; attach LoRA. Nothing on disk is changed."""
+"""Load configs, tokenizers and models from a folder, the hub or the package; attach LoRA. Nothing on disk changes."""
 
 from __future__ import annotations
 
