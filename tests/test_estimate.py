@@ -27,7 +27,15 @@ LLAMA_3_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
 }
-WIDE: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8}
+# every term of the formulas weighs enough to be missed: a large vocabulary, a high rank
+WIDE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+}
+RANK = {"rank": 32}
 
 
 def recipe_of(config: dict[str, Any], **sections: Any) -> Recipe:
@@ -89,29 +97,31 @@ def test_operations_agree_with_a_flop_counter(method: str) -> None:
     config, model = tiny(
         **WIDE, attn_implementation="eager"
     )  # the counter does not see inside the CPU's fused attention
-    kind = {"method": "finetune"} if method == "whole" else {"search": {"steps": 0}, "budget": {"keep": 1.0}}
+    kind: dict[str, Any] = {"lora": RANK, "search": {"steps": 0}, "budget": {"keep": 1.0}}
+    if method == "whole":
+        kind["method"] = "finetune"
     result = cost(config, **kind, train={"batch": 2, "steps": 1}, recover={"steps": 1})
     expected = result.phases[-1].flops
     if method == "forward":  # what distillation adds is exactly one forward pass
         more = cost(config, **kind, recover={"steps": 1}, distill={"weight": 1.0, "recover": True})
         expected = more.phases[-1].flops - expected
     elif method == "lora":
-        model = attach_lora(model, structure_of(model.config), recipe_of(config).lora)  # type: ignore[arg-type]
+        model = attach_lora(model, structure_of(model.config), recipe_of(config, lora=RANK).lora)  # type: ignore[arg-type]
     with FlopCounterMode(display=False) as counter:
         ids = torch.randint(0, 97, (2, 32))
         loss = model(input_ids=ids, labels=ids).loss
         if method != "forward":
             loss.backward()
     # the first layer's inputs need no gradient, and attention's backward is more than twice its forward
-    assert counter.get_total_flops() == pytest.approx(expected, rel=0.02 if method == "forward" else 0.1)
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01 if method == "forward" else 0.05)
 
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_activations_agree_with_what_autograd_saves(whole: bool) -> None:
     config, model = tiny(**WIDE)
-    result = cost(config, method="finetune" if whole else "atp")
+    result = cost(config, method="finetune" if whole else "atp", lora=RANK)
     if not whole:
-        model = attach_lora(model, structure_of(model.config), recipe_of(config).lora)  # type: ignore[arg-type]
+        model = attach_lora(model, structure_of(model.config), recipe_of(config, lora=RANK).lora)  # type: ignore[arg-type]
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.Tensor] = {}
 
@@ -122,7 +132,7 @@ def test_activations_agree_with_what_autograd_saves(whole: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.train()(input_ids=torch.randint(0, 97, (2, 32)))
     saved = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in own)
-    assert saved == pytest.approx(result.memory["activations"], rel=0.05)
+    assert saved == pytest.approx(result.memory["activations"], rel=0.03)
 
 
 def test_checkpointing_trades_memory_for_operations() -> None:
