@@ -58,4 +58,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     Biases are on wherever the family has a switch, except in plain ``llama``.
     """
     name, extra = _VARIANTS[model_type]
-    return AutoConfig.for_model(name, **{**_COMMON, **extra, **overrides})
+    keys = {**_COMMON, **extra, **overrides}
+    if keys["head_dim"] is None:  # as in the published configs of families that know no such key
+        del keys["head_dim"]
+    return AutoConfig.for_model(name, **keys)

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from cuts import UNEVEN, cut_model, even, generate, logits_of, sample_ids
+from cuts import UNEVEN, Kept, cut_model, even, generate, logits_of, sample_ids
 from families import FAMILY_NAMES
 from slimtune.errors import UserError
 from slimtune.export import huggingface
@@ -102,6 +102,15 @@ def test_head_counts_that_do_not_divide_the_width(name: str, expected: str, tmp_
     if (name, expected) in (("llama", "mistral"), ("llama-tied", "mistral")):
         assert config["sliding_window"] is None
         assert not {"attention_bias", "mlp_bias", "pretraining_tp"} & set(config)
+    assert_same(model, folder)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi", "granite"])
+@pytest.mark.parametrize("kept", [UNEVEN, even([1], 40)], ids=["uneven", "even"])
+def test_the_size_of_a_head_is_written_when_the_base_leaves_it_out(name: str, kept: Kept, tmp_path: Path) -> None:
+    model, plan = cut_model(name, kept, head_dim=None)
+    folder = save(model, None, plan, tmp_path / "out", None, {})
+    assert config_of(folder)["head_dim"] == 16
     assert_same(model, folder)
 
 
