@@ -1,0 +1,132 @@
+"""Alternating decide and adapt turns on one tiny model, in one process or (as a script) in two under DDP and FSDP2.
+
+``python worker.py OUT`` forks two gloo ranks after its imports, which take longer than everything the ranks do.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: tests/ holds gated.py
+
+from gated import random_model, random_plan
+from slimtune.models.load import enable_checkpointing
+from slimtune.models.surgery import blocks_of, place_gates, quiet
+from slimtune.prune.budget import masks_of
+from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
+from slimtune.train.objective import IGNORE, Batch, accumulate, cross_entropy_sum, forward
+from slimtune.train.optimizers import adamw
+
+CHECKPOINTING = ("none", "non_reentrant", "reentrant")
+WRAPPERS = ("ddp", "fsdp2")
+ROWS, TOKENS = 4, 12
+
+
+def whole_batch() -> dict[str, Tensor]:
+    """Rows with very different numbers of targets, so that a mean of means is not the mean."""
+    ids = torch.randint(3, 97, (ROWS, TOKENS), generator=torch.Generator().manual_seed(2))
+    labels = ids.clone()
+    for row in range(ROWS):
+        labels[row, : 2 + 3 * row] = IGNORE
+    return {"input_ids": ids, "labels": labels}
+
+
+def rank_parts(rank: int, world: int) -> list[Batch]:
+    """This rank's rows: the whole batch at once in one process, one row a micro-batch in several."""
+    batch = whole_batch()
+    if world == 1:
+        return [batch]
+    return [{key: value[row : row + 1] for key, value in batch.items()} for row in range(rank, ROWS, world)]
+
+
+class Alternation:
+    """What ``methods.atp`` does with a model: leaf-mask gradients, then a LoRA update under the same masks."""
+
+    def __init__(self, accelerator: Accelerator, name: str, checkpointing: str, wrapper: str = "none"):
+        self.accelerator = accelerator
+        self.model, self.structure = random_model(name, rank=4)
+        self.model.config.use_cache = False
+        enable_checkpointing(self.model, checkpointing)
+        self.bank = MaskBank()
+        place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
+        self.masks = masks_of(random_plan(self.structure, 4))
+        self.wrapped: Any = self._wrap(wrapper)
+        self.optimizer = adamw(self.model.parameters(), 1e-3, 0.0)
+        self.parts = rank_parts(accelerator.process_index, accelerator.num_processes)
+
+    def _wrap(self, wrapper: str) -> nn.Module:
+        if wrapper == "ddp":
+            return self.accelerator.prepare_model(self.model)
+        if wrapper == "fsdp2":
+            mesh = dist.init_device_mesh("cpu", (self.accelerator.num_processes,))
+            for block in blocks_of(self.model, self.structure):
+                fully_shard(block, mesh=mesh)
+            fully_shard(self.model, mesh=mesh)
+        return self.model
+
+    def loss(self, batch: Batch) -> Tensor:
+        return cross_entropy_sum(forward(self.wrapped, batch), batch["labels"])
+
+    def decide(self) -> tuple[dict[Site, Tensor], float]:
+        """Gradients of the masks and the loss; no parameter may get one."""
+        leaves = self.bank.leaves(self.masks)
+        self.wrapped.train()
+        with quiet(self.model):
+            value = accumulate(self.wrapped, self.parts, self.accelerator, self.loss, sync=False)
+        assert all(parameter.grad is None for parameter in self.model.parameters())
+        return mean_over_ranks(leaves), float(value)
+
+    def adapt(self) -> float:
+        """One LoRA step under fixed masks; every LoRA factor must get a gradient."""
+        self.bank.close(self.masks)
+        self.wrapped.train()
+        value = accumulate(self.wrapped, self.parts, self.accelerator, self.loss)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        assert trained
+        assert all(parameter.grad is not None for parameter in trained)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(value)
+
+    def turns(self) -> dict[str, Any]:
+        """decide, adapt, decide, adapt: everything another process layout must reproduce."""
+        record: dict[str, Any] = {"losses": []}
+        for number in range(2):
+            record[f"gradients_{number}"], loss = self.decide()
+            record["losses"] += [loss, self.adapt()]
+        record["lora"] = {name: _whole(p) for name, p in self.model.named_parameters() if "lora_" in name}
+        return record
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return full.detach().clone()
+
+
+def run_rank(rank: int, world: int, folder: Path) -> None:
+    # accelerate wants an address to be set, though the ranks meet in a file (no port to collide on)
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == world
+    for wrapper in WRAPPERS:
+        for checkpointing in CHECKPOINTING:
+            record = Alternation(accelerator, "llama-bias", checkpointing, wrapper).turns()
+            torch.save(record, folder / f"{wrapper}-{checkpointing}-{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    torch.multiprocessing.start_processes(run_rank, (2, Path(sys.argv[1])), nprocs=2, start_method="fork")
