@@ -73,12 +73,19 @@ def _open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
     out = Path(recipe.out)
     stored = out / "recipe.yaml"
     if stored.is_file() and not resume and not overwrite:
-        raise UserError(f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite")
+        raise UserError(
+            f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite"
+        )
     if stored.is_file() and resume:
         _same_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), recipe)
     folder = RunFolder(out)
     if not (stored.is_file() and resume):
-        for name in ("stages.json", "summary.json", "metrics.jsonl", *(path.name for path in out.glob("checkpoint-*.pt"))):
+        for name in (
+            "stages.json",
+            "summary.json",
+            "metrics.jsonl",
+            *(path.name for path in out.glob("checkpoint-*.pt")),
+        ):
             (out / name).unlink(missing_ok=True)
         folder.write_text("recipe.yaml", recipe.to_yaml())
     return folder
@@ -119,7 +126,9 @@ class _Run:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
         recipe = self.recipe
         if recipe.method == "atp":
-            zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
+            zeros = {
+                site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()
+            }
             solve(zeros, self.structure, recipe.budget)
         self.tokenizer = load_tokenizer(recipe.model)
         if len(self.tokenizer) > self.config.vocab_size:
@@ -142,7 +151,9 @@ class _Run:
             self.stages = json.loads(stages.read_text(encoding="utf-8"))
         before = None
         for stage in ("main", "dense_lora"):
-            state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
+            state = (
+                checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
+            )
             if state:
                 before = (stage, state["phase"], state["step"])
                 break
@@ -201,7 +212,9 @@ class _Run:
 
     def _valid(self, model: nn.Module) -> Figures:
         evaluate = self.recipe.evaluate
-        return perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.accelerator.device, self.bf16)
+        return perplexity(
+            model, self.splits.valid, evaluate.windows, evaluate.batch, self.accelerator.device, self.bf16
+        )
 
     def _test(self, model: nn.Module) -> Figures:
         evaluate, device = self.recipe.evaluate, self.accelerator.device
@@ -224,7 +237,12 @@ class _Run:
         started = time.perf_counter()
         outcome = finetune.run(self._session("dense_lora"))
         seconds = round(time.perf_counter() - started, 1)
-        return {**self._test(outcome.model), "parameters": self.structure.total_params, "block_ratio": 1.0, "seconds": seconds}
+        return {
+            **self._test(outcome.model),
+            "parameters": self.structure.total_params,
+            "block_ratio": 1.0,
+            "seconds": seconds,
+        }
 
     def _export(self, outcome: Outcome, facts: Summary) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
@@ -235,7 +253,9 @@ class _Run:
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
             parameter.data = parameter.data.to(dtype).float()
         counts = count(self.structure, outcome.plan)
-        plan = replace(outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio})
+        plan = replace(
+            outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio}
+        )
         target = self.folder / "model"
         difference: float | None = None
         if rank() == 0:
@@ -281,5 +301,3 @@ def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
-
-

@@ -127,7 +127,10 @@ class LoraConfig(Section):
     lasso: Literal["proximal", "loss", "none"] = "proximal"
     """For ``lora_aware``: shrink after each optimiser step, a term of the loss, or nothing."""
     lasso_weight: Annotated[float, Field(ge=0.0)] = 1.0
-    """For ``proximal``: the number of times a median group is emptied over the lasso ramp; for ``loss``: its factor."""
+    """``loss``: its factor. ``proximal``: a step shrinks pruned groups by 0.1 x this x the median group norm (ramped)."""
+    settle: Fraction = 0.25
+    """``lora_aware``: after the decision this part of ``search.steps`` goes on tuning the uncut model, so that the lasso
+    can empty the pruned entries before the cut; taken out of ``recover.steps``."""
 
 
 class GeneratorConfig(Section):

@@ -24,7 +24,12 @@ class ChoiceRow(Protocol):
 
 @torch.no_grad()
 def accuracy(
-    model: nn.Module, tokenizer: Any, rows: Sequence[ChoiceRow], max_length: int, device: torch.device, bf16: bool = False
+    model: nn.Module,
+    tokenizer: Any,
+    rows: Sequence[ChoiceRow],
+    max_length: int,
+    device: torch.device,
+    bf16: bool = False,
 ) -> dict[str, float]:
     """Share of rows whose labelled choice is the likeliest (summed log-likelihood of its tokens, ties to the first).
 
@@ -37,7 +42,9 @@ def accuracy(
     for row in rows:
         assert row.prompt is not None and row.choices and row.label is not None
         lead = _lead(row)
-        scores = _scores(model, tokenizer, row.prompt, [lead + choice for choice in row.choices], max_length, device, bf16)
+        scores = _scores(
+            model, tokenizer, row.prompt, [lead + choice for choice in row.choices], max_length, device, bf16
+        )
         hits += int(int(scores.argmax()) == row.label)
         labels.append(row.label)
     model.train(training)
@@ -69,5 +76,8 @@ def _scores(
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logp = F.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
     return torch.stack(
-        [logp[index, len(row) - 1 - n : len(row) - 1].sum() for index, (row, n) in enumerate(zip(rows, targets, strict=True))]
+        [
+            logp[index, len(row) - 1 - n : len(row) - 1].sum()
+            for index, (row, n) in enumerate(zip(rows, targets, strict=True))
+        ]
     )

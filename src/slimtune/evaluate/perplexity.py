@@ -13,7 +13,9 @@ from slimtune.train.objective import IGNORE, forward
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, windows: Windows, limit: int, batch: int, device: torch.device, bf16: bool = False) -> dict[str, float]:
+def perplexity(
+    model: nn.Module, windows: Windows, limit: int, batch: int, device: torch.device, bf16: bool = False
+) -> dict[str, float]:
     """Next-token loss and perplexity over at most ``limit`` evenly spaced windows.
 
     Returns:
@@ -46,4 +48,9 @@ def _figures(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
     n = len(sums)
     spread = float(((sums - loss * counts) ** 2).sum()) * n / max(1, n - 1)
     error = math.sqrt(spread) / total
-    return {"loss": loss, "ppl": math.exp(min(loss, 700.0)), "ppl_se": math.exp(min(loss, 700.0)) * error, "tokens": total}
+    return {
+        "loss": loss,
+        "ppl": math.exp(min(loss, 700.0)),
+        "ppl_se": math.exp(min(loss, 700.0)) * error,
+        "tokens": total,
+    }

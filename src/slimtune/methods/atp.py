@@ -119,7 +119,13 @@ class _Atp:
         norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), generator.clip)
         self.decider.step()
         self.decider.zero_grad()
-        return {"loss": loss, "sampled": ratio.detach(), "target": self._target(step), "budget": over.detach(), "grad_norm": norm}
+        return {
+            "loss": loss,
+            "sampled": ratio.detach(),
+            "target": self._target(step),
+            "budget": over.detach(),
+            "grad_norm": norm,
+        }
 
     def _backward_to_gates(self, parts: list[Any]) -> tuple[Tensor, int]:
         """Cross-entropy on ``parts``, differentiated with respect to the bank's leaves alone."""
@@ -191,7 +197,9 @@ class _Atp:
             for part in self.decision.at(step):
                 size = len(part["input_ids"])
                 ones = {
-                    (layer, axis): torch.ones(size, self.structure.layers[layer].units[axis], device=self.session.device)
+                    (layer, axis): torch.ones(
+                        size, self.structure.layers[layer].units[axis], device=self.session.device
+                    )
                     for layer, axis in self.structure.sites()
                 }
                 leaves = self.bank.leaves(ones)
@@ -257,7 +265,9 @@ class _Atp:
     def _kept(self) -> float:
         if self.masks:
             return float(budget.kept_ratio(self.masks, self.structure, self.recipe.budget.of))
-        return float(self.recipe.budget.keep) if self.plan is None else self.notes.setdefault("kept", self._plan_ratio())
+        return (
+            float(self.recipe.budget.keep) if self.plan is None else self.notes.setdefault("kept", self._plan_ratio())
+        )
 
     def _plan_ratio(self) -> float:
         assert self.plan is not None

@@ -149,7 +149,8 @@ def _set_head_counts(block: nn.Module, widths: dict[str, int]) -> None:
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """No dropout and no parameter gradients inside: what a ``decide`` turn needs (the model stays in train mode, because
-    activation checkpointing is only active there)."""
+    activation checkpointing is only active there).
+    """
     dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     rates = [module.p for module in dropouts]
     attention = [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)]

@@ -24,7 +24,10 @@ MULTIPLES = (128, 64, 32, 16, 8)
 def kept_ratio(masks: Masks, structure: Structure, of: str) -> Tensor:
     """Kept part of the parameters, differentiable in the masks (specification 5.8)."""
     owned = torch.stack(
-        [masks[layer, axis].sum() * float(structure.layers[layer].unit_params[axis]) for layer, axis in structure.sites()]
+        [
+            masks[layer, axis].sum() * float(structure.layers[layer].unit_params[axis])
+            for layer, axis in structure.sites()
+        ]
     ).sum()
     if of == "block":
         return owned / structure.prunable_params
@@ -97,7 +100,8 @@ def solve(
 def smallest_ratio(structure: Structure, of: str, multiple: int) -> float:
     """The ratio with one KV group and one rounding block in every layer."""
     least = sum(
-        layer.unit_params[KV_GROUP] + min(multiple, layer.units[FFN]) * layer.unit_params[FFN] for layer in structure.layers
+        layer.unit_params[KV_GROUP] + min(multiple, layer.units[FFN]) * layer.unit_params[FFN]
+        for layer in structure.layers
     )
     if of == "block":
         return least / structure.prunable_params
@@ -151,12 +155,17 @@ def _fill_free(scores: Mapping[Site, Tensor], structure: Structure, keep: float,
     return _plan(structure, chosen)
 
 
-def _fill_uniform(scores: Mapping[Site, Tensor], structure: Structure, keep: float, of: str, multiple: int) -> Plan | None:
+def _fill_uniform(
+    scores: Mapping[Site, Tensor], structure: Structure, keep: float, of: str, multiple: int
+) -> Plan | None:
     """Equal widths: for each head count the width that meets the budget; the pair that keeps the highest scores."""
     first = structure.layers[0]
     if any(layer.units != first.units for layer in structure.layers):
         raise UserError("budget.layout=uniform needs a base whose layers are all alike; use layout=per-layer")
-    order = {site: torch.sort(scores[site].detach().double().cpu(), descending=True, stable=True) for site in structure.sites()}
+    order = {
+        site: torch.sort(scores[site].detach().double().cpu(), descending=True, stable=True)
+        for site in structure.sites()
+    }
     allowance = _allowance(structure, keep, of) / len(structure.layers)
     best: tuple[float, int, int] | None = None
     for groups in range(1, first.units[KV_GROUP] + 1):
@@ -178,7 +187,8 @@ def _fill_uniform(scores: Mapping[Site, Tensor], structure: Structure, keep: flo
         return None
     widths = {KV_GROUP: best[1], FFN: best[2]}
     kept = [
-        {axis: order[layer, axis].indices[: widths[axis]].tolist() for axis in AXES} for layer in range(len(structure.layers))
+        {axis: order[layer, axis].indices[: widths[axis]].tolist() for axis in AXES}
+        for layer in range(len(structure.layers))
     ]
     return Plan.of(structure, kept)
 
@@ -211,7 +221,10 @@ def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str) -
     sites = list(structure.sites())
     flat = torch.cat([logits[site].float() for site in sites])
     costs = torch.cat(
-        [torch.full_like(logits[site], structure.layers[site[0]].unit_params[site[1]], dtype=torch.float64) for site in sites]
+        [
+            torch.full_like(logits[site], structure.layers[site[0]].unit_params[site[1]], dtype=torch.float64)
+            for site in sites
+        ]
     )
     order = torch.sort(flat, descending=True, stable=True).indices
     kept = torch.zeros_like(flat)

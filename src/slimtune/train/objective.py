@@ -32,7 +32,9 @@ def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy in fp32 over the targets."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+    )
 
 
 def distillation_sum(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
@@ -52,7 +54,11 @@ def count_targets(batches: Sequence[Batch], accelerator: Accelerator) -> int:
 
 
 def accumulate(
-    model: nn.Module, batches: Sequence[Batch], accelerator: Accelerator, loss: Callable[[Batch], Tensor], sync: bool = True
+    model: nn.Module,
+    batches: Sequence[Batch],
+    accelerator: Accelerator,
+    loss: Callable[[Batch], Tensor],
+    sync: bool = True,
 ) -> Tensor:
     """Backward of ``loss`` (a sum over targets) over micro-batches, scaled to the mean over the whole step.
 
@@ -74,6 +80,3 @@ def accumulate(
         total += value.detach()
     reduced: Tensor = accelerator.reduce(total)
     return reduced
-
-
-

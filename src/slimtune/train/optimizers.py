@@ -17,7 +17,11 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) ->
     found = [parameter for parameter in parameters if parameter.requires_grad]
     fused = bool(found) and found[0].is_cuda
     return torch.optim.AdamW(
-        [{"params": found, "lr": lr, "initial_lr": lr}], lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay, fused=fused
+        [{"params": found, "lr": lr, "initial_lr": lr}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        weight_decay=weight_decay,
+        fused=fused,
     )
 
 
@@ -35,7 +39,10 @@ def model_optimizers(model: nn.Module, train: TrainConfig, lr: float | None = No
     rest = [p for _, p in named if id(p) not in chosen]
     # match_rms_adamw rescales the orthogonal update so that AdamW's learning rates carry over (Liu et al. 2025)
     first = muon(
-        [{"params": matrices, "lr": lr, "initial_lr": lr}], lr=lr, weight_decay=train.weight_decay, adjust_lr_fn="match_rms_adamw"
+        [{"params": matrices, "lr": lr, "initial_lr": lr}],
+        lr=lr,
+        weight_decay=train.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
     )
     return [first, adamw(rest, lr, 0.0)]
 

@@ -76,4 +76,6 @@ class Batches:
         mine = whole[accelerator.process_index :: accelerator.num_processes]
         size = train.micro_batch or max(1, len(mine))
         parts = [self.windows.collate(mine[start : start + size]) for start in range(0, len(mine), size)]
-        return [{key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts]
+        return [
+            {key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts
+        ]
