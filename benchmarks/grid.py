@@ -23,9 +23,7 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def run(
-    recipe: str, name: str, overrides: list[str], seed: int, runs: Path, threads: int
-) -> tuple[str, int, dict[str, Any]]:
+def run(recipe: str, name: str, overrides: list[str], seed: int, runs: Path, threads: int) -> tuple[str, int, dict[str, Any]]:
     """One ``slimtune tune`` in a process of its own; its summary, or the end of its error output."""
     out = runs / f"{name}-{seed}"
     command = [
@@ -51,9 +49,7 @@ def run(
     if code:
         return name, seed, {"failed": (out / "log.txt").read_text()[-400:]}
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    print(
-        f"{name} seed {seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True
-    )
+    print(f"{name} seed {seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True)
     return name, seed, summary
 
 
@@ -101,9 +97,8 @@ def print_table(rows: list[Row]) -> None:
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         ratio = f"{statistics.mean(ratios):7.3f}" if ratios else "      -"
         seconds = statistics.mean(row["gpu_seconds"] for row in mine)
-        print(
-            f"{name:<28} {statistics.mean(values):8.3f} {spread:6.3f} {ratio} {mine[0]['tokens']:12,} {seconds:6.0f} {len(mine)}"
-        )
+        mean = statistics.mean(values)
+        print(f"{name:<28} {mean:8.3f} {spread:6.3f} {ratio} {mine[0]['tokens']:12,} {seconds:6.0f} {len(mine)}")
 
 
 def main() -> None:
@@ -124,9 +119,7 @@ def main() -> None:
         name, _, overrides = variant.partition(":")
         work += [(name.strip(), overrides.split(), int(seed)) for seed in args.seeds.split(",")]
     with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [
-            pool.submit(run, args.recipe, name, keys, seed, args.runs, args.threads) for name, keys, seed in work
-        ]
+        futures = [pool.submit(run, args.recipe, name, keys, seed, args.runs, args.threads) for name, keys, seed in work]
         done = [future.result() for future in futures]
     rows = rows_of(done, args.base, args.domain or Path(args.recipe).stem)
     args.rows.parent.mkdir(parents=True, exist_ok=True)

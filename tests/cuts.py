@@ -57,7 +57,5 @@ def logits_of(model: Any, input_ids: torch.Tensor) -> torch.Tensor:
 def generate(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> list[list[int]]:
     """Twelve greedy tokens after ``input_ids``."""
     mask = torch.ones_like(input_ids)
-    tokens = model.generate(
-        input_ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12, **kwargs
-    )
+    tokens = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12, **kwargs)
     return tokens[:, input_ids.shape[1] :].tolist()

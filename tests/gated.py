@@ -43,9 +43,7 @@ def random_plan(structure: Structure, seed: int) -> Plan:
     kept = []
     for layer in structure.layers:
         widths = {axis: int(torch.randint(1, layer.units[axis] + 1, (1,), generator=generator)) for axis in AXES}
-        kept.append(
-            {axis: torch.randperm(layer.units[axis], generator=generator)[:n].tolist() for axis, n in widths.items()}
-        )
+        kept.append({axis: torch.randperm(layer.units[axis], generator=generator)[:n].tolist() for axis, n in widths.items()})
     return Plan.of(structure, kept)
 
 

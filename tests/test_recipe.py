@@ -116,9 +116,7 @@ def test_defaults_are_valid_when_written_out() -> None:
     template=st.text(st.characters(exclude_characters="$", exclude_categories=["Cs"]), max_size=30),
     seed=st.integers(0, 2**31),
 )
-def test_the_resolved_recipe_reads_back_equal(
-    keep: float, lr: float, multiple: int | str, template: str, seed: int
-) -> None:
+def test_the_resolved_recipe_reads_back_equal(keep: float, lr: float, multiple: int | str, template: str, seed: int) -> None:
     recipe = parse(
         {
             "seed": seed,

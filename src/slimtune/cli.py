@@ -79,9 +79,7 @@ def _options(
 def tune(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
 ) -> None:
     """Tune and prune a model as a recipe says."""
@@ -122,9 +120,7 @@ def estimate(
 
 @app.command()
 def families(
-    model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL_FOLDER]", help="Say whether this model is supported.")
-    ] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="[MODEL_FOLDER]", help="Say whether this model is supported.")] = None,
 ) -> None:
     """Model families: what is supported, what is refused and why."""
     from slimtune.structure.families import FAMILIES, REFUSED
@@ -188,9 +184,7 @@ def reference(
     pages: dict[str, Table] = {"recipe": _keys("recipe", Recipe, "", general)}
     for name, model in sections.items():
         pages[name] = _keys(name, model, f"{name}.", set(model.model_fields))
-    pages["source"] = _keys(
-        "source: an item of data.train, decision, valid, test", Source, "", set(Source.model_fields)
-    )
+    pages["source"] = _keys("source: an item of data.train, decision, valid, test", Source, "", set(Source.model_fields))
     if section is None:
         _print(*pages.values())
     elif section in pages:
@@ -231,9 +225,7 @@ def _type(field: Any) -> str:
 
 def _limits(word: str, metadata: Any) -> str:
     signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    bounds = [
-        f"{sign} {getattr(item, key):g}" for item in metadata for key, sign in signs.items() if hasattr(item, key)
-    ]
+    bounds = [f"{sign} {getattr(item, key):g}" for item in metadata for key, sign in signs.items() if hasattr(item, key)]
     return f"{word} {', '.join(bounds)}".strip()
 
 

@@ -73,9 +73,7 @@ def _open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
     out = Path(recipe.out)
     stored = out / "recipe.yaml"
     if stored.is_file() and not resume and not overwrite:
-        raise UserError(
-            f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite"
-        )
+        raise UserError(f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite")
     if stored.is_file() and resume:
         _same_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), recipe)
     folder = RunFolder(out)
@@ -126,9 +124,7 @@ class _Run:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
         recipe = self.recipe
         if recipe.method == "atp":
-            zeros = {
-                site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()
-            }
+            zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
             solve(zeros, self.structure, recipe.budget)
         self.tokenizer = load_tokenizer(recipe.model)
         if len(self.tokenizer) > self.config.vocab_size:
@@ -151,9 +147,7 @@ class _Run:
             self.stages = json.loads(stages.read_text(encoding="utf-8"))
         before = None
         for stage in ("main", "dense_lora"):
-            state = (
-                checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
-            )
+            state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
             if state:
                 before = (stage, state["phase"], state["step"])
                 break
@@ -212,9 +206,7 @@ class _Run:
 
     def _valid(self, model: nn.Module) -> Figures:
         evaluate = self.recipe.evaluate
-        return perplexity(
-            model, self.splits.valid, evaluate.windows, evaluate.batch, self.accelerator.device, self.bf16
-        )
+        return perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.accelerator.device, self.bf16)
 
     def _test(self, model: nn.Module) -> Figures:
         evaluate, device = self.recipe.evaluate, self.accelerator.device
@@ -253,9 +245,7 @@ class _Run:
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
             parameter.data = parameter.data.to(dtype).float()
         counts = count(self.structure, outcome.plan)
-        plan = replace(
-            outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio}
-        )
+        plan = replace(outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio})
         target = self.folder / "model"
         difference: float | None = None
         if rank() == 0:

@@ -62,9 +62,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.generator.width % self.generator.heads:
-            raise ValueError(
-                f"generator.heads={self.generator.heads} must divide generator.width={self.generator.width}"
-            )
+            raise ValueError(f"generator.heads={self.generator.heads} must divide generator.width={self.generator.width}")
         if self.model.init == "config" and self.method != "finetune" and not self.model.path and not self.model.config:
             raise ValueError("model.init=config needs model.config or model.path")
         return self
@@ -138,9 +136,7 @@ def _expand(value: Any) -> Any:
 def _variable(match: re.Match[str]) -> str:
     name = match.group(1)
     if name not in os.environ:
-        raise UserError(
-            f"the recipe uses ${{{name}}} but the environment variable {name} is not set; export {name}=..."
-        )
+        raise UserError(f"the recipe uses ${{{name}}} but the environment variable {name} is not set; export {name}=...")
     return os.environ[name]
 
 

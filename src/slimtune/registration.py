@@ -35,9 +35,7 @@ class _Finder:
     def __init__(self) -> None:
         self._asking = False
 
-    def find_spec(
-        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != _WATCHED or self._asking:
             return None
         self._asking = True

@@ -49,9 +49,7 @@ def test_the_structure_counts_what_the_model_holds(name: str) -> None:
     assert (structure.group, structure.head_dim) == (2, 16)
     # by hand, for the widths of the tiny configs: q, k, v, o and two or three MLP matrices of 64
     matrices = 3 * sum(module.weight.numel() for layer, _, module in linears_of(model, structure) if layer == 0)
-    biases = sum(
-        module.bias.numel() for _, row, module in linears_of(model, structure) if row.out and module.bias is not None
-    )
+    biases = sum(module.bias.numel() for _, row, module in linears_of(model, structure) if row.out and module.bias is not None)
     assert structure.prunable_params == matrices + biases
     assert structure_of(model.config) == structure
 

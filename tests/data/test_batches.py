@@ -40,9 +40,7 @@ def split(config: DataConfig, need: frozenset[str] = ALL) -> tuple[dict[str, lis
     return {name: texts_of(rows) for name, rows in divide(config, need, notes).items()}, notes
 
 
-@given(
-    st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=30), st.lists(st.text(), max_size=30), st.randoms()
-)
+@given(st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=30), st.lists(st.text(), max_size=30), st.randoms())
 def test_place_of_a_row_does_not_depend_on_others(texts: list[str], more: list[str], random: Any) -> None:
     before = {text: place(Row(text=text).key, SHARES) for text in texts}
     mixed = [*texts, *more]
@@ -52,9 +50,7 @@ def test_place_of_a_row_does_not_depend_on_others(texts: list[str], more: list[s
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=8, max_size=40))
-def test_splits_by_hash_are_disjoint_whatever_the_rows(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[str]
-) -> None:
+def test_splits_by_hash_are_disjoint_whatever_the_rows(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
     path = write(tmp_path_factory.mktemp("rows") / "a.jsonl", *texts)
     rows = divide(DataConfig(train=path, **HALF), ALL, Counter())
     keys = {name: {row.key for row in found} for name, found in rows.items()}
@@ -135,8 +131,7 @@ def test_nothing_to_learn_from(tmp_path: Path, tokenizer: Any, options: dict[str
 
 def test_load_splits_end_to_end(tmp_path: Path, tokenizer: Any) -> None:
     examples = [
-        {"prompt": f"question {index}", "completion": " yes", "choices": [" yes", " no"], "label": 0}
-        for index in range(60)
+        {"prompt": f"question {index}", "completion": " yes", "choices": [" yes", " no"], "label": 0} for index in range(60)
     ]
     config = DataConfig(train=write(tmp_path / "a.jsonl", *words(60), *examples), max_length=64, **HALF)
     splits = load_splits(config, tokenizer)
@@ -191,15 +186,11 @@ def test_long_examples_lose_the_left_of_the_prompt(tmp_path: Path, tokenizer: An
     assert text.startswith("<s>")
     assert text.endswith("what is it?  fine</s>")
     assert tokenizer.decode(first["labels"][0][first["labels"][0] >= 0]) == " fine</s>"
-    assert tokenizer.decode(third["input_ids"][0]).startswith(
-        "<s> it is it is"
-    )  # only an answer too long is cut itself
+    assert tokenizer.decode(third["input_ids"][0]).startswith("<s> it is it is")  # only an answer too long is cut itself
 
 
 def test_chats_without_an_answer_are_counted(tmp_path: Path, tokenizer: Any) -> None:
-    chats = [
-        {"messages": [{"role": role, "content": f"{role} {i}"}]} for i in range(2) for role in ("user", "assistant")
-    ]
+    chats = [{"messages": [{"role": role, "content": f"{role} {i}"}]} for i in range(2) for role in ("user", "assistant")]
     none = dict.fromkeys(("test_fraction", "valid_fraction", "decision_fraction"), 0.0)
     splits = load_splits(DataConfig(train=write(tmp_path / "a.jsonl", *chats), **none), tokenizer, LEARN)
     assert splits.notes == {"train.no_answer": 2}

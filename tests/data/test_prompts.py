@@ -48,9 +48,7 @@ def shown(encoded: Encoded, tokenizer: Any) -> tuple[str, str]:
 
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("trim", [True, False])
-def test_an_example_learns_its_completion_and_eos_only(
-    tokenizer_with: Callable[..., Any], bos: bool, trim: bool
-) -> None:
+def test_an_example_learns_its_completion_and_eos_only(tokenizer_with: Callable[..., Any], bos: bool, trim: bool) -> None:
     tokenizer = tokenizer_with(bos=bos, trim=trim)
     encoded = one(Row(prompt="question: what is it?", completion=" it is\n fine "), tokenizer)
     start = "<s>" if bos else ""
@@ -77,9 +75,7 @@ def test_multi_byte_characters_split_over_tokens(tokenizer: Any) -> None:
     assert shown(encoded, tokenizer) == ("<s>é日本</s>", "日本</s>")
 
 
-@pytest.mark.parametrize(
-    ("prompt", "completion"), [("<s>question", " yes"), ("question", " yes</s>"), ("<s>q", " a</s>")]
-)
+@pytest.mark.parametrize(("prompt", "completion"), [("<s>question", " yes"), ("question", " yes</s>"), ("<s>q", " a</s>")])
 def test_bos_and_eos_in_the_text_are_not_doubled(tokenizer: Any, prompt: str, completion: str) -> None:
     encoded = one(Row(prompt=prompt, completion=completion), tokenizer)
     assert encoded.ids.tolist().count(tokenizer.bos_token_id) == 1
@@ -129,9 +125,7 @@ def test_chat_without_a_template_gets_role_lines(tokenizer: Any) -> None:
 
 def test_chats_and_examples_stay_in_order(tokenizer_with: Callable[..., Any]) -> None:
     tokenizer = tokenizer_with(chat_template=MARKED)
-    found = list(
-        encode_examples([Row(prompt="q", completion=" yes"), CHAT, Row(prompt="q", completion=" no")], tokenizer)
-    )
+    found = list(encode_examples([Row(prompt="q", completion=" yes"), CHAT, Row(prompt="q", completion=" no")], tokenizer))
     learned = [shown(encoded, tokenizer)[1] for encoded in found]
     assert learned == [" yes</s>", " it is fine.</s> no </s>", " no</s>"]
 

@@ -31,9 +31,7 @@ def test_documents_are_read_as_rows() -> None:
 
 def test_a_library_is_parsed_grouped_and_cleaned(tmp_path: Path) -> None:
     (tmp_path / "pkg" / "test").mkdir(parents=True)
-    (tmp_path / "pkg" / "__init__.py").write_text(
-        f'"""Package.\n\nCopyright (c) 2001 Someone.\n\n{LONG}"""\nraise OSError\n'
-    )
+    (tmp_path / "pkg" / "__init__.py").write_text(f'"""Package.\n\nCopyright (c) 2001 Someone.\n\n{LONG}"""\nraise OSError\n')
     (tmp_path / "pkg" / "mod.py").write_text(
         "def f(a, *, b=1):\n"
         f'    """First {LONG}\n\n        indented\n    """\n'

@@ -50,9 +50,7 @@ def test_parquet(tmp_path: Path) -> None:
 
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"prompt": ["q"], "completion": ["a"], "choices": [["a", "b"]]}), path)
-    assert read(Source(path=str(path))) == [
-        Row(prompt="q", completion="a", choices=("a", "b"), label=0, origin=f"{path}:1")
-    ]
+    assert read(Source(path=str(path))) == [Row(prompt="q", completion="a", choices=("a", "b"), label=0, origin=f"{path}:1")]
     path.write_bytes(b"not parquet")
     with pytest.raises(UserError, match="not a parquet file"):
         read(Source(path=str(path)))
@@ -110,9 +108,7 @@ def test_choices_of_another_shape_are_not_choices(tmp_path: Path) -> None:
 
 
 def test_empty_rows_are_skipped_and_counted(tmp_path: Path) -> None:
-    path = write(
-        tmp_path / "a.jsonl", {"text": " \n"}, {"text": "x"}, {"text": None}, {"prompt": "p", "completion": ""}
-    )
+    path = write(tmp_path / "a.jsonl", {"text": " \n"}, {"text": "x"}, {"text": None}, {"prompt": "p", "completion": ""})
     rows, skipped = read_counted(Source(path=path))
     assert ([row.text for row in rows], skipped) == (["x"], 3)
 
@@ -165,9 +161,7 @@ def test_bad_files_name_the_file_and_the_remedy(tmp_path: Path, name: str, conte
         read(Source(path=str(tmp_path / name)))
 
 
-@pytest.mark.parametrize(
-    "path", ["./no", "no/such/file.jsonl", "data/train.jsonl", "train.jsonl", "word", "~/no", "~/no.csv"]
-)
+@pytest.mark.parametrize("path", ["./no", "no/such/file.jsonl", "data/train.jsonl", "train.jsonl", "word", "~/no", "~/no.csv"])
 def test_what_is_no_file_and_no_hub_id_never_reaches_the_network(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)  # an import of it would now fail
     with pytest.raises(UserError, match=f"data source '{path}' does not exist"):

@@ -80,9 +80,7 @@ def test_save_pretrained_round_trip_keeps_widths_code_and_all_auto_classes(name:
     assert type(again).__module__ == "slimtune.models.per_layer"
 
 
-def test_the_copied_code_makes_the_same_model_and_saves_itself_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_copied_code_makes_the_same_model_and_saves_itself_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     model = narrow_model("qwen3")
     model.save_pretrained(tmp_path / "one")

@@ -79,9 +79,7 @@ def divide(config: DataConfig, need: frozenset[str], notes: Counter[str]) -> dic
     given = {name: getattr(config, name) for name in SPLITS}
     learns = bool(need & {"train", "decision"}) or any(not given[name] for name in need)
     wanted = need | {"test", "valid"} | ({"train"} if not given["decision"] else set()) if learns else need
-    from_train = [
-        (name, getattr(config, f"{name}_fraction")) for name in SPLITS[:3] if name in wanted and not given[name]
-    ]
+    from_train = [(name, getattr(config, f"{name}_fraction")) for name in SPLITS[:3] if name in wanted and not given[name]]
     if not given["train"] and ("train" in need or any(name in need for name, _ in from_train)):
         raise UserError("data.train is empty; name a file, e.g. data.train=train.jsonl, or builtin:python-docs")
     if sum(share for _, share in from_train) >= 1:
@@ -111,9 +109,7 @@ def place(key: str, shares: Sequence[tuple[str, float]]) -> str:
     return "train"
 
 
-def guard(
-    rows: Mapping[str, list[Row]], on_overlap: Literal["error", "drop"], notes: Counter[str]
-) -> dict[str, list[Row]]:
+def guard(rows: Mapping[str, list[Row]], on_overlap: Literal["error", "drop"], notes: Counter[str]) -> dict[str, list[Row]]:
     """Rows of each split without those that stand in a split of higher precedence (test, valid, decision, train).
 
     Raises:
@@ -148,9 +144,7 @@ def _windows(name: str, rows: list[Row], config: DataConfig, tokenizer: Any, not
     return Windows.build(streams, examples, config.max_length, pad_id(tokenizer), config.packing)
 
 
-def fit(
-    name: str, rows: Sequence[Row], examples: Iterable[Encoded], config: DataConfig, notes: Counter[str]
-) -> list[Encoded]:
+def fit(name: str, rows: Sequence[Row], examples: Iterable[Encoded], config: DataConfig, notes: Counter[str]) -> list[Encoded]:
     """Examples of at most ``config.max_length`` tokens, those with nothing to predict left out (and counted).
 
     Raises:

@@ -121,9 +121,7 @@ def _specials(ids: list[int], prefix: list[int], eos: int | None) -> tuple[list[
     return front, [] if eos is None or ids[-1:] == [eos] else [eos]
 
 
-def _encoded(
-    item: _Rendered, ids: list[int], offsets: Any, tokenizer: Any, prefix: list[int], answer_only: bool
-) -> Encoded:
+def _encoded(item: _Rendered, ids: list[int], offsets: Any, tokenizer: Any, prefix: list[int], answer_only: bool) -> Encoded:
     answer = np.zeros(len(ids), dtype=np.bool_)
     first, last = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
     for start, end in item.spans:  # by overlap: a token that straddles a border belongs to the answer

@@ -92,9 +92,7 @@ def _jsonl(file: IO[bytes], source: Source) -> Iterator[Record]:
             try:
                 value = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{origin}: not valid JSON ({error.msg}, column {error.colno}); fix the line"
-                ) from error
+                raise UserError(f"{origin}: not valid JSON ({error.msg}, column {error.colno}); fix the line") from error
             yield origin, _fields(value, origin)
 
 

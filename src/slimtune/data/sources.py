@@ -227,6 +227,4 @@ def _fill(template: str, fields: Mapping[str, Any], origin: str) -> str:
     try:
         return _Template(origin).vformat(template, (), fields)
     except ValueError as error:
-        raise UserError(
-            f"template {template!r} is not valid: {error}; double the braces that are not fields"
-        ) from error
+        raise UserError(f"template {template!r} is not valid: {error}; double the braces that are not fields") from error

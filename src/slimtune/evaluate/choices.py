@@ -12,6 +12,8 @@ from torch import nn
 
 
 class ChoiceRow(Protocol):
+    """A row with choices and the index of the right one."""
+
     @property
     def prompt(self) -> str | None: ...
     @property
@@ -40,11 +42,11 @@ def accuracy(
     training = model.training
     model.eval()
     for row in rows:
-        assert row.prompt is not None and row.choices and row.label is not None
+        assert row.prompt is not None
+        assert row.choices is not None
+        assert row.label is not None
         lead = _lead(row)
-        scores = _scores(
-            model, tokenizer, row.prompt, [lead + choice for choice in row.choices], max_length, device, bf16
-        )
+        scores = _scores(model, tokenizer, row.prompt, [lead + choice for choice in row.choices], max_length, device, bf16)
         hits += int(int(scores.argmax()) == row.label)
         labels.append(row.label)
     model.train(training)
@@ -76,8 +78,5 @@ def _scores(
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logp = F.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
     return torch.stack(
-        [
-            logp[index, len(row) - 1 - n : len(row) - 1].sum()
-            for index, (row, n) in enumerate(zip(rows, targets, strict=True))
-        ]
+        [logp[index, len(row) - 1 - n : len(row) - 1].sum() for index, (row, n) in enumerate(zip(rows, targets, strict=True))]
     )

@@ -22,8 +22,7 @@ def perplexity(
         ``loss`` (nats a token), ``ppl`` = exp(loss), ``ppl_se`` (standard error of ppl, from the spread between windows),
         ``tokens`` (targets counted).
     """
-    stride = max(1, math.ceil(len(windows) / limit))
-    chosen = list(range(0, len(windows), stride))
+    chosen = windows.spread(limit)
     sums, counts = [], []
     training = model.training
     model.eval()

@@ -57,9 +57,7 @@ def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"model folder {str(folder)!r} is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise UserError(
-            f"{str(folder)!r} holds other files than a model (no config.json) and is not replaced; choose another"
-        )
+        raise UserError(f"{str(folder)!r} holds other files than a model (no config.json) and is not replaced; choose another")
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

@@ -127,9 +127,7 @@ def config_for(base: PreTrainedConfig, plan: Plan, shapes: Mapping[str, tuple[in
             candidate.architectures = [type(shell).__name__]
             return candidate
         difference = _first_difference(built, shapes)
-    raise UserError(
-        f"the model does not fit its plan: {difference}; merge LoRA and cut it with this plan before saving"
-    )
+    raise UserError(f"the model does not fit its plan: {difference}; merge LoRA and cut it with this plan before saving")
 
 
 def _candidates(base: PreTrainedConfig, plan: Plan) -> Iterator[PreTrainedConfig]:

@@ -197,9 +197,7 @@ class _Atp:
             for part in self.decision.at(step):
                 size = len(part["input_ids"])
                 ones = {
-                    (layer, axis): torch.ones(
-                        size, self.structure.layers[layer].units[axis], device=self.session.device
-                    )
+                    (layer, axis): torch.ones(size, self.structure.layers[layer].units[axis], device=self.session.device)
                     for layer, axis in self.structure.sites()
                 }
                 leaves = self.bank.leaves(ones)
@@ -265,9 +263,7 @@ class _Atp:
     def _kept(self) -> float:
         if self.masks:
             return float(budget.kept_ratio(self.masks, self.structure, self.recipe.budget.of))
-        return (
-            float(self.recipe.budget.keep) if self.plan is None else self.notes.setdefault("kept", self._plan_ratio())
-        )
+        return float(self.recipe.budget.keep) if self.plan is None else self.notes.setdefault("kept", self._plan_ratio())
 
     def _plan_ratio(self) -> float:
         assert self.plan is not None

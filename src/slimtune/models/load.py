@@ -50,9 +50,7 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
     raise UserError(f"{what}={path!r} does not exist; give a model folder, a hub id org/name, or builtin:base-10m")
 
 
-def _hub(
-    call: Any, location: str, local: bool, what: str, bad: tuple[type[Exception], ...] = (OSError,), **kwargs: Any
-) -> Any:
+def _hub(call: Any, location: str, local: bool, what: str, bad: tuple[type[Exception], ...] = (OSError,), **kwargs: Any) -> Any:
     try:
         # False, not absent: without it transformers stops to ask on the terminal whether to run a folder's own code
         return call(location, local_files_only=local, trust_remote_code=False, **kwargs)
@@ -112,7 +110,10 @@ def structure_of(config: PreTrainedConfig) -> Structure:
 
 def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM on ``device`` in ``dtype``, dropout-free eval mode, caches off."""
-    kwargs: dict[str, Any] = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    attention = config.attention
+    if attention == "auto" and getattr(load_config(config), "attn_logit_softcapping", None):
+        attention = "eager"  # sdpa drops the soft cap without a word
+    kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     if config.init == "config":
         model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
     else:

@@ -27,7 +27,7 @@ ReadMask = Callable[[int, str], Tensor | None]
 
 def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     """The decoder blocks, under PEFT or not."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     return list(base.get_submodule(structure.family.blocks))
 
 
@@ -113,7 +113,7 @@ def cut(model: nn.Module, structure: Structure, plan: Plan) -> list[Replaced]:
     return replaced
 
 
-def _slice_linear(module: nn.Module, dim: int, keep: list[int]) -> list[Replaced]:
+def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:
     base = module.base_layer if isinstance(module, LoraLayer) else module
     index = torch.tensor(keep, device=base.weight.device)
     changed = [_slice_parameter(base, "weight", dim, index)]
@@ -148,12 +148,15 @@ def _set_head_counts(block: nn.Module, widths: dict[str, int]) -> None:
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
-    """No dropout and no parameter gradients inside: what a ``decide`` turn needs (the model stays in train mode, because
-    activation checkpointing is only active there).
+    """No dropout and no parameter gradients inside: what a ``decide`` turn needs.
+
+    The model stays in train mode, because activation checkpointing is only active there.
     """
-    dropouts = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    dropouts: list[Any] = [module for module in model.modules() if isinstance(module, nn.Dropout)]
     rates = [module.p for module in dropouts]
-    attention = [module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)]
+    attention: list[Any] = [
+        module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)
+    ]
     attention_rates = [module.attention_dropout for module in attention]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in dropouts:

@@ -24,10 +24,7 @@ MULTIPLES = (128, 64, 32, 16, 8)
 def kept_ratio(masks: Masks, structure: Structure, of: str) -> Tensor:
     """Kept part of the parameters, differentiable in the masks (specification 5.8)."""
     owned = torch.stack(
-        [
-            masks[layer, axis].sum() * float(structure.layers[layer].unit_params[axis])
-            for layer, axis in structure.sites()
-        ]
+        [masks[layer, axis].sum() * float(structure.layers[layer].unit_params[axis]) for layer, axis in structure.sites()]
     ).sum()
     if of == "block":
         return owned / structure.prunable_params
@@ -73,15 +70,16 @@ def solve(
     keep = budget.keep if keep is None else keep
     pool = MULTIPLES if budget.ffn_multiple == "auto" else (budget.ffn_multiple,)
     fill = _fill_uniform if budget.layout == "uniform" else _fill_free
-    best: tuple[float, Plan, Counts] | None = None
+    best: tuple[float, float] | None = None
     for multiple in pool:
         plan = fill(scores, structure, keep, budget.of, multiple)
         if plan is None:
             continue
         counts = count(structure, plan)
-        error = abs((counts.total_ratio if budget.of == "total" else counts.block_ratio) - keep)
+        ratio = counts.total_ratio if budget.of == "total" else counts.block_ratio
+        error = abs(ratio - keep)
         if best is None or error < best[0]:
-            best = error, plan, counts
+            best = error, ratio
         if error <= budget.tolerance:
             return plan, counts
     lowest = smallest_ratio(structure, budget.of, min(pool))
@@ -90,18 +88,20 @@ def solve(
             f"budget.keep={keep} of {budget.of} cannot be met: embeddings, norms and one unit a layer are already "
             f"{lowest:.3f}; ask for more than that, or use budget.of=block"
         )
-    reached = f"the nearest is {keep + best[0]:.4f} or {keep - best[0]:.4f}" if best else "no plan exists"
+    nearest = "no plan exists"
+    if best:
+        nearest = f"the nearest is {best[2].total_ratio if budget.of == 'total' else best[2].block_ratio:.4f}"
     raise UserError(
         f"budget.keep={keep} cannot be met within budget.tolerance={budget.tolerance} with "
-        f"budget.ffn_multiple={budget.ffn_multiple} and layout={budget.layout} ({reached}); use a smaller multiple or a larger tolerance"
+        f"budget.ffn_multiple={budget.ffn_multiple} and budget.layout={budget.layout} ({nearest}); "
+        "use a smaller multiple or a larger tolerance"
     )
 
 
 def smallest_ratio(structure: Structure, of: str, multiple: int) -> float:
     """The ratio with one KV group and one rounding block in every layer."""
     least = sum(
-        layer.unit_params[KV_GROUP] + min(multiple, layer.units[FFN]) * layer.unit_params[FFN]
-        for layer in structure.layers
+        layer.unit_params[KV_GROUP] + min(multiple, layer.units[FFN]) * layer.unit_params[FFN] for layer in structure.layers
     )
     if of == "block":
         return least / structure.prunable_params
@@ -117,7 +117,8 @@ def _allowance(structure: Structure, keep: float, of: str) -> float:
 
 def _items(scores: Mapping[Site, Tensor], structure: Structure, multiple: int) -> tuple[list[_Item], list[_Item]]:
     """(what every layer must keep, the rest), each site's units in falling order of score, in rounding blocks."""
-    must, rest = [], []
+    must: list[_Item] = []
+    rest: list[_Item] = []
     for site in structure.sites():
         layer, axis = site
         values = scores[site].detach().double().cpu()
@@ -150,22 +151,35 @@ def _fill_free(scores: Mapping[Site, Tensor], structure: Structure, keep: float,
             closed.add(item.site)
             if skipped is None or item.cost < skipped.cost:
                 skipped = item
-    if skipped and skipped.cost - left < left:  # one block over is nearer to the budget than what is left under it
-        chosen.append(skipped)
+    if skipped:
+        # one item over the budget, then back by the worst MLP blocks: when every block is in and KV groups are what is
+        # left, whole groups alone would miss the budget by up to half a group
+        over, left_over = _give_back([*chosen, skipped], len(must), left - skipped.cost)
+        if abs(left_over) < left:
+            chosen = over
     return _plan(structure, chosen)
 
 
-def _fill_uniform(
-    scores: Mapping[Site, Tensor], structure: Structure, keep: float, of: str, multiple: int
-) -> Plan | None:
+def _give_back(chosen: list[_Item], fixed: int, left: float) -> tuple[list[_Item], float]:
+    """Drop the worst MLP blocks (never the first ``fixed`` items) as long as that brings ``left`` nearer to zero."""
+    kept = list(chosen)
+    for number in range(len(chosen) - 2, fixed - 1, -1):  # the last one was just added
+        item = chosen[number]
+        if item.site[1] != FFN:
+            continue
+        if abs(left + item.cost) >= abs(left):
+            break
+        del kept[number]
+        left += item.cost
+    return kept, left
+
+
+def _fill_uniform(scores: Mapping[Site, Tensor], structure: Structure, keep: float, of: str, multiple: int) -> Plan | None:
     """Equal widths: for each head count the width that meets the budget; the pair that keeps the highest scores."""
     first = structure.layers[0]
     if any(layer.units != first.units for layer in structure.layers):
         raise UserError("budget.layout=uniform needs a base whose layers are all alike; use layout=per-layer")
-    order = {
-        site: torch.sort(scores[site].detach().double().cpu(), descending=True, stable=True)
-        for site in structure.sites()
-    }
+    order = {site: torch.sort(scores[site].detach().double().cpu(), descending=True, stable=True) for site in structure.sites()}
     allowance = _allowance(structure, keep, of) / len(structure.layers)
     best: tuple[float, int, int] | None = None
     for groups in range(1, first.units[KV_GROUP] + 1):
@@ -187,8 +201,7 @@ def _fill_uniform(
         return None
     widths = {KV_GROUP: best[1], FFN: best[2]}
     kept = [
-        {axis: order[layer, axis].indices[: widths[axis]].tolist() for axis in AXES}
-        for layer in range(len(structure.layers))
+        {axis: order[layer, axis].indices[: widths[axis]].tolist() for axis in AXES} for layer in range(len(structure.layers))
     ]
     return Plan.of(structure, kept)
 
@@ -221,10 +234,7 @@ def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str) -
     sites = list(structure.sites())
     flat = torch.cat([logits[site].float() for site in sites])
     costs = torch.cat(
-        [
-            torch.full_like(logits[site], structure.layers[site[0]].unit_params[site[1]], dtype=torch.float64)
-            for site in sites
-        ]
+        [torch.full_like(logits[site], structure.layers[site[0]].unit_params[site[1]], dtype=torch.float64) for site in sites]
     )
     order = torch.sort(flat, descending=True, stable=True).indices
     kept = torch.zeros_like(flat)

@@ -57,5 +57,5 @@ def mean_over_ranks(leaves: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
         torch.distributed.all_reduce(flat)
         flat /= torch.distributed.get_world_size()
         parts = flat.split([grad.numel() for grad in grads.values()])
-        grads = {site: part for site, part in zip(grads, parts, strict=True)}
+        grads = dict(zip(grads, parts, strict=True))
     return grads

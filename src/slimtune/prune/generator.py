@@ -14,7 +14,9 @@ class Generator(nn.Module):
     """``forward() -> {site: logits [units]}``, fp32, offset and prior included."""
 
     def __init__(self, structure: Structure, config: GeneratorConfig, uniform: bool = False):
-        """Args:
+        """Draw the starting weights (seed torch before).
+
+        Args:
         structure: what can be cut.
         config: the recipe's section.
         uniform: equal expected widths in all layers: logits of a site are centred on one shared level per axis.
@@ -33,9 +35,7 @@ class Generator(nn.Module):
             layer = nn.TransformerEncoderLayer(
                 config.width, config.heads, 4 * config.width, dropout=0.0, batch_first=True, norm_first=True
             )
-            self.trunk = nn.TransformerEncoder(
-                layer, config.depth, norm=nn.LayerNorm(config.width), enable_nested_tensor=False
-            )
+            self.trunk = nn.TransformerEncoder(layer, config.depth, norm=nn.LayerNorm(config.width), enable_nested_tensor=False)
             self.heads = nn.ParameterList(
                 torch.randn(self.units[site], config.width) * (0.1 / config.width) for site in self.sites
             )

@@ -17,6 +17,8 @@ from slimtune.prune.gates import Masks, Site
 
 
 class Slice(Protocol):
+    """Entries of one LoRA factor, ``rows`` of them along ``dim`` for every unit."""
+
     @property
     def tensor(self) -> Tensor: ...
     @property
@@ -54,8 +56,9 @@ def lasso_loss(groups: Groups, masks: Masks) -> Tensor:
 
 @torch.no_grad()
 def proximal(groups: Groups, masks: Masks, strength: float) -> float:
-    """Shrink pruned groups by ``strength`` times the median norm of all groups of their site: the exact proximal step of
-    the group lasso, ``n -> max(n - tau, 0)`` (specification 1.6b, with tau set relative to the model's own scale).
+    """Proximal step of the group lasso on pruned groups: ``n -> max(n - tau, 0)`` (specification 1.6b).
+
+    ``tau`` is ``strength`` times the median norm of all groups of the site: relative to the model's own scale.
 
     Returns:
         The largest norm left in a pruned group.

@@ -88,8 +88,6 @@ def describe(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> 
     """
     family = family_of(str(config.get("model_type")))
     if config.get("quantization_config"):
-        raise UserError(
-            "quantised weights cannot be cut (quantization_config in config.json); give the original checkpoint"
-        )
+        raise UserError("quantised weights cannot be cut (quantization_config in config.json); give the original checkpoint")
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return measure(family, shapes, int(head_dim))

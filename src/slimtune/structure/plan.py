@@ -65,9 +65,7 @@ class Plan:
             for axis in AXES:
                 units = layer[axis]
                 if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= full[axis]:
-                    raise UserError(
-                        f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}"
-                    )
+                    raise UserError(f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}")
 
     def widths(self, layer: int) -> dict[str, int]:
         """The keys of ``layer`` in a Hugging Face config."""
@@ -99,9 +97,7 @@ class Plan:
 
     def to_json(self) -> str:
         """The file plan.json: version, digest, notes, plan."""
-        return json.dumps(
-            {"version": 1, "digest": self.digest, "notes": dict(self.notes), "plan": json.loads(self._body())}
-        )
+        return json.dumps({"version": 1, "digest": self.digest, "notes": dict(self.notes), "plan": json.loads(self._body())})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -115,9 +111,7 @@ class Plan:
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
         if raw.get("digest") != plan.digest:
-            raise UserError(
-                "plan.json was changed by hand: its digest does not match; write it anew with Plan.to_json()"
-            )
+            raise UserError("plan.json was changed by hand: its digest does not match; write it anew with Plan.to_json()")
         return plan
 
 

@@ -43,9 +43,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UserError(
-            f"checkpoint {str(path)!r} is damaged ({type(error).__name__}); delete it to start anew"
-        ) from error
+        raise UserError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}); delete it to start anew") from error
     return state
 
 
@@ -59,12 +57,8 @@ def restore_trainable(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Copy a ``trainable_state`` back; names and shapes must agree."""
     parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if set(parameters) != set(state):
-        raise UserError(
-            "the checkpoint was written with another model or LoRA setting; delete it or use the old recipe"
-        )
+        raise UserError("the checkpoint was written with another model or LoRA setting; delete it or use the old recipe")
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
-            raise UserError(
-                f"the checkpoint's {name!r} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}"
-            )
+            raise UserError(f"the checkpoint's {name!r} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
         parameter.copy_(state[name])

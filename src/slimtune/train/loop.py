@@ -58,6 +58,7 @@ def hash_seed(*parts: Any) -> int:
 
 
 def checkpoint_path(session: Session) -> Any:
+    """The one checkpoint file of a stage."""
     return session.folder / f"checkpoint-{session.stage}.pt"
 
 

@@ -32,9 +32,7 @@ def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy in fp32 over the targets."""
-    return F.cross_entropy(
-        logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def distillation_sum(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:

@@ -48,6 +48,8 @@ def model_optimizers(model: nn.Module, train: TrainConfig, lr: float | None = No
 
 
 class ReplacedParameter(Protocol):
+    """``old`` became ``new`` by taking ``index`` along ``dim``."""
+
     @property
     def old(self) -> nn.Parameter: ...
     @property

@@ -75,7 +75,7 @@ class Batches:
         whole = self.order.indices(step * train.batch, train.batch)
         mine = whole[accelerator.process_index :: accelerator.num_processes]
         size = train.micro_batch or max(1, len(mine))
-        parts = [self.windows.collate(mine[start : start + size]) for start in range(0, len(mine), size)]
-        return [
-            {key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts
-        ]
+        # flash attention recognises packed examples only in a batch of one long row
+        flatten = self.session.recipe.model.attention == "flash_attention_2"
+        parts = [self.windows.collate(mine[start : start + size], flatten=flatten) for start in range(0, len(mine), size)]
+        return [{key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts]

@@ -35,9 +35,7 @@ class Tuner:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
-    def update(
-        self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None
-    ) -> dict[str, Any]:
+    def update(self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None) -> dict[str, Any]:
         """One optimiser step on batch ``step``; ``loss`` sums over a micro-batch's targets, ``penalty`` comes once."""
         session, train = self.session, self.session.recipe.train
         factor = lr_factor(step, self.total_steps, train)
