@@ -88,9 +88,7 @@ def solve(
             f"budget.keep={keep} of {budget.of} cannot be met: embeddings, norms and one unit a layer are already "
             f"{lowest:.3f}; ask for more than that, or use budget.of=block"
         )
-    nearest = "no plan exists"
-    if best:
-        nearest = f"the nearest is {best[2].total_ratio if budget.of == 'total' else best[2].block_ratio:.4f}"
+    nearest = f"the nearest is {best[1]:.4f}" if best else "no plan exists"
     raise UserError(
         f"budget.keep={keep} cannot be met within budget.tolerance={budget.tolerance} with "
         f"budget.ffn_multiple={budget.ffn_multiple} and budget.layout={budget.layout} ({nearest}); "
