@@ -20,7 +20,7 @@ from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.perplexity import perplexity
-from slimtune.export import huggingface
+from slimtune.export import card, huggingface
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
@@ -236,37 +236,49 @@ class _Run:
             "seconds": seconds,
         }
 
-    def _export(self, outcome: Outcome, facts: Summary) -> tuple[Figures, float | None]:
+    def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
-        recipe = self.recipe
-        model: Any = outcome.model.float()
-        model = merge_lora(model) if recipe.export.merge else model
-        dtype = self._export_dtype()
+        recipe, target, dtype = self.recipe, self.folder / "model", self._export_dtype()
+        counts = count(self.structure, outcome.plan)
+        notes = {"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio}
+        plan = replace(outcome.plan, notes=notes)
+        model: Any = merge_lora(outcome.model.float())
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
             parameter.data = parameter.data.to(dtype).float()
-        counts = count(self.structure, outcome.plan)
-        plan = replace(outcome.plan, notes={"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio})
-        target = self.folder / "model"
         difference: float | None = None
         if rank() == 0:
             self.progress.say(f"writing {target} ...")
             source = recipe.model.tokenizer or recipe.model.path
-            where = locate(source)[0] if not Path(source).is_dir() else source
-            facts = {**facts, "recipe": recipe.model_dump(mode="json"), "parameters": counts.total}
-            huggingface.save(model, where, plan, target, dtype, facts)
+            source = source if Path(source).is_dir() else locate(source)[0]
+            huggingface.save(model, source, plan, target, dtype, self._facts(counts.total, {}, None))
             if recipe.export.verify:
                 difference = self._verify(model.cpu().eval(), target)
         self.accelerator.wait_for_everyone()
         device = self.accelerator.device
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True).to(device)
-        figures = self._test(loaded)
-        parameters = sum(parameter.numel() for parameter in loaded.parameters())
-        return {
-            **figures,
-            "parameters": parameters,
+        result = {
+            **self._test(loaded),
+            "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "block_ratio": counts.block_ratio,
             "bytes": _weight_bytes(target),
-        }, difference
+        }
+        if rank() == 0:
+            card.write(target, self._facts(counts.total, {**figures, "result": result}, difference), plan)
+        return result, difference
+
+    def _facts(self, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:
+        """What the model card may say."""
+        recipe, names = self.recipe, {"base": "base, test", "dense_lora": "dense LoRA, test", "result": "this model, test"}
+        return {
+            "base": recipe.model.path or "random weights",
+            "method": recipe.method,
+            "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
+            "parameters_before": self.structure.total_params,
+            "parameters_after": parameters,
+            "perplexities": {names[name]: round(values["ppl"], 3) for name, values in figures.items() if values},
+            "data": [source.path for source in recipe.data.train],
+            "reload_difference": difference,
+        }
 
     def _export_dtype(self) -> torch.dtype:
         name = self.recipe.export.dtype

@@ -258,5 +258,3 @@ class ExportConfig(Section):
     """Of the written weights. ``auto``: that of the base checkpoint."""
     verify: bool = True
     """Reload in a fresh process and compare logits before the run says it is done."""
-    merge: bool = True
-    """Merge LoRA into the weights."""
