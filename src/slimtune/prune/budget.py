@@ -183,6 +183,8 @@ def _fill_uniform(scores: Mapping[Site, Tensor], structure: Structure, keep: flo
     for groups in range(1, first.units[KV_GROUP] + 1):
         channels = (allowance - groups * first.unit_params[KV_GROUP]) / first.unit_params[FFN]
         width = min(first.units[FFN], round(channels / multiple) * multiple)
+        if abs(channels - first.units[FFN]) < abs(channels - width):
+            width = first.units[FFN]  # the full width need not be a multiple
         if width < min(multiple, first.units[FFN]):
             continue
         cost = groups * first.unit_params[KV_GROUP] + width * first.unit_params[FFN]

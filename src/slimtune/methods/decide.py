@@ -1,0 +1,139 @@
+"""The ``decide`` turn: teach the generator on decision data which units the model can live without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.models.surgery import quiet
+from slimtune.prune import budget
+from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
+from slimtune.prune.generator import Generator
+from slimtune.prune.prior import prior_logits
+from slimtune.prune.sampling import draw_noise, sample
+from slimtune.structure.plan import Counts, Plan
+from slimtune.train.loop import hash_seed
+from slimtune.train.objective import accumulate, cross_entropy_sum, forward
+from slimtune.train.optimizers import adamw
+from slimtune.train.schedule import generator_factor, set_lr
+from slimtune.train.session import Session
+
+
+class Decider:
+    """Generator, its optimiser and the stream of decision batches.
+
+    Args:
+        session: the run.
+        model: the gated model, LoRA attached.
+        bank: what its gates read.
+        wrapped: gives the model as it is called (DDP wrapper or itself).
+    """
+
+    def __init__(self, session: Session, model: nn.Module, bank: MaskBank, wrapped: Callable[[], nn.Module]):
+        self.session, self.model, self.bank, self.wrapped = session, model, bank, wrapped
+        self.recipe, self.structure = session.recipe, session.structure
+        torch.manual_seed(hash_seed(self.recipe.seed, "generator"))
+        uniform = self.recipe.budget.layout == "uniform"
+        self.generator = Generator(self.structure, self.recipe.generator, uniform).to(session.device)
+        config = self.recipe.generator
+        self.optimizer = adamw(self.generator.parameters(), config.lr, config.weight_decay)
+        self.batches = session.batches(session.splits.decision, "decision")
+        self.tokens = {"prior": 0, "decide": 0}
+
+    def turn(self, step: int) -> dict[str, Any]:
+        """Generator step: full mask on base + LoRA, LoRA frozen, decision data (specification 1.7, 5.4)."""
+        search, config = self.recipe.search, self.recipe.generator
+        set_lr(self.optimizer, generator_factor(step, search.steps))
+        sampled = self._sample(step)
+        leaves = self.bank.leaves(sampled)
+        loss, tokens = self._backward_to_gates(self.batches.at(step // search.decide_every))
+        self.tokens["decide"] += tokens
+        gradients = mean_over_ranks(leaves)
+        ratio = budget.kept_ratio(sampled, self.structure, self.recipe.budget.of)
+        over = budget.budget_loss(ratio, self.target(step))
+        torch.autograd.backward(
+            [*sampled.values(), search.alpha * over], [*(gradients[site] for site in sampled), torch.ones_like(over)]
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        figures = {"loss": loss, "sampled": ratio.detach(), "target": self.target(step)}
+        return {**figures, "budget": over.detach(), "grad_norm": norm}
+
+    def _sample(self, step: int) -> dict[Site, Tensor]:
+        config = self.recipe.generator
+        rng = torch.Generator().manual_seed(hash_seed(self.recipe.seed, "noise", step))
+        sampled = {}
+        for site, logits in self.generator().items():
+            noise = draw_noise(tuple(logits.shape), config.noise, rng, logits.device)
+            sampled[site] = sample(logits, noise, config.noise, config.estimator, config.temperature)
+        return sampled
+
+    def _backward_to_gates(self, parts: list[Any]) -> tuple[Tensor, int]:
+        """Cross-entropy on ``parts``, differentiated with respect to the bank's leaves alone."""
+        wrapped = self.wrapped()
+        wrapped.train()
+        with quiet(self.model):
+            loss = accumulate(
+                wrapped,
+                parts,
+                self.session.accelerator,
+                lambda batch: cross_entropy_sum(forward(wrapped, batch), batch["labels"]),
+                sync=False,
+            )
+        return loss, sum(part["input_ids"].numel() for part in parts) * self.session.accelerator.num_processes
+
+    def set_prior(self) -> None:
+        """Starting logits from squared gradients of per-sample gates at one, on decision data."""
+        config = self.recipe.generator
+        self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
+        scores: dict[Site, Tensor] = {}
+        for step in range(config.prior_steps):
+            for part in self.batches.at(step):
+                leaves = self.bank.leaves(self._ones(len(part["input_ids"])))
+                self.tokens["prior"] += self._backward_to_gates([part])[1]
+                for site, leaf in leaves.items():
+                    assert leaf.grad is not None
+                    scores[site] = scores.get(site, torch.zeros((), device=leaf.device)) + leaf.grad.square().sum(0)
+        scores = {site: self.session.accelerator.reduce(value) for site, value in scores.items()}
+        self.bank.open()
+        self.generator.set_prior(prior_logits(scores, self.structure, config.prior_scale))
+
+    def _ones(self, samples: int) -> dict[Site, Tensor]:
+        """Open gates, one for every sample: {site: [samples, units]}."""
+        return {
+            (layer, axis): torch.ones(samples, self.structure.layers[layer].units[axis], device=self.session.device)
+            for layer, axis in self.structure.sites()
+        }
+
+    def target(self, step: int) -> float:
+        """The ratio the budget asks for at ``step`` of the search."""
+        search = self.recipe.search
+        return budget.target_at(step, search.steps, search.ramp, self.recipe.budget.keep)
+
+    @torch.no_grad()
+    def masks(self, step: int) -> dict[Site, Tensor]:
+        """Deterministic masks at the present target."""
+        return budget.threshold_masks(self.generator(), self.structure, self.target(step), self.recipe.budget.of)
+
+    @torch.no_grad()
+    def plan(self) -> tuple[Plan, Counts]:
+        """The decision."""
+        return budget.solve(self.generator(), self.structure, self.recipe.budget)
+
+    def capture(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "tokens": dict(self.tokens),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a ``capture``."""
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.tokens.update(state["tokens"])
