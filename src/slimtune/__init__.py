@@ -1,7 +1,39 @@
-"""slimtune: tune and prune a language model in one stage."""
+"""slimtune: tune and prune a language model in one stage.
+
+Public names: ``tune``, ``Recipe``, ``load_recipe``, ``Plan``, ``UserError``. They are imported on first use, so that
+``import slimtune`` costs microseconds; it also teaches transformers to load per-layer models (see ``registration``).
+"""
+
+from typing import TYPE_CHECKING, Any
 
 from slimtune.registration import install as _install
+from slimtune.version import __version__
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from slimtune.errors import UserError
+    from slimtune.pipeline import tune
+    from slimtune.recipe import Recipe
+    from slimtune.recipe import load as load_recipe
+    from slimtune.structure.plan import Plan
 
-_install()  # microseconds: transformers learns the per-layer classes when (and if) it is imported
+__all__ = ["Plan", "Recipe", "UserError", "__version__", "load_recipe", "tune"]
+
+_HOMES = {
+    "Plan": ("slimtune.structure.plan", "Plan"),
+    "Recipe": ("slimtune.recipe", "Recipe"),
+    "UserError": ("slimtune.errors", "UserError"),
+    "load_recipe": ("slimtune.recipe", "load"),
+    "tune": ("slimtune.pipeline", "tune"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    module, attribute = _HOMES[name]
+    return getattr(import_module(module), attribute)
+
+
+_install()

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from slimtune import __version__
 from slimtune.errors import UserError, nearest
+from slimtune.version import __version__
 
 if TYPE_CHECKING:
     from pydantic import BaseModel

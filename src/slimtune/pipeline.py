@@ -15,7 +15,6 @@ import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slimtune import __version__
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
 from slimtune.evaluate.choices import accuracy
@@ -36,6 +35,7 @@ from slimtune.structure.plan import count
 from slimtune.train import checkpoint
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, make_accelerator
+from slimtune.version import __version__
 
 METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run}
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-import slimtune
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
+from slimtune.version import __version__
 
 _TEMPLATE = """\
 ---
@@ -138,7 +138,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         # only an id of the hub may stand in the metadata; a folder of the author's machine means nothing elsewhere
         hub_base=base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None,
         license=known.get("license"),
-        version=slimtune.__version__,
+        version=__version__,
         rows=rows,
         perplexities=[(name, _text(value)) for name, value in dict(known.get("perplexities", {})).items()],
         data=[_text(source) for source in known.get("data", ())],
