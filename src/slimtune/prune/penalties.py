@@ -68,7 +68,8 @@ def proximal(groups: Groups, masks: Masks, strength: float) -> float:
         pruned = masks[site] < 0.5
         if not bool(pruned.any()):
             continue
-        tau = strength * norms.median()
+        # of the kept ones: where most are pruned, the median of all falls with them and they would never reach zero
+        tau = strength * (norms if bool(pruned.all()) else norms[~pruned]).median()
         factor = torch.where(pruned, (norms - tau).clamp(min=0) / norms, torch.ones_like(norms))
         for item in groups[site]:
             _scale(item, factor)
