@@ -89,7 +89,9 @@ def tune(
         raise UserError("--resume and --overwrite exclude each other; give one of them")
     loaded = load(recipe, overrides or [])
     from slimtune import pipeline
+    from slimtune.runtime import quiet_libraries
 
+    quiet_libraries()
     pipeline.tune(loaded, resume=resume, overwrite=overwrite)
 
 
