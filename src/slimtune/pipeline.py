@@ -112,7 +112,8 @@ class _Run:
         self.config = load_config(recipe.model)
         self.structure: Structure = structure_of(self.config)
         self.accelerator = make_accelerator(recipe)
-        self.bf16 = pick_dtype(recipe.train.precision, str(self.accelerator.device)) is torch.bfloat16
+        # figures are taken in fp32 on CPU, so that they do not depend on what the CPU can multiply
+        self.bf16 = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         self.metrics = Metrics(folder)

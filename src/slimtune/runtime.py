@@ -39,6 +39,17 @@ def pick_dtype(name: str, device: str) -> Any:
     return getattr(torch, name)
 
 
+def pick_precision(name: str, device: str) -> Any:
+    """Autocast type. ``auto`` -> bfloat16 on a GPU and on CPUs that multiply it natively (twice as fast there)."""
+    import torch
+
+    if name == "auto":
+        # private, but the only way to ask; without it the slower, always right choice
+        native = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+        name = "bfloat16" if native or device.startswith("cuda") else "float32"
+    return getattr(torch, name)
+
+
 def rank() -> int:
     """This process among all processes of the run."""
     return int(os.environ.get("RANK", "0"))

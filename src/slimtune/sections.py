@@ -227,7 +227,7 @@ class TrainConfig(Section):
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradient-norm clip."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Autocast. ``auto``: bfloat16 on a GPU, float32 on CPU."""
+    """Autocast. ``auto``: bfloat16 on a GPU and on CPUs that multiply it natively, float32 elsewhere."""
     compile: bool = False
     """``torch.compile`` the decoder layers."""
     checkpoint_every: Count = 0

@@ -77,7 +77,7 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     structure = structure_of(config)
     smallest, after, problem = _sizes(recipe, structure)
     kind = _device_kind(recipe.device)
-    dtype = runtime.pick_dtype(recipe.train.precision, kind)
+    dtype = runtime.pick_precision(recipe.train.precision, kind)
     whole = recipe.method == "finetune" and recipe.model.init == "config"
     generator = _generator_params(recipe, structure) if recipe.method == "atp" else 0
     job = Job(recipe, config, structure, after.block_ratio, whole, generator, dtype.itemsize)

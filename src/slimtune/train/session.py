@@ -11,7 +11,7 @@ from accelerate import Accelerator
 
 from slimtune.data.batches import Order, Splits, Windows
 from slimtune.recipe import Recipe
-from slimtune.runtime import Metrics, RunFolder, pick_device, pick_dtype
+from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision
 from slimtune.structure.axes import Structure
 from slimtune.train.progress import Progress
 
@@ -21,7 +21,7 @@ Figures = dict[str, float]
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate for device, autocast, DDP/FSDP and trackers."""
     device = pick_device(recipe.device)
-    precision = pick_dtype(recipe.train.precision, device)
+    precision = pick_precision(recipe.train.precision, device)
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
     return Accelerator(
