@@ -58,7 +58,7 @@ def lasso_loss(groups: Groups, masks: Masks) -> Tensor:
 def proximal(groups: Groups, masks: Masks, strength: float) -> float:
     """Proximal step of the group lasso on pruned groups: ``n -> max(n - tau, 0)`` (specification 1.6b).
 
-    ``tau`` is ``strength`` times the median norm of all groups of the site: relative to the model's own scale.
+    ``tau`` is ``strength`` times the median norm of the kept groups of the site: relative to the model's own scale.
 
     Returns:
         The largest norm left in a pruned group.
