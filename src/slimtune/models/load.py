@@ -115,7 +115,8 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
         attention = "eager"  # sdpa drops the soft cap without a word
     kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     if config.init == "config":
-        model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
+        with torch.device(device):  # drawn where it will live: on CPU an 8B model takes minutes
+            model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
     else:
         location, local = locate(config.path)
         model = _hub(
