@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +19,7 @@ from slimtune.errors import UserError
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.export import card, huggingface
+from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
@@ -33,6 +33,7 @@ from slimtune.runtime import Metrics, RunFolder, pick_dtype, rank, seed_everythi
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
+from slimtune.train.claim import claim, open_folder
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, make_accelerator
 from slimtune.version import __version__
@@ -48,7 +49,8 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     Args:
         recipe: what to do; see :class:`slimtune.recipe.Recipe`.
         resume: continue an interrupted run in ``recipe.out`` (losses and Plan are those of an uninterrupted run).
-        overwrite: replace an earlier run in ``recipe.out``.
+        overwrite: replace an earlier run in ``recipe.out``. Nothing of it is touched before the new run has passed its
+            checks; then its checkpoints and figures go, and its model when the new one is complete.
 
     Returns:
         The summary that also stands in ``summary.json``.
@@ -57,7 +59,7 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
         UserError: anything the user can mend.
     """
     started = time.perf_counter()
-    folder = _open_folder(recipe, resume, overwrite)
+    folder = open_folder(recipe, resume, overwrite)
     seed_everything(recipe.seed)
     run = _Run(recipe, folder, resume)
     run.check()
@@ -67,40 +69,6 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     if rank() == 0:
         run.progress.console.print(render(summary))
     return summary
-
-
-def _open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
-    out = Path(recipe.out)
-    stored = out / "recipe.yaml"
-    if stored.is_file() and not resume and not overwrite:
-        raise UserError(f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite")
-    if stored.is_file() and resume:
-        _same_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), recipe)
-    folder = RunFolder(out)
-    if not (stored.is_file() and resume):
-        for name in (
-            "stages.json",
-            "summary.json",
-            "metrics.jsonl",
-            *(path.name for path in out.glob("checkpoint-*.pt")),
-        ):
-            (out / name).unlink(missing_ok=True)
-        folder.write_text("recipe.yaml", recipe.to_yaml())
-    return folder
-
-
-def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
-    now = yaml.safe_load(recipe.to_yaml())
-    for key in sorted(set(stored) | set(now)):
-        if key != "out" and stored.get(key) != now.get(key):
-            old, new = stored.get(key), now.get(key)
-            if isinstance(old, dict) and isinstance(new, dict):
-                inner = next(name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name))
-                key, old, new = f"{key}.{inner}", old.get(inner), new.get(inner)
-            raise UserError(
-                f"--resume: {key} is {new!r} now but {old!r} in the run's recipe.yaml; "
-                "resume with the same recipe or start anew with --overwrite"
-            )
 
 
 class _Run:
@@ -124,6 +92,7 @@ class _Run:
     def check(self) -> None:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
         recipe = self.recipe
+        self._check_target()
         if recipe.method == "atp":
             zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
             solve(zeros, self.structure, recipe.budget)
@@ -138,9 +107,28 @@ class _Run:
         self.splits = load_splits(recipe.data, self.tokenizer, frozenset(need))
         sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
         self.progress.say(f"data: {sizes}")
+        self._check_held_out()
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
+        self.accelerator.wait_for_everyone()  # no rank looks for an earlier run after rank 0 has begun this one
+        claim(self.folder, recipe, self.resume)
         self._start_or_resume()
+        self.accelerator.wait_for_everyone()
+
+    def _check_target(self) -> None:
+        target = self.folder / "model"
+        check_target(target)
+        for key, path in (("path", self.recipe.model.path), ("tokenizer", self.recipe.model.tokenizer)):
+            if path and Path(path).expanduser().resolve() == target.resolve():
+                raise UserError(f"model.{key}={path!r} is where out={self.recipe.out!r} writes its model; choose another out")
+
+    def _check_held_out(self) -> None:
+        for name in ("valid", "test") if self.recipe.evaluate.every else ("test",):
+            if not getattr(self.splits, name).targets:
+                raise UserError(
+                    f"data.{name} has no token to measure ({self.splits.rows[name]} rows); give it a file of its own, "
+                    f"more rows in data.train, or raise data.{name}_fraction"
+                )
 
     def _start_or_resume(self) -> None:
         stages = self.folder / "stages.json"

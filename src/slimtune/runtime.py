@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,18 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full or read-only disk is the user's to mend."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{str(path)!r} cannot be written ({error.strerror}); free some disk space or allow writing there, then continue "
+            "with --resume"
+        ) from error
+
+
 class RunFolder:
     """The output folder of a run. Only rank 0 writes."""
 
@@ -93,8 +107,9 @@ class RunFolder:
         target = self.path / name
         if rank() == 0:
             partial = target.with_name(target.name + ".partial")
-            partial.write_text(text, encoding="utf-8")
-            os.replace(partial, target)
+            with _writing(target):
+                partial.write_text(text, encoding="utf-8")
+                os.replace(partial, target)
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -118,15 +133,16 @@ class Metrics:
             if before is not None and line.endswith("\n") and json.loads(line).get("checkpoint") == list(before):
                 keep = number + 1
         partial = self.path.with_name("metrics.jsonl.partial")
-        partial.write_text("".join(lines[:keep]), encoding="utf-8")
-        os.replace(partial, self.path)
+        with _writing(self.path):
+            partial.write_text("".join(lines[:keep]), encoding="utf-8")
+            os.replace(partial, self.path)
 
     def write(self, **values: Any) -> None:
         """Append one row; tensors and numpy scalars become numbers, non-finite numbers text."""
         if rank() != 0:
             return
         clean = {key: _plain(value) for key, value in values.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
 

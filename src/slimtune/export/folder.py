@@ -30,7 +30,7 @@ def replacing(folder: Path, needed_bytes: int) -> Iterator[Path]:
     """
     partial = folder.with_name(f".{folder.name}.partial")
     _restore(folder)
-    _check_target(folder)
+    check_target(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -53,7 +53,8 @@ def replacing(folder: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_target(folder: Path) -> None:
+def check_target(folder: Path) -> None:
+    """Raise UserError where ``folder`` is or holds something that may not be replaced by a model."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"model folder {str(folder)!r} is a file; choose another folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():

@@ -46,6 +46,7 @@ class _Atp:
         settle = round(recipe.lora.settle * recipe.search.steps) if self.aware else 0
         self.settle_steps = min(settle, recipe.recover.steps)
         self.recover_steps = recipe.recover.steps - self.settle_steps
+        torch.manual_seed(hash_seed(recipe.seed, "weights"))  # of init: config; the same ones in a resumed run
         base = load_model(recipe.model, str(session.device), pick_dtype(recipe.model.dtype, str(session.device)))
         torch.manual_seed(hash_seed(recipe.seed, "lora"))
         self.model = attach_lora(base, self.structure, recipe.lora)

@@ -49,8 +49,9 @@ class Decider:
         set_lr(self.optimizer, generator_factor(step, search.steps))
         sampled = self._sample(step)
         leaves = self.bank.leaves(sampled)
-        loss, tokens = self._backward_to_gates(self.batches.at(step // search.decide_every))
-        self.tokens["decide"] += tokens
+        turn = step // search.decide_every
+        loss = self._backward_to_gates(self.batches.at(turn))
+        self.tokens["decide"] += self.batches.tokens(turn)
         gradients = mean_over_ranks(leaves)
         ratio = budget.kept_ratio(sampled, self.structure, self.recipe.budget.of)
         over = budget.budget_loss(ratio, self.target(step))
@@ -72,19 +73,18 @@ class Decider:
             sampled[site] = sample(logits, noise, config.noise, config.estimator, config.temperature)
         return sampled
 
-    def _backward_to_gates(self, parts: list[Any]) -> tuple[Tensor, int]:
+    def _backward_to_gates(self, parts: list[Any]) -> Tensor:
         """Cross-entropy on ``parts``, differentiated with respect to the bank's leaves alone."""
         wrapped = self.wrapped()
         wrapped.train()
         with quiet(self.model):
-            loss = accumulate(
+            return accumulate(
                 wrapped,
                 parts,
                 self.session.accelerator,
                 lambda batch: cross_entropy_sum(forward(wrapped, batch), batch["labels"]),
                 sync=False,
             )
-        return loss, sum(part["input_ids"].numel() for part in parts) * self.session.accelerator.num_processes
 
     def set_prior(self) -> None:
         """Starting logits from squared gradients of per-sample gates at one, on decision data."""
@@ -92,9 +92,10 @@ class Decider:
         self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
         scores: dict[Site, Tensor] = {}
         for step in range(config.prior_steps):
+            self.tokens["prior"] += self.batches.tokens(step)
             for part in self.batches.at(step):
                 leaves = self.bank.leaves(self._ones(len(part["input_ids"])))
-                self.tokens["prior"] += self._backward_to_gates([part])[1]
+                self._backward_to_gates([part])
                 for site, leaf in leaves.items():
                     assert leaf.grad is not None
                     scores[site] = scores.get(site, torch.zeros((), device=leaf.device)) + leaf.grad.square().sum(0)

@@ -13,7 +13,7 @@ from slimtune.models.surgery import blocks_of
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan
 from slimtune.train import checkpoint
-from slimtune.train.loop import Phase, Turn, checkpoint_path, run_phase
+from slimtune.train.loop import Phase, Turn, checkpoint_path, hash_seed, run_phase
 from slimtune.train.objective import Batch, cross_entropy_sum, forward
 from slimtune.train.session import Session
 from slimtune.train.tuner import Tuner
@@ -54,8 +54,11 @@ def _model(session: Session) -> Any:
     scratch = recipe.model.init == "config"
     # weights trained from scratch stay in fp32 and are autocast; frozen ones may rest in bf16
     dtype = torch.float32 if scratch else pick_dtype(recipe.model.dtype, str(session.device))
+    # the seeds of atp, so that the dense reference of a run starts from the same weights as the run itself
+    torch.manual_seed(hash_seed(recipe.seed, "weights"))
     model: Any = load_model(recipe.model, str(session.device), dtype)
     if not scratch:
+        torch.manual_seed(hash_seed(recipe.seed, "lora"))
         model = attach_lora(model, session.structure, recipe.lora)
     enable_checkpointing(model, recipe.model.checkpointing)
     if recipe.train.compile:

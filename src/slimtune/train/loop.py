@@ -66,7 +66,7 @@ def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
     """Run steps ``first``..``phase.steps`` and leave a checkpoint at the end.
 
     Raises:
-        UserError: a loss is not finite.
+        UserError: a loss, or another figure of a turn such as its gradient norm, is not finite.
     """
     session.progress.start(phase.name, first, phase.steps)
     try:
@@ -77,7 +77,8 @@ def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
                 _checkpoint(session, phase, step + 1)
     finally:
         session.progress.stop()
-    _checkpoint(session, phase, phase.steps)
+    if first < phase.steps or not first:  # a resumed phase that was already complete has its checkpoint
+        _checkpoint(session, phase, phase.steps)
 
 
 def _run_step(session: Session, phase: Phase, step: int) -> None:
@@ -90,8 +91,10 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
         seed_turn(session.recipe.seed, phase.name, turn.name, step, session.accelerator.process_index)
         figures = {key: float(value) for key, value in turn.run(step).items()}
         loss = figures["loss"]
-        if not math.isfinite(loss):
-            _stop_on_nan(session, phase, turn, step, loss)
+        for key, value in figures.items():
+            # not the loss alone: one infinite gradient ruins the weights at once and the loss a step later
+            if not math.isfinite(value):
+                _stop_on_nan(session, phase, turn, step, f"{key.replace('_', ' ')} is {value}")
         row |= {f"{turn.name}_{key}": value for key, value in figures.items()}
     row["kept"] = phase.kept()
     row["seconds"] = round(time.perf_counter() - started, 4)
@@ -104,10 +107,10 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
     session.progress.step(phase.name, step, loss, row["kept"])
 
 
-def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, loss: float) -> None:
+def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: str) -> None:
     train = session.recipe.train
     raise UserError(
-        f"the loss is {loss} in phase {phase.name!r}, turn {turn.name!r}, step {step}: lower train.lr (now {train.lr}) or "
+        f"the {what} in phase {phase.name!r}, turn {turn.name!r}, step {step}: lower train.lr (now {train.lr}) or "
         f"generator.lr (now {session.recipe.generator.lr}), or set train.precision=float32; the last checkpoint is kept"
     )
 

@@ -69,11 +69,19 @@ class Batches:
     def __init__(self, windows: Windows, order: Order, session: Session):
         self.windows, self.order, self.session = windows, order, session
 
+    def tokens(self, step: int) -> int:
+        """Tokens of step ``step`` over all ranks, padding not counted."""
+        offsets, whole = self.windows.offsets, self._indices(step)
+        return sum(int(offsets[index + 1] - offsets[index]) for index in whole)
+
+    def _indices(self, step: int) -> list[int]:
+        batch = self.session.recipe.train.batch
+        return self.order.indices(step * batch, batch)
+
     def at(self, step: int) -> list[dict[str, Any]]:
         """This rank's micro-batches of step ``step``, on the device."""
         train, accelerator = self.session.recipe.train, self.session.accelerator
-        whole = self.order.indices(step * train.batch, train.batch)
-        mine = whole[accelerator.process_index :: accelerator.num_processes]
+        mine = self._indices(step)[accelerator.process_index :: accelerator.num_processes]
         size = train.micro_batch or max(1, len(mine))
         # flash attention recognises packed examples only in a batch of one long row
         flatten = self.session.recipe.model.attention == "flash_attention_2"

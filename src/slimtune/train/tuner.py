@@ -41,8 +41,7 @@ class Tuner:
         factor = lr_factor(step, self.total_steps, train)
         rates = [set_lr(optimizer, factor) for optimizer in self.optimizers]
         self.wrapped.train()
-        parts = self.batches.at(step)
-        value = accumulate(self.wrapped, parts, session.accelerator, loss)
+        value = accumulate(self.wrapped, self.batches.at(step), session.accelerator, loss)
         figures: dict[str, Any] = {"loss": value, "lr": rates[0]}
         if penalty is not None:
             extra = penalty()
@@ -52,7 +51,7 @@ class Tuner:
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        self.tokens += sum(part["input_ids"].numel() for part in parts) * session.accelerator.num_processes
+        self.tokens += self.batches.tokens(step)
         return figures
 
     def carry_over(self, replaced: Sequence[ReplacedParameter]) -> None:

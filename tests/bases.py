@@ -1,0 +1,125 @@
+"""A tiny base model with its own tokenizer, a file of sentences, and recipes on them: a whole run takes a second or two."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from slimtune.recipe import Recipe, parse
+
+VOCABULARY = 320
+_WORDS = {
+    "who": ("the doctor", "a nurse", "the old baker", "my neighbour", "the pilot", "a student"),
+    "does": ("sees", "calls", "helps", "teaches", "follows", "answers"),
+    "whom": ("the child", "a friend", "the driver", "her brother", "the judge", "a farmer"),
+    "where": ("at home", "in the garden", "by the river", "near the school", "on the train"),
+    "when": ("today", "at night", "in spring", "after lunch", "on Monday"),
+}
+TINY: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 1,
+}
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Distinct sentences over a small vocabulary."""
+    rng = random.Random(seed)
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[" ".join(rng.choice(words) for words in _WORDS.values()) + "."] = None
+    return list(found)
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``VOCABULARY`` tokens with end and padding, without a beginning token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences(200), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+def write_base(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:
+    """A random base model and its tokenizer, as a Hugging Face folder."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(model_type, **{**TINY, **overrides})
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_rows(file: Path, rows: list[dict[str, Any]]) -> str:
+    """A jsonl file."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+class Bench:
+    """The base, the data, and recipes on them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.base = str(write_base(folder / "base"))
+        self.texts = write_rows(folder / "texts.jsonl", [{"text": text} for text in sentences(300)])
+
+    def recipe(self, out: Path | str, **overrides: Any) -> Recipe:
+        """Four search and four recovery steps; ``overrides`` are ``section__key=value``."""
+        raw: dict[str, Any] = {
+            "out": str(out),
+            "device": "cpu",
+            "model": {"path": self.base},
+            "data": {
+                "train": self.texts,
+                "decision_fraction": 0.2,
+                "valid_fraction": 0.1,
+                "test_fraction": 0.1,
+                "max_length": 32,
+            },
+            "budget": {"keep": 0.7, "ffn_multiple": 1},
+            "lora": {"rank": 4},
+            "generator": {"width": 16, "heads": 2, "depth": 1, "lr": 0.01},
+            "search": {"steps": 4},
+            "recover": {"steps": 4},
+            "train": {"batch": 4, "lr": 2e-3, "steps": 6, "threads": 1},
+            "evaluate": {"batch": 32, "windows": 32},
+            "export": {"verify": False},
+        }
+        for name, value in overrides.items():
+            section, _, key = name.partition("__")
+            if key:
+                raw[section] = {**raw.get(section, {}), key: value}
+            else:
+                raw[section] = value
+        return parse(raw)
+
+
+def metrics(out: Path | str) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without their times."""
+    lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def losses(out: Path | str, key: str = "adapt_loss") -> list[float]:
+    """One figure of every step that has it."""
+    return [row[key] for row in metrics(out) if key in row]
