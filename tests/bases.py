@@ -101,7 +101,7 @@ class Bench:
             "generator": {"width": 16, "heads": 2, "depth": 1, "lr": 0.01},
             "search": {"steps": 4},
             "recover": {"steps": 4},
-            "train": {"batch": 4, "lr": 2e-3, "steps": 6, "threads": 1},
+            "train": {"batch": 4, "lr": 2e-3, "steps": 6, "threads": 1, "precision": "float32"},
             "evaluate": {"batch": 32, "windows": 32},
             "export": {"verify": False},
         }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -47,3 +48,11 @@ def shared_data() -> Path:
     folder = Path(value)
     assert folder.is_dir(), f"SLIMTUNE_DATA={value} is no folder"
     return folder
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A tiny base, texts, and recipes on them; see ``bases.Bench``."""
+    from bases import Bench
+
+    return Bench(tmp_path_factory.mktemp("bench"))

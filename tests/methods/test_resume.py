@@ -1,0 +1,242 @@
+"""A run that was killed and goes on is the run that was not: the same rows, the same Plan, the same weights."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bases import Bench, metrics
+from slimtune.errors import UserError
+from slimtune.pipeline import tune
+from slimtune.recipe import Recipe
+from slimtune.train import checkpoint, loop
+from slimtune.train.loop import Phase
+from slimtune.train.session import Session
+
+COMMON: dict[str, Any] = {
+    "search__steps": 5,
+    "recover__steps": 6,
+    "train__checkpoint_every": 2,
+    "evaluate__every": 3,
+    # dropout: a resumed run must draw what an uninterrupted one would
+    "lora__dropout": 0.1,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "hard": {"distill__weight": 0.5, "distill__recover": True, "generator__prior": "taylor", "generator__prior_steps": 2},
+    "lora_aware": {"lora__semantics": "lora_aware", "lora__settle": 0.6},
+    "lasso": {"lora__semantics": "lora_aware", "lora__settle": 0.6, "lora__lasso": "loss", "recover__lr": 1e-3},
+    "dense": {"evaluate__dense_lora": True},
+    "finetune": {"method": "finetune", "train__steps": 7},
+    "scratch": {"model": {"init": "config"}, "evaluate__dense_lora": True},
+}
+
+
+class Killed(BaseException):
+    """Stands in for a kill: nothing in the package may catch it."""
+
+
+def variant(bench: Bench, name: str, out: Path) -> Recipe:
+    overrides = {**COMMON, **VARIANTS[name]}
+    if "model" in overrides:
+        overrides["model"] = {"path": bench.base, **overrides["model"]}
+    return bench.recipe(out, **overrides)
+
+
+@pytest.fixture(scope="module")
+def whole(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Uninterrupted runs by variant, each made once."""
+    done: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(name: str) -> tuple[Path, dict[str, Any]]:
+        if name not in done:
+            out = tmp_path_factory.mktemp(name)
+            done[name] = out, tune(variant(bench, name, out))
+        return done[name]
+
+    return get
+
+
+def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, phase: str, step: int, error: type[BaseException] = Killed) -> None:
+    real = loop._run_step
+
+    def run_step(session: Session, now: Phase, at: int) -> None:
+        real(session, now, at)
+        if (session.stage, now.name, at) == (stage, phase, step):
+            raise error
+
+    monkeypatch.setattr(loop, "_run_step", run_step)
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+def assert_same(out: Path, summary: dict[str, Any], whole: tuple[Path, dict[str, Any]]) -> None:
+    reference, expected = whole
+    assert metrics(out) == metrics(reference)
+    assert weights(out) == weights(reference)
+    for key in ("plan", "tokens", "leak", "base"):
+        assert summary[key] == expected[key], key
+    for key in ("dense_lora", "result"):
+        assert {**summary[key], "seconds": 0} == {**expected[key], "seconds": 0}
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "phase", "step"),
+    [
+        ("hard", "main", "search", 0),  # before the first checkpoint
+        ("hard", "main", "search", 2),
+        ("hard", "main", "recover", 2),
+        ("lora_aware", "main", "search", 4),
+        ("lora_aware", "main", "settle", 2),
+        ("lora_aware", "main", "recover", 2),
+        ("lasso", "main", "settle", 1),
+        ("lasso", "main", "recover", 0),
+        ("dense", "dense_lora", "tune", 4),
+        ("dense", "main", "search", 3),
+        ("finetune", "main", "tune", 4),
+        ("scratch", "main", "search", 2),
+    ],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_been(
+    bench: Bench, whole: Any, tmp_path: Path, name: str, stage: str, phase: str, step: int
+) -> None:
+    recipe = variant(bench, name, tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, stage, phase, step)
+        with pytest.raises(Killed):
+            tune(recipe)
+    assert not (tmp_path / "model").exists()
+    assert_same(tmp_path, tune(recipe, resume=True), whole(name))
+
+
+def test_killed_between_a_row_and_its_checkpoint_and_again_while_exporting(
+    bench: Bench, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = variant(bench, "hard", tmp_path)
+    real = checkpoint.save
+
+    def save(path: Path, state: dict[str, Any]) -> None:
+        if (state["phase"], state["step"]) == ("search", 4):
+            raise Killed
+        real(path, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", save)
+        with pytest.raises(Killed):
+            tune(recipe)
+    assert metrics(tmp_path)[-1] == {"checkpoint": ["main", "search", 4]}
+    with monkeypatch.context() as patch:
+        patch.setattr("slimtune.pipeline.merge_lora", lambda model: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            tune(recipe, resume=True)
+    kill_at(monkeypatch, "main", "recover", 5)  # no step may run again
+    assert_same(tmp_path, tune(recipe, resume=True), whole("hard"))
+
+
+_CHILD = """
+import os, signal, sys
+from slimtune.pipeline import tune
+from slimtune.recipe import load
+from slimtune.train import checkpoint
+
+real = checkpoint.torch.save
+
+def save(state, file):
+    if (state["phase"], state["step"]) == (sys.argv[2], int(sys.argv[3])):
+        file.write(b"half a checkpoint")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(state, file)
+
+checkpoint.torch.save = save
+tune(load(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("name", "phase", "step"), [("hard", "search", 4), ("lora_aware", "recover", 2)])
+def test_a_process_killed_while_it_writes_a_checkpoint(
+    bench: Bench, whole: Any, tmp_path: Path, name: str, phase: str, step: int
+) -> None:
+    recipe = variant(bench, name, tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    command = [sys.executable, "-c", _CHILD, str(tmp_path / "recipe.yaml"), phase, str(step)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    summary = tune(recipe, resume=True)
+    assert_same(tmp_path / "run", summary, whole(name))
+
+
+def test_an_interrupt_leaves_a_usable_state(bench: Bench, whole: Any, tmp_path: Path) -> None:
+    recipe = variant(bench, "hard", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "recover", 4, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tune(recipe)
+    state = checkpoint.load(tmp_path / "checkpoint-main.pt", torch.device("cpu"))
+    assert state is not None
+    assert (state["phase"], state["step"]) == ("recover", 4)
+    assert_same(tmp_path, tune(recipe, resume=True), whole("hard"))
+
+
+@pytest.mark.parametrize("name", ["hard", "dense", "finetune"])
+def test_resuming_a_finished_run_trains_nothing(bench: Bench, whole: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, summary = whole(name)
+    rows, before = metrics(out), weights(out)
+
+    def run_step(*args: Any) -> None:
+        raise AssertionError("a step was run again")
+
+    monkeypatch.setattr(loop, "_run_step", run_step)
+    again = tune(variant(bench, name, out), resume=True)
+    assert metrics(out) == rows
+    assert weights(out) == before
+    assert again["result"]["ppl"] == summary["result"]["ppl"]
+    assert json.loads((out / "summary.json").read_text())["plan"] == summary["plan"]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train__lr": 5e-3}, "train.lr is 0.005 now but 0.002"),
+        ({"seed": 1}, "seed is 1 now but 0"),
+        ({"recover__steps": 7}, "recover.steps is 7 now but 6"),
+    ],
+)
+def test_resuming_with_another_recipe_names_the_key(bench: Bench, whole: Any, change: dict[str, Any], named: str) -> None:
+    out, _ = whole("hard")
+    with pytest.raises(UserError, match=named.replace(".", r"\.")):
+        tune(bench.recipe(out, **{**COMMON, **VARIANTS["hard"], **change}), resume=True)
+    assert (out / "summary.json").is_file()
+
+
+def test_a_folder_may_move_between_kill_and_resume(bench: Bench, whole: Any, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "recover", 3)
+        with pytest.raises(Killed):
+            tune(variant(bench, "hard", tmp_path / "old"))
+    (tmp_path / "old").rename(tmp_path / "new")
+    assert_same(tmp_path / "new", tune(variant(bench, "hard", tmp_path / "new"), resume=True), whole("hard"))
+
+
+def test_resuming_what_never_began_begins(bench: Bench, whole: Any, tmp_path: Path) -> None:
+    assert_same(tmp_path, tune(variant(bench, "finetune", tmp_path), resume=True), whole("finetune"))
+
+
+def test_a_damaged_checkpoint_is_named(bench: Bench, tmp_path: Path) -> None:
+    recipe = variant(bench, "finetune", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "tune", 3)
+        with pytest.raises(Killed):
+            tune(recipe)
+    file = tmp_path / "checkpoint-main.pt"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"checkpoint-main\.pt' is damaged .*delete it to start anew"):
+        tune(recipe, resume=True)
