@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+from torch import Tensor
+
 from slimtune.structure.axes import AXES, Structure, measure
 from slimtune.structure.families import FAMILIES
 
@@ -38,3 +41,15 @@ def tiny_structure(layers: int = 3, groups: int = 4, ffn: int = 48) -> Structure
 def sizes(structure: Structure) -> dict[tuple[int, str], int]:
     """Units of every site."""
     return {(layer, axis): structure.layers[layer].units[axis] for layer in range(len(structure.layers)) for axis in AXES}
+
+
+def random_scores(
+    structure: Structure, seed: int, spread: float = 1.0, by_axis: float = 0.0, by_site: float = 0.0
+) -> dict[tuple[int, str], Tensor]:
+    """Normal scores whose level may differ by axis and by site; ``spread`` 0 makes all units of a site equal."""
+    generator = torch.Generator().manual_seed(seed)
+    level = {axis: by_axis * torch.randn((), generator=generator) for axis in ("kv_group", "ffn")}
+    return {
+        site: spread * torch.randn(n, generator=generator) + level[site[1]] + by_site * torch.randn((), generator=generator)
+        for site, n in sizes(structure).items()
+    }

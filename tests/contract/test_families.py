@@ -189,8 +189,8 @@ def test_self_check_passes(name: str) -> None:
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("name", ["llama", "phi", "gemma3_text"])
-@pytest.mark.parametrize("fault", ["no gate on the MLP", "gates in another order", "a cut of other units"])
+@pytest.mark.parametrize("name", ["llama-bias", "phi", "gemma3_text"])
+@pytest.mark.parametrize("fault", ["no gate on the MLP", "gates in another order", "a cut of other units", "biases", "B"])
 def test_self_check_fails_when_the_table_is_wrong(name: str, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def place(model, structure, consumer, base):  # type: ignore[no-untyped-def]
         def wrong(layer: int, axis: str) -> torch.Tensor | None:
@@ -208,7 +208,16 @@ def test_self_check_fails_when_the_table_is_wrong(name: str, fault: str, monkeyp
         ]
         return cut(model, structure, Plan.of(structure, kept))
 
-    if fault == "a cut of other units":
+    def cut_then_mix(model, structure, plan):  # type: ignore[no-untyped-def]
+        cut(model, structure, plan)
+        for _, row, module in linears_of(model, structure):
+            mixed = module.base_layer.bias if fault == "biases" else module.lora_B["default"].weight
+            if row.out and mixed is not None:
+                mixed.copy_(mixed.roll(1, 0))
+
+    if fault in ("biases", "B"):
+        monkeypatch.setattr(selfcheck, "cut", cut_then_mix)
+    elif fault == "a cut of other units":
         monkeypatch.setattr(selfcheck, "cut", cut_others)
     else:
         monkeypatch.setattr(selfcheck, "place_gates", place)

@@ -1,0 +1,76 @@
+"""The budget while searching: ramp, loss and ratio by hand, and threshold masks that hit the target."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shapes import random_scores, sizes, small_structure, tiny_structure
+from slimtune.prune.budget import budget_loss, kept_ratio, target_at, threshold_masks
+
+SMALL, TINY = small_structure(), tiny_structure()
+
+
+def test_the_ramp_by_hand() -> None:
+    values = [target_at(step, 10, 0.4, 0.5) for step in range(10)]
+    assert values == pytest.approx([0.5**0.25, 0.5**0.5, 0.5**0.75] + [0.5] * 7)
+    assert [target_at(step, 10, 0.0, 0.5) for step in (0, 9)] == [0.5, 0.5]
+    assert target_at(9, 10, 1.0, 0.5) == 0.5
+    assert target_at(0, 1, 0.4, 0.3) == 0.3
+
+
+def test_the_budget_loss_by_hand() -> None:
+    assert float(budget_loss(torch.tensor(1.0), 0.5)) == pytest.approx(math.log(2))
+    assert float(budget_loss(torch.tensor(0.25), 0.5)) == pytest.approx(math.log(2))
+    ratio = torch.tensor(0.8, requires_grad=True)
+    budget_loss(ratio, 0.5).backward()
+    assert float(ratio.grad) == pytest.approx(1 / 0.8)
+
+
+@pytest.mark.parametrize("of", ["total", "block"])
+def test_the_kept_ratio_by_hand_and_its_gradient(of: str) -> None:
+    # a tiny layer: 4 groups of 1536 and 48 channels of 48 parameters; outside 10 x 16 + 16 + 3 x 2 x 16 = 272
+    prunable, total = 3 * (4 * 1536 + 48 * 48), 3 * (4 * 1536 + 48 * 48) + 272
+    assert (TINY.prunable_params, TINY.total_params) == (prunable, total)
+    masks = {site: torch.ones(n) for site, n in sizes(TINY).items()}
+    masks[0, "kv_group"][:3] = 0.0
+    masks[2, "ffn"][:40] = 0.5
+    leaves = {site: mask.requires_grad_() for site, mask in masks.items()}
+    ratio = kept_ratio(leaves, TINY, of)
+    gone = 3 * 1536 + 20 * 48
+    expected = (prunable - gone) / prunable if of == "block" else (total - gone) / total
+    assert float(ratio.detach()) == pytest.approx(expected, rel=1e-6)
+    ratio.backward()
+    whole = prunable if of == "block" else total
+    assert torch.allclose(leaves[1, "kv_group"].grad, torch.full((4,), 1536 / whole))
+    assert torch.allclose(leaves[1, "ffn"].grad, torch.full((48,), 48 / whole))
+
+
+@given(seed=st.integers(0, 10**6), keep=st.floats(0.3, 1.0), of=st.sampled_from(["total", "block"]))
+@settings(max_examples=30)
+def test_threshold_masks_hit_the_target_within_one_unit(seed: int, keep: float, of: str) -> None:
+    scores = random_scores(SMALL, seed, by_axis=1.0)
+    masks = threshold_masks(scores, SMALL, keep, of)
+    assert all(set(mask.unique().tolist()) <= {0.0, 1.0} and mask.sum() >= 1 for mask in masks.values())
+    whole = SMALL.total_params if of == "total" else SMALL.prunable_params
+    forced = sum(  # sites whose best unit lies below the common level are kept at one unit
+        SMALL.layers[layer].unit_params[axis] for (layer, axis), mask in masks.items() if mask.sum() == 1
+    )
+    left = (keep - float(kept_ratio(masks, SMALL, of))) * whole
+    rounding = 1e-6 * whole  # the ratio is fp32
+    assert -forced - rounding <= left <= rounding + max(SMALL.layers[0].unit_params.values())
+    for site, mask in masks.items():
+        if 0 < mask.sum() < len(mask):
+            assert scores[site][mask == 1].min() >= scores[site][mask == 0].max()
+
+
+def test_threshold_masks_take_one_level_for_the_whole_model() -> None:
+    scores = random_scores(TINY, 1)
+    masks = threshold_masks(scores, TINY, 0.6, "block")
+    kept = torch.cat([scores[site][masks[site] == 1] for site in masks if masks[site].sum() > 1])
+    dropped = torch.cat([scores[site][masks[site] == 0] for site in masks])
+    assert kept.min() >= dropped.max()
