@@ -34,7 +34,8 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def one_process() -> dict[str, Any]:
-    return Alternation(Accelerator(cpu=True), "llama-bias", "none").turns()
+    alternation = Alternation(Accelerator(cpu=True), "llama-bias", "none")
+    return {**alternation.turns(), "small": alternation.shrink()}
 
 
 def differences(record: dict[str, Any], reference: dict[str, Any], key: str) -> float:
@@ -97,6 +98,18 @@ def test_two_ranks_agree_with_one_process(
     # after an AdamW step, which divides by the root of the squared gradient, rounding differences are larger
     assert differences(record, one_process, "gradients_1") <= 1e-5
     assert differences(record, one_process, "lora") <= 1e-5
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_two_ranks_go_on_together_after_a_cut(
+    checkpointing: str, rank: int, two_ranks: Path, one_process: dict[str, Any]
+) -> None:
+    small, expected = torch.load(two_ranks / f"ddp-{checkpointing}-{rank}.pt")["small"], one_process["small"]
+    assert small["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert differences(small, expected, "lora") <= 1e-5
+    shapes = {name: value.shape for name, value in one_process["lora"].items()}
+    assert any(value.shape != shapes[name] for name, value in expected["lora"].items()), "nothing was cut"
 
 
 def test_quiet_gives_back_what_it_took() -> None:

@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: tests/ holds 
 
 from gated import random_model, random_plan
 from slimtune.models.load import enable_checkpointing
-from slimtune.models.surgery import blocks_of, place_gates, quiet
+from slimtune.models.surgery import blocks_of, cut, place_gates, quiet
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
 from slimtune.train.objective import IGNORE, Batch, accumulate, cross_entropy_sum, forward
-from slimtune.train.optimizers import adamw
+from slimtune.train.optimizers import adamw, carry_over
 
 CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 WRAPPERS = ("ddp", "fsdp2")
@@ -57,8 +57,10 @@ class Alternation:
         self.model.config.use_cache = False
         enable_checkpointing(self.model, checkpointing)
         self.bank = MaskBank()
-        place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
-        self.masks = masks_of(random_plan(self.structure, 4))
+        self.handles = place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
+        self.plan = random_plan(self.structure, 4)
+        self.masks = masks_of(self.plan)
+        self.wrapper = wrapper
         self.wrapped: Any = self._wrap(wrapper)
         self.optimizer = adamw(self.model.parameters(), 1e-3, 0.0)
         self.parts = rank_parts(accelerator.process_index, accelerator.num_processes)
@@ -106,6 +108,16 @@ class Alternation:
         record["lora"] = {name: _whole(p) for name, p in self.model.named_parameters() if "lora_" in name}
         return record
 
+    def shrink(self) -> dict[str, Any]:
+        """The physical cut in the middle of a run, then two updates of the small model under a new wrapper."""
+        for handle in self.handles:
+            handle.remove()
+        self.masks = {}
+        carry_over(self.optimizer, cut(self.model, self.structure, self.plan))
+        self.wrapped = self._wrap(self.wrapper)
+        losses = [self.adapt(), self.adapt()]
+        return {"losses": losses, "lora": {n: _whole(p) for n, p in self.model.named_parameters() if "lora_" in n}}
+
 
 def _whole(parameter: Tensor) -> Tensor:
     full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -121,7 +133,10 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     assert accelerator.num_processes == world
     for wrapper in WRAPPERS:
         for checkpointing in CHECKPOINTING:
-            record = Alternation(accelerator, "llama-bias", checkpointing, wrapper).turns()
+            alternation = Alternation(accelerator, "llama-bias", checkpointing, wrapper)
+            record = alternation.turns()
+            if wrapper == "ddp":
+                record["small"] = alternation.shrink()
             torch.save(record, folder / f"{wrapper}-{checkpointing}-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
