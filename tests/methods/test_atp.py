@@ -1,0 +1,330 @@
+"""ATP from base to export, in every variant of its parts, on a base so small that a run takes a second."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM
+
+import slimtune  # noqa: F401  (teaches transformers per-layer models)
+from bases import Bench, losses, metrics
+from slimtune.data.batches import load_splits
+from slimtune.evaluate.perplexity import perplexity
+from slimtune.methods import atp
+from slimtune.models.load import load_config, load_model, load_tokenizer, structure_of
+from slimtune.models.surgery import cut
+from slimtune.pipeline import tune
+from slimtune.prune import budget
+from slimtune.runtime import Metrics, RunFolder
+from slimtune.structure.plan import Plan, count
+from slimtune.train.progress import Progress
+from slimtune.train.session import Session, make_accelerator
+
+CPU = torch.device("cpu")
+AWARE: dict[str, Any] = {"lora__semantics": "lora_aware", "search__steps": 12, "recover__steps": 14, "lora__settle": 1.0}
+
+
+def session_of(bench: Bench, out: Path, **overrides: Any) -> Session:
+    """The session the pipeline would make, for tests that look inside a method."""
+    recipe = bench.recipe(out, **overrides)
+    folder = RunFolder(out)
+    structure = structure_of(load_config(recipe.model))
+    need = frozenset({"train", "decision", "valid", "test"})
+    splits = load_splits(recipe.data, load_tokenizer(recipe.model), need)
+
+    def figures(model: torch.nn.Module) -> dict[str, float]:
+        return perplexity(model, splits.valid, 32, 32, CPU)
+
+    return Session(
+        recipe, make_accelerator(recipe), structure, splits, folder, Metrics(folder), Progress(), valid_figures=figures
+    )
+
+
+def plan_of(out: Path) -> Plan:
+    return Plan.from_json((out / "model" / "plan.json").read_text(encoding="utf-8"))
+
+
+def stored_shapes(out: Path) -> dict[str, tuple[int, ...]]:
+    with safe_open(out / "model" / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {},
+        {"generator__kind": "direct"},
+        {"generator__prior": "taylor", "generator__prior_steps": 2},
+        {"generator__noise": "gumbel"},
+        {"generator__estimator": "ste"},
+        {"generator__noise": "gumbel", "generator__estimator": "ste", "generator__train_embedding": False},
+        {"budget": {"keep": 0.5, "of": "block", "ffn_multiple": 1}},
+        {"budget": {"keep": 0.75, "ffn_multiple": 1, "layout": "uniform"}},
+        {"search__decide_every": 2, "train__micro_batch": 2},
+        {"model__checkpointing": "non_reentrant"},
+        {"model__checkpointing": "reentrant", "lora__semantics": "lora_aware"},
+        {"lora__semantics": "lora_aware", "lora__lasso": "loss"},
+        {"lora__semantics": "lora_aware", "lora__lasso": "none"},
+        {"train__optimizer": "muon"},
+        {"recover__steps": 0},
+        {"search__steps": 0},
+        {"budget": {"keep": 1.0}},
+    ],
+    ids=str,
+)
+def test_every_variant_ends_at_the_budget(bench: Bench, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    recipe = bench.recipe(tmp_path, **overrides)
+    summary = tune(recipe)
+    structure, plan = structure_of(load_config(recipe.model)), plan_of(tmp_path)
+    counts = count(structure, plan)
+    ratio = counts.total_ratio if recipe.budget.of == "total" else counts.block_ratio
+    assert abs(ratio - recipe.budget.keep) <= 0.002
+    written = sum(math.prod(shape) for shape in stored_shapes(tmp_path).values())
+    assert written == summary["result"]["parameters"] == counts.total
+    assert plan.is_uniform or recipe.budget.layout != "uniform"
+    assert (summary["leak"] is None) == (recipe.lora.semantics == "hard")
+    steps = recipe.search.steps + recipe.recover.steps
+    assert len(losses(tmp_path)) == steps
+    assert len(losses(tmp_path, "decide_loss")) == math.ceil(recipe.search.steps / recipe.search.decide_every)
+    assert steps == 0 or math.isfinite(summary["result"]["ppl"])
+
+
+def test_a_longer_run_learns(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(
+        tmp_path, search__steps=20, recover__steps=60, lora__rank=16, train__lr=1e-2, evaluate__dense_lora=True
+    )
+    summary = tune(recipe)
+    assert summary["result"]["ppl"] < 0.5 * summary["base"]["ppl"]
+    assert summary["dense_lora"]["ppl"] < summary["result"]["ppl"]
+
+
+def test_tokens_are_counted_without_padding(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path, generator__prior="taylor", generator__prior_steps=3, search__decide_every=2)
+    # one long window and three short ones, so a batch of four is mostly padding
+    rows = [{"prompt": "who?", "completion": " " + "me " * n} for n in (12, 3, 2, 1)]
+    texts = [json.dumps({**row, "prompt": f"{row['prompt']} {number}"}) for number in range(25) for row in rows]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(texts), encoding="utf-8")
+    data = recipe.data.model_dump() | {"train": str(file), "packing": False}
+    summary = tune(bench.recipe(tmp_path / "run", **recipe.model_dump(exclude={"data", "out"}), data=data))
+    session = session_of(bench, tmp_path / "other", data=data)
+
+    def expected(windows: Any, purpose: str, steps: int) -> int:
+        batches = session.batches(windows, purpose)
+        real = [
+            int(windows.offsets[i + 1] - windows.offsets[i])
+            for step in range(steps)
+            for i in batches.order.indices(step * 4, 4)
+        ]
+        return sum(real)
+
+    assert summary["tokens"] == {
+        "prior": expected(session.splits.decision, "decision", 3),
+        "decide": expected(session.splits.decision, "decision", 2),
+        "adapt": expected(session.splits.train, "train", 8),
+    }
+
+
+# --- semantics ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overrides", [{}, {"search__steps": 8}], ids=str)
+def test_enough_settling_closes_the_leak(bench: Bench, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    summary = tune(bench.recipe(tmp_path, **{**AWARE, **overrides, "lora__lasso_weight": 3.0}))
+    assert summary["leak"] <= 1e-5
+    assert [row["phase"] for row in metrics(tmp_path) if "phase" in row].count("settle") == overrides.get("search__steps", 12)
+    left = [row["adapt_lasso_left"] for row in metrics(tmp_path) if row.get("phase") == "settle"]
+    assert left[-1] <= left[0]
+    assert "adapt_lasso_left" not in metrics(tmp_path)[-2]  # recovery: nothing is left to shrink
+
+
+@pytest.mark.parametrize("lasso", ["proximal", "loss", "none"])
+def test_a_leak_is_told(bench: Bench, tmp_path: Path, lasso: str, capsys: pytest.CaptureFixture[str]) -> None:
+    aware = {**AWARE, "lora__settle": 0.0, "lora__lasso": lasso, "lora__lasso_weight": 1e-3}
+    summary = tune(bench.recipe(tmp_path, **aware))
+    assert summary["leak"] > 1e-5
+    told = " ".join(capsys.readouterr().err.split())
+    assert f"leak {summary['leak']:.1e} is above 1e-05" in told
+    assert "lora.settle" in told
+
+
+def test_the_lasso_loss_shrinks_pruned_groups(bench: Bench, tmp_path: Path) -> None:
+    aware = {**AWARE, "lora__lasso": "loss"}
+    with_lasso = tune(bench.recipe(tmp_path / "a", **aware, lora__lasso_weight=20.0))
+    without = tune(bench.recipe(tmp_path / "b", **aware, lora__lasso_weight=0.0))
+    assert with_lasso["leak"] < 0.7 * without["leak"]
+    penalty = losses(tmp_path / "a", "adapt_penalty")
+    assert len(penalty) == 24
+    assert penalty[-1] > 0
+    assert set(losses(tmp_path / "b", "adapt_penalty")) == {0.0}
+
+
+def test_hard_masks_and_lora_aware_masks_give_other_losses(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path / "hard"))
+    tune(bench.recipe(tmp_path / "aware", lora__semantics="lora_aware", lora__lasso="none", lora__settle=0.0))
+    hard, aware = losses(tmp_path / "hard"), losses(tmp_path / "aware")
+    assert hard[0] == aware[0]  # B is zero, so LoRA adds nothing yet
+    assert hard[1] != aware[1]
+
+
+# --- distillation ------------------------------------------------------------------------------------------------------
+
+
+def test_distillation_changes_the_loss_only_with_a_weight(bench: Bench, tmp_path: Path) -> None:
+    runs = {
+        "plain": {},
+        "off": {"distill__weight": 0.0, "distill__recover": True},
+        "search": {"distill__weight": 1.0},
+        "recover": {"distill__weight": 1.0, "distill__recover": True},
+        "warm": {"distill__weight": 1.0, "distill__temperature": 3.0},
+    }
+    for name, overrides in runs.items():
+        tune(bench.recipe(tmp_path / name, **overrides))
+    found = {name: losses(tmp_path / name) for name in runs}
+    assert found["off"] == found["plain"]
+    assert found["search"][0] > found["plain"][0]  # cross-entropy plus a divergence
+    assert found["recover"][:4] == found["search"][:4]
+    assert found["recover"][4] > found["search"][4] + 1e-3  # the same weights at that step, and a teacher
+    assert found["warm"][0] != found["search"][0]
+
+
+def test_the_teacher_is_the_model_with_open_gates(bench: Bench, tmp_path: Path) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, distill__weight=1.0))
+    with torch.no_grad():
+        for name, parameter in run.model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.05)
+    batch = run.tuner.batches.at(0)[0]
+    run.model.eval()
+    run.masks = run.decider.masks(100)
+    with torch.no_grad():
+        run.bank.open()
+        theirs = atp.forward(run.model, batch)
+        run.bank.close(run.masks)
+        ours = atp.forward(run.model, batch)
+    wanted = batch["labels"][:, 1:] != -100
+    p, q = (torch.log_softmax(logits[:, :-1][wanted].double(), -1) for logits in (theirs, ours))
+    divergence = float((p.exp() * (p - q)).sum())
+    truth = float(-q.gather(1, batch["labels"][:, 1:][wanted][:, None]).sum())
+    assert divergence > 1
+    loss = run._student_loss()(batch)
+    assert loss.item() == pytest.approx(truth + divergence, rel=1e-5)
+    run.model.zero_grad()
+    loss.backward()
+    assert run.bank.consumer(0, "ffn") is not None  # gates are closed again for what follows
+
+
+# --- turns -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_decide_turn_leaves_lora_alone_and_an_adapt_turn_the_generator(bench: Bench, tmp_path: Path) -> None:
+    run = atp._Atp(session_of(bench, tmp_path))
+    both = {"lora": run.model, "generator": run.decider.generator}
+
+    def state() -> dict[str, dict[str, torch.Tensor]]:
+        return {name: {k: v.clone() for k, v in module.state_dict().items()} for name, module in both.items()}
+
+    def changed(before: dict[str, Any], after: dict[str, Any], name: str) -> set[str]:
+        return {key for key, value in after[name].items() if not torch.equal(value, before[name][key])}
+
+    for step in range(2):
+        before = state()
+        run.decider.turn(step)
+        between = state()
+        assert changed(before, between, "lora") == set()
+        assert changed(before, between, "generator")
+        assert all(parameter.grad is None for parameter in run.model.parameters())
+        run._search_adapt(step)
+        after = state()
+        assert changed(between, after, "generator") == set()
+        assert changed(between, after, "lora")
+        assert all("lora_" in key for key in changed(between, after, "lora"))
+        assert all(parameter.grad is None for parameter in run.decider.generator.parameters())
+
+
+def test_decisions_are_learned_on_rows_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    session = session_of(bench, tmp_path)
+    run = atp._Atp(session)
+    assert run.decider.batches.windows is session.splits.decision
+    assert run.tuner.batches.windows is session.splits.train
+    tokenizer = load_tokenizer(session.recipe.model)
+    texts = {}
+    for name in ("train", "decision", "valid", "test"):
+        ids = getattr(session.splits, name).ids.tolist()
+        texts[name] = set(tokenizer.decode(ids).split("</s>")[:-1])
+    names = list(texts)
+    for one in names:
+        for other in names[names.index(one) + 1 :]:
+            shared = texts[one] & texts[other]
+            assert not shared, (one, other)
+    assert sum(map(len, texts.values())) >= 290  # less what stands at the borders of splits and windows
+
+
+# --- the cut -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("semantics", ["hard", "lora_aware"])
+def test_masked_before_the_cut_is_cut_after_it(bench: Bench, tmp_path: Path, semantics: str) -> None:
+    """No recovery: what the search left, masked in memory, is what the export computes."""
+    session = session_of(bench, tmp_path / "a", recover__steps=0, search__steps=8, lora__semantics=semantics)
+    run = atp._Atp(session)
+    seen: dict[str, float] = {}
+    real = run._cut
+
+    def measured_cut() -> None:
+        run.bank.close(run.masks, "consumer")
+        seen.update(perplexity(run.model, session.splits.test, 32, 32, CPU))
+        real()
+
+    run._cut = measured_cut  # type: ignore[method-assign]
+    run.run()
+    out = tmp_path / "b"
+    summary = tune(bench.recipe(out, recover__steps=0, search__steps=8, lora__semantics=semantics))
+    assert run.plan is not None
+    assert summary["plan"] == run.plan.digest
+    assert summary["result"]["ppl"] == pytest.approx(seen["ppl"], rel=1e-3)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(out / "model", local_files_only=True, dtype=torch.float32)
+    assert perplexity(loaded, session.splits.test, 32, 32, CPU)["ppl"] == pytest.approx(seen["ppl"], rel=1e-5)
+
+
+def test_the_plan_replays_on_the_base(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path)
+    tune(recipe)
+    structure, plan = structure_of(load_config(recipe.model)), plan_of(tmp_path)
+    base: Any = load_model(recipe.model, "cpu", torch.float32)
+    cut(base, structure, plan)
+    assert {name: tuple(parameter.shape) for name, parameter in base.named_parameters()} == stored_shapes(tmp_path)
+    written = json.loads((tmp_path / "model" / "config.json").read_text())["per_layer_config"]
+    assert written == {str(layer): plan.widths(layer) for layer in range(3)}
+    assert plan.notes["seed"] == 0
+
+
+def test_the_plan_is_the_generators_ranking(bench: Bench, tmp_path: Path) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, generator__kind="direct", search__steps=8))
+    run.run()
+    assert run.plan is not None
+    logits = run.decider.generator()
+    for (layer, axis), values in logits.items():
+        kept = run.plan.kept[layer][axis]
+        best = torch.sort(values.detach(), descending=True, stable=True).indices[: len(kept)]
+        assert sorted(best.tolist()) == list(kept)
+    assert budget.solve(logits, run.structure, run.recipe.budget)[0].digest == run.plan.digest
+
+
+def test_recovery_has_its_own_peak_learning_rate(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path, train__schedule="constant", train__warmup=0.0, recover__lr=5e-4))
+    rates = losses(tmp_path, "adapt_lr")
+    assert rates == pytest.approx([2e-3] * 4 + [5e-4] * 4)
+
+
+def test_figures_on_the_way_are_those_of_the_hard_plan(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path, evaluate__every=4))
+    rows = [row for row in metrics(tmp_path) if "valid_ppl" in row]
+    assert [(row["phase"], row["step"]) for row in rows] == [("search", 3), ("recover", 3)]
+    assert all(math.isfinite(row["valid_ppl"]) for row in rows)
