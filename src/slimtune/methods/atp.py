@@ -67,7 +67,7 @@ class _Atp:
         name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
         if saved:
             self._restore(saved)
-        elif self.recipe.generator.prior == "taylor":
+        elif self.recipe.generator.prior != "none":
             self.decider.set_prior()
         search, settle = self.recipe.search.steps, self.settle_steps
         if name == "search":

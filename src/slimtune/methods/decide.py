@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from slimtune.models.surgery import quiet
 from slimtune.prune import budget
-from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
+from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, squares_over_ranks
 from slimtune.prune.generator import Generator
 from slimtune.prune.prior import prior_logits
 from slimtune.prune.sampling import draw_noise, sample
 from slimtune.structure.plan import Counts, Plan
 from slimtune.train.loop import hash_seed
-from slimtune.train.objective import accumulate, cross_entropy_sum, forward
+from slimtune.train.objective import Batch, accumulate, cross_entropy_sum, forward
 from slimtune.train.optimizers import adamw
 from slimtune.train.schedule import generator_factor, set_lr
 from slimtune.train.session import Session
@@ -41,6 +41,7 @@ class Decider:
         config = self.recipe.generator
         self.optimizer = adamw(self.generator.parameters(), config.lr, config.weight_decay)
         self.batches = session.batches(session.splits.decision, "decision")
+        self.scores: dict[Site, Any] = {}
         self.tokens = {"prior": 0, "decide": 0}
 
     def turn(self, step: int) -> dict[str, Any]:
@@ -48,11 +49,10 @@ class Decider:
         search, config = self.recipe.search, self.recipe.generator
         set_lr(self.optimizer, generator_factor(step, search.steps))
         sampled = self._sample(step)
-        leaves = self.bank.leaves(sampled)
         turn = step // search.decide_every
-        loss = self._backward_to_gates(self.batches.at(turn))
+        loss, leaves = self._backward_to_gates(self.batches.at(turn), sampled)
         self.tokens["decide"] += self.batches.tokens(turn)
-        gradients = mean_over_ranks(leaves)
+        gradients = mean_over_ranks(*leaves)
         ratio = budget.kept_ratio(sampled, self.structure, self.recipe.budget.of)
         over = budget.budget_loss(ratio, self.target(step))
         torch.autograd.backward(
@@ -61,6 +61,8 @@ class Decider:
         norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if config.prior == "running":
+            self._refresh_prior(leaves)
         figures = {"loss": loss, "sampled": ratio.detach(), "target": self.target(step)}
         return {**figures, "budget": over.detach(), "grad_norm": norm}
 
@@ -73,42 +75,45 @@ class Decider:
             sampled[site] = sample(logits, noise, config.noise, config.estimator, config.temperature)
         return sampled
 
-    def _backward_to_gates(self, parts: list[Any]) -> Tensor:
-        """Cross-entropy on ``parts``, differentiated with respect to the bank's leaves alone."""
-        wrapped = self.wrapped()
+    def _backward_to_gates(self, parts: list[Any], masks: Masks) -> tuple[Tensor, list[dict[Site, Tensor]]]:
+        """Cross-entropy on ``parts`` under ``masks``, differentiated with respect to one leaf a sample and gate alone.
+
+        Returns:
+            The mean loss, and for every micro-batch the leaves {site: [B, units]} with their gradients.
+        """
+        wrapped, leaves = self.wrapped(), []
+
+        def loss(batch: Batch) -> Tensor:
+            size = len(batch["input_ids"])
+            leaves.append(self.bank.leaves({site: mask.expand(size, -1) for site, mask in masks.items()}))
+            return cross_entropy_sum(forward(wrapped, batch), batch["labels"])
+
         wrapped.train()
         with quiet(self.model):
-            return accumulate(
-                wrapped,
-                parts,
-                self.session.accelerator,
-                lambda batch: cross_entropy_sum(forward(wrapped, batch), batch["labels"]),
-                sync=False,
-            )
+            value = accumulate(wrapped, parts, self.session.accelerator, loss, sync=False)
+        return value, leaves
 
     def set_prior(self) -> None:
         """Starting logits from squared gradients of per-sample gates at one, on decision data."""
         config = self.recipe.generator
         self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
-        scores: dict[Site, Tensor] = {}
-        for step in range(config.prior_steps):
-            self.tokens["prior"] += self.batches.tokens(step)
-            for part in self.batches.at(step):
-                leaves = self.bank.leaves(self._ones(len(part["input_ids"])))
-                self._backward_to_gates([part])
-                for site, leaf in leaves.items():
-                    assert leaf.grad is not None
-                    scores[site] = scores.get(site, torch.zeros((), device=leaf.device)) + leaf.grad.square().sum(0)
-        scores = {site: self.session.accelerator.reduce(value) for site, value in scores.items()}
-        self.bank.open()
-        self.generator.set_prior(prior_logits(scores, self.structure, config.prior_scale))
-
-    def _ones(self, samples: int) -> dict[Site, Tensor]:
-        """Open gates, one for every sample: {site: [samples, units]}."""
-        return {
-            (layer, axis): torch.ones(samples, self.structure.layers[layer].units[axis], device=self.session.device)
+        ones = {
+            (layer, axis): torch.ones(self.structure.layers[layer].units[axis], device=self.session.device)
             for layer, axis in self.structure.sites()
         }
+        for step in range(config.prior_steps):
+            self.tokens["prior"] += self.batches.tokens(step)
+            squares = squares_over_ranks(*self._backward_to_gates(self.batches.at(step), ones)[1])
+            self.scores = {site: self.scores.get(site, 0.0) + value / config.prior_steps for site, value in squares.items()}
+        self.bank.open()
+        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale))
+
+    def _refresh_prior(self, leaves: list[dict[Site, Tensor]]) -> None:
+        """Follow the scores as LoRA adapts and units go: pruned units have a gradient too."""
+        config = self.recipe.generator
+        for site, value in squares_over_ranks(*leaves).items():
+            self.scores[site] = config.prior_decay * self.scores[site] + (1 - config.prior_decay) * value
+        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale))
 
     def target(self, step: int) -> float:
         """The ratio the budget asks for at ``step`` of the search."""
@@ -130,6 +135,7 @@ class Decider:
         return {
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "scores": dict(self.scores),
             "tokens": dict(self.tokens),
         }
 
@@ -137,4 +143,5 @@ class Decider:
         """Continue from a ``capture``."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self.scores = dict(state["scores"])
         self.tokens.update(state["tokens"])

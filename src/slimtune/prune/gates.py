@@ -46,16 +46,34 @@ class MaskBank:
         return self._masks.get((layer, axis)) if self._where == "base" else None
 
 
-def mean_over_ranks(leaves: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-    """The gradients of the leaves, averaged over ranks in one all-reduce."""
+def mean_over_ranks(*parts: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """The gradients of the leaves, summed over samples and micro-batches, averaged over ranks in one all-reduce."""
+    return _over_ranks([{site: _summed(leaf) for site, leaf in _with_gradient(part)} for part in parts], mean=True)
+
+
+def squares_over_ranks(*parts: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """Squared per-sample gradients of leaves [B, units], summed over samples, micro-batches and ranks."""
+    return _over_ranks([{site: _summed(leaf, 2) for site, leaf in _with_gradient(part)} for part in parts], mean=False)
+
+
+def _with_gradient(leaves: Mapping[Site, Tensor]) -> list[tuple[Site, Tensor]]:
     missing = [site for site, leaf in leaves.items() if leaf.grad is None]
     if missing:
         raise RuntimeError(f"gates {missing[:3]} got no gradient: they are not on the model's path")
-    grads = {site: leaf.grad for site, leaf in leaves.items() if leaf.grad is not None}
+    return [(site, leaf.grad) for site, leaf in leaves.items() if leaf.grad is not None]
+
+
+def _summed(gradient: Tensor, power: int = 1) -> Tensor:
+    value = gradient if power == 1 else gradient**power
+    return value if value.ndim == 1 else value.sum(0)
+
+
+def _over_ranks(parts: list[dict[Site, Tensor]], mean: bool) -> dict[Site, Tensor]:
+    total = {site: torch.stack([part[site] for part in parts]).sum(0) for site in parts[0]}
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flat = torch.cat([grad.flatten() for grad in grads.values()])
+        flat = torch.cat(list(total.values()))
         torch.distributed.all_reduce(flat)
-        flat /= torch.distributed.get_world_size()
-        parts = flat.split([grad.numel() for grad in grads.values()])
-        grads = dict(zip(grads, parts, strict=True))
-    return grads
+        if mean:
+            flat /= torch.distributed.get_world_size()
+        total = dict(zip(total, flat.split([len(value) for value in total.values()]), strict=True))
+    return total
