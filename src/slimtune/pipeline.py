@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.markup import escape
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -38,6 +39,8 @@ from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, make_accelerator
 from slimtune.version import __version__
 
+RELOAD_LIMIT = 1e-3
+"""Largest allowed difference of the reloaded model's logits, relative to the largest logit."""
 METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run}
 
 Summary = dict[str, Any]
@@ -102,9 +105,9 @@ class _Run:
                 f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocab_size is {self.config.vocab_size}; "
                 "give the tokenizer that belongs to the model (model.tokenizer)"
             )
-        need = {"train", "valid", "test"} | ({"decision"} if recipe.method == "atp" else set())
         self.progress.say("reading and tokenising data ...")
-        self.splits = load_splits(recipe.data, self.tokenizer, frozenset(need))
+        need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
+        self.splits = load_splits(recipe.data, self.tokenizer, need)
         sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
         self.progress.say(f"data: {sizes}")
         self._check_held_out()
@@ -146,14 +149,12 @@ class _Run:
         """Measure the base, run the reference if asked for, run the method, export and measure what was written."""
         recipe = self.recipe
         base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
-        dense: Figures = {}
-        if recipe.evaluate.dense_lora and recipe.method != "finetune":
-            dense = self._stage("dense_lora", self._measure_dense)
+        wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
+        dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
         started = time.perf_counter()
         outcome = METHODS[recipe.method](self._session("main"))
-        seconds = time.perf_counter() - started
+        seconds = round(time.perf_counter() - started, 1)
         result, difference = self._export(outcome, {"base": base, "dense_lora": dense})
-        result["seconds"] = round(seconds, 1)
         return {
             "version": __version__,
             "method": recipe.method,
@@ -164,7 +165,7 @@ class _Run:
             "of": recipe.budget.of,
             "base": base,
             "dense_lora": dense,
-            "result": result,
+            "result": {**result, "seconds": seconds},
             "reload_difference": difference,
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
@@ -234,19 +235,17 @@ class _Run:
         model: Any = merge_lora(outcome.model.float())
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
             parameter.data = parameter.data.to(dtype).float()
-        difference: float | None = None
+        differences: list[float] = []
         if rank() == 0:
-            self.progress.say(f"writing {target} ...")
-            source = recipe.model.tokenizer or recipe.model.path
-            source = source if Path(source).is_dir() else locate(source)[0]
-            huggingface.save(model, source, plan, target, dtype, self._facts(counts.total, {}, None))
-            if recipe.export.verify:
-                difference = self._verify(model.cpu().eval(), target)
+            self.progress.say(f"writing {escape(str(target))} ...")
+            model, source = model.cpu().eval(), recipe.model.tokenizer or recipe.model.path
+            check = (lambda written: differences.append(self._verify(model, written))) if recipe.export.verify else None
+            huggingface.save(model, source, plan, target, dtype, self._facts(counts.total, {}, None), check)
+        difference = differences[0] if differences else None
         self.accelerator.wait_for_everyone()
-        device = self.accelerator.device
-        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True).to(device)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True)
         result = {
-            **self._test(loaded),
+            **self._test(loaded.to(self.accelerator.device)),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "block_ratio": counts.block_ratio,
             "bytes": _weight_bytes(target),
@@ -279,7 +278,13 @@ class _Run:
     @torch.no_grad()
     def _verify(self, model: nn.Module, target: Path) -> float:
         ids = self.splits.test.collate([0])["input_ids"][:, :64]
-        difference = verify(target, ids, model(input_ids=ids, use_cache=False).logits)
+        expected = model(input_ids=ids, use_cache=False).logits
+        difference = verify(target, ids, expected)
+        if difference > RELOAD_LIMIT * float(expected.abs().max()):
+            raise UserError(
+                f"the written model computes something else than the one in memory: logits differ by {difference:.1e}; "
+                "nothing was replaced, and the trained weights are in the checkpoint (--resume writes them again)"
+            )
         self.progress.say(f"reload: logits of a fresh process differ by {difference:.1e}")
         return difference
 

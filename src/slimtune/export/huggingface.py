@@ -7,7 +7,7 @@ are compared with the model's. That catches every trap of the stock classes (val
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -73,6 +73,7 @@ def save(
     folder: Path,
     dtype: torch.dtype | None,
     facts: Mapping[str, Any],
+    check: Callable[[Path], None] | None = None,
 ) -> Path:
     """Write ``model`` to ``folder``, whole or not at all; an earlier model there is replaced at the very end.
 
@@ -83,6 +84,7 @@ def save(
         folder: the target; ``folder.replacing`` says what it may hold.
         dtype: of the written weights; None: as they are.
         facts: for the model card, see ``card.render``.
+        check: called with the written folder before it takes the place of ``folder``; what it raises stops that.
 
     Raises:
         UserError: the model does not fit the plan, the disk is full, or the folder may not be replaced.
@@ -101,6 +103,8 @@ def save(
         save_torch_state_dict(converted, partial, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
         _write_rest(partial, source, model, plan)
         card.write(partial, {"parameters_after": sum(map(Tensor.numel, weights.values())), **facts}, plan)
+        if check:
+            check(partial)
     return Path(folder)
 
 

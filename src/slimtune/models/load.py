@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -118,18 +120,24 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
         with torch.device(device):  # drawn where it will live: on CPU an 8B model takes minutes
             model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
     else:
-        location, local = locate(config.path)
-        model = _hub(
-            AutoModelForCausalLM.from_pretrained,
-            location,
-            local,
-            "model.path",
-            dtype=dtype,
-            revision=config.revision,
-            **kwargs,
-        )
+        model = _pretrained(config, {"dtype": dtype, "revision": config.revision, **kwargs})
     model.config.use_cache = False
     return model.to(device).eval()
+
+
+def _pretrained(config: ModelConfig, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+    """Weights from files. transformers would draw absent tensors at random with no more than a warning."""
+    location, local = locate(config.path)
+    # ignore_mismatched_sizes: so that such tensors are told by name below
+    asked = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    bad = (*_BAD_FILES, SafetensorError)
+    model, info = _hub(AutoModelForCausalLM.from_pretrained, location, local, "model.path", bad, **asked)
+    wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
+    wrong += [f"{item[0]} has another shape" for item in sorted(info["mismatched_keys"])]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise UserError(f"model.path={config.path!r} cannot be loaded ({wrong[0]}{more}); check the folder's files")
+    return model
 
 
 def enable_checkpointing(model: PreTrainedModel | PeftModel, kind: str) -> None:

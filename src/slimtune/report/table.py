@@ -17,7 +17,7 @@ COLUMNS = {"base": "base", "dense_lora": "dense LoRA", "result": "slimtune"}
 def render(summary: Summary) -> RenderableType:
     """Figures of the base, the dense reference if it was run, and the result; below it what the run cost."""
     present = [name for name in COLUMNS if summary.get(name)]
-    table = Table(title=f"{summary['method']}: {summary['out']}", title_justify="left")
+    table = Table(title=Text(f"{summary['method']}: {summary['out']}"), title_justify="left")
     table.add_column("")
     for name in present:
         table.add_column(COLUMNS[name], justify="right")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from slimtune.data.batches import Order, Splits, Windows
 from slimtune.recipe import Recipe
@@ -22,10 +23,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate for device, autocast, DDP/FSDP and trackers."""
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.train.precision, device)
+    mixed = "bf16" if precision is torch.bfloat16 else "no"
     if recipe.train.threads:
         torch.set_num_threads(recipe.train.threads)
+    if AcceleratorState._shared_state.get("_mixed_precision", mixed) != mixed:
+        # accelerate keeps the first run's precision for the whole process and refuses another one
+        AcceleratorState._reset_state()
     return Accelerator(
-        mixed_precision="bf16" if precision is torch.bfloat16 else "no",
+        mixed_precision=mixed,
         cpu=device == "cpu",
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.out,
