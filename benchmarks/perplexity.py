@@ -39,9 +39,8 @@ def main() -> None:
         size = sum(len(tokenizer.decode(windows.collate([index])["input_ids"][0]).encode()) for index in chosen)
         figures = perplexity(load_model(config, str(device), torch.float32), windows, args.windows, 8, device)
         bits = figures["loss"] * figures["tokens"] / size / math.log(2)
-        print(
-            f"{path}: perplexity {figures['ppl']:.2f} ± {figures['ppl_se']:.2f}, {bits:.3f} bits per byte, {figures['tokens']:,.0f} tokens"
-        )
+        ppl = f"perplexity {figures['ppl']:.2f} ± {figures['ppl_se']:.2f}"
+        print(f"{path}: {ppl}, {bits:.3f} bits per byte, {figures['tokens']:,.0f} tokens")
 
 
 if __name__ == "__main__":
