@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from slimtune.recipe import Recipe, parse
@@ -45,19 +45,22 @@ def sentences(count: int, seed: int = 0) -> list[str]:
     return list(found)
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of ``VOCABULARY`` tokens with end and padding, without a beginning token."""
+def make_tokenizer(bos: bool = False) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of ``VOCABULARY`` tokens with end and padding, and a beginning token if asked for."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["</s>", "<pad>"],
+        special_tokens=["</s>", "<pad>", *(["<s>"] if bos else [])],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(sentences(200), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    named = {"eos_token": "</s>", "pad_token": "<pad>", **({"bos_token": "<s>"} if bos else {})}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)
 
 
 def write_base(folder: Path, model_type: str = "llama", **overrides: Any) -> Path:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from slimtune.data.prompts import Encoded, encode_examples, pad_id
+from slimtune.data.sources import Row
+
 
 class ChoiceRow(Protocol):
     """A row with choices and the index of the right one."""
@@ -66,17 +69,22 @@ def _scores(
     model: nn.Module, tokenizer: Any, prompt: str, choices: list[str], max_length: int, device: torch.device, bf16: bool
 ) -> torch.Tensor:
     """Summed log-likelihood of each choice [C]."""
-    start = len(tokenizer(prompt)["input_ids"])
-    rows = [tokenizer(prompt + choice)["input_ids"] for choice in choices]
-    targets = [max(1, len(row) - start) for row in rows]
-    rows = [row[-max_length:] for row in rows]
-    width = max(map(len, rows))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=device)
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=device)
+    examples = encode_examples([Row(prompt=prompt, completion=choice) for choice in choices], tokenizer)
+    rows = [_fitted(example, tokenizer.eos_token_id, max_length) for example in examples]
+    width = max(len(ids) for ids, _ in rows)
+    pad = pad_id(tokenizer)
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row, _ in rows], device=device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row, _ in rows], device=device)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logp = F.log_softmax(logits[:, :-1].float(), dim=-1).gather(-1, ids[:, 1:, None])[..., 0]
-    return torch.stack(
-        [logp[index, len(row) - 1 - n : len(row) - 1].sum() for index, (row, n) in enumerate(zip(rows, targets, strict=True))]
-    )
+    return torch.stack([logp[index, max(0, head - 1) : len(row) - 1].sum() for index, (row, head) in enumerate(rows)])
+
+
+def _fitted(example: Encoded, eos: int | None, max_length: int) -> tuple[list[int], int]:
+    """Ids and where the choice begins: tokenised as in training, without EOS, the prompt cut from the left to fit."""
+    ids, head = example.ids.tolist(), example.head
+    if len(ids) > head + 1 and ids[-1] == eos:
+        ids.pop()
+    cut = max(0, min(len(ids) - max_length, head - example.prefix))
+    return (ids[: example.prefix] + ids[example.prefix + cut :])[:max_length], head - cut
