@@ -5,52 +5,65 @@
 
 A variant is ``name: key=value ...``. The variant called ``dense_lora`` supplies ``dense_value`` for the same seed. Rows are
 ``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine}``; a failed run is a row
-whose metric is ``failed``. With ``--jobs`` above 1 runs share the device: figures stay, seconds do not compare.
+whose metric is ``failed``. With more ``--jobs`` than GPUs runs share a device: figures stay, seconds do not compare.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
 
 
-def run(recipe: str, name: str, overrides: list[str], seed: int, runs: Path, threads: int) -> tuple[str, int, dict[str, Any]]:
+@dataclass(frozen=True)
+class Job:
+    """One run: a variant's name and overrides, a seed, and the GPU it may see ("" for all)."""
+
+    name: str
+    overrides: list[str]
+    seed: int
+    gpu: str
+
+
+def run(recipe: str, job: Job, runs: Path, threads: int) -> tuple[str, int, dict[str, Any]]:
     """One ``slimtune tune`` in a process of its own; its summary, or the end of its error output."""
-    out = runs / f"{name}-{seed}"
+    out = runs / f"{job.name}-{job.seed}"
+    out.mkdir(parents=True, exist_ok=True)
     command = [
         sys.executable,
         "-m",
         "slimtune",
         "tune",
         recipe,
-        *overrides,
-        f"seed={seed}",
+        *job.overrides,
+        f"seed={job.seed}",
         f"out={out}",
         "--overwrite",
     ]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "true",
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "log.txt").open("w") as log:
-        code = subprocess.run(command, env=environment, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    if job.gpu:
+        environment["CUDA_VISIBLE_DEVICES"] = job.gpu
+    log = out.with_suffix(".log")
+    with log.open("w") as file:
+        code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
-        return name, seed, {"failed": (out / "log.txt").read_text()[-400:]}
+        print(f"{job.name} seed {job.seed}: failed, see {log}", flush=True)
+        return job.name, job.seed, {"failed": log.read_text()[-400:]}
     summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
-    print(f"{name} seed {seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True)
-    return name, seed, summary
+    print(
+        f"{job.name} seed {job.seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True
+    )
+    return job.name, job.seed, summary
 
 
 def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str) -> list[Row]:
@@ -108,22 +121,28 @@ def main() -> None:
     parser.add_argument("variants", nargs="+")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--gpus", default="", help="GPU numbers to deal runs out to, e.g. 0,1")
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"))
     parser.add_argument("--base", default="base-44m")
     parser.add_argument("--domain", default="")
     args = parser.parse_args()
-    work = []
-    for variant in args.variants:
-        name, _, overrides = variant.partition(":")
-        work += [(name.strip(), overrides.split(), int(seed)) for seed in args.seeds.split(",")]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        futures = [pool.submit(run, args.recipe, name, keys, seed, args.runs, args.threads) for name, keys, seed in work]
-        done = [future.result() for future in futures]
-    rows = rows_of(done, args.base, args.domain or Path(args.recipe).stem)
+    domain = args.domain or Path(args.recipe).stem
     args.rows.parent.mkdir(parents=True, exist_ok=True)
-    args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    gpus = itertools.cycle(args.gpus.split(","))
+    work = []
+    for seed in args.seeds.split(","):
+        for variant in args.variants:
+            name, _, overrides = variant.partition(":")
+            work.append(Job(name.strip(), overrides.split(), int(seed), next(gpus)))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        futures = [pool.submit(run, args.recipe, job, args.runs, args.threads) for job in work]
+        done = []
+        for future in as_completed(futures):  # rows are written as they come: an interrupted grid keeps what it has
+            done.append(future.result())
+            rows = rows_of(sorted(done, key=lambda item: (item[0], item[1])), args.base, domain)
+            args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     print_table(rows)
 
 
