@@ -69,7 +69,10 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        raw = self.model_dump(mode="json")
+        legible: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+        # PyYAML writes these line breaks unescaped and reads them back as another one
+        return yaml.safe_dump(raw, sort_keys=False) if re.search("[\x85\u2028\u2029]", legible) else legible
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

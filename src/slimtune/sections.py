@@ -110,7 +110,7 @@ class BudgetConfig(Section):
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """``uniform``: equal widths in all layers, so the export is the stock class; ``per-layer``: free widths."""
     ffn_multiple: Positive | Literal["auto"] = "auto"
-    """Round MLP widths to this. ``auto``: the largest of 128, 64, 32, 16, 8 that meets ``tolerance``."""
+    """Round MLP widths to this. ``auto``: the largest of 128, 64, 32, 16, 8, 4 that meets ``tolerance``."""
 
 
 class LoraConfig(Section):

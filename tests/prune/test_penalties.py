@@ -174,3 +174,14 @@ def test_leaves_are_cut_off_from_the_generators_graph() -> None:
 def test_leaves_without_a_gradient_are_an_error() -> None:
     with pytest.raises(RuntimeError, match="not on the model's path"):
         mean_over_ranks(MaskBank().leaves({SITE: torch.ones(2)}))
+
+
+def test_a_share_of_one_over_the_steps_left_ends_at_exactly_zero() -> None:
+    weight = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    piece = Piece(weight.clone(), 0, 1)
+    masks = {SITE: torch.tensor([1.0, 0.0, 1.0, 0.0])}
+    left = [proximal({SITE: [piece]}, masks, 0.0, 1 / steps) for steps in (4, 3, 2, 1)]
+    largest = float(weight[[1, 3]].norm(dim=1).max())
+    assert left == pytest.approx([largest * rest for rest in (0.75, 0.5, 0.25, 0.0)], abs=1e-6)
+    assert left[-1] == 0.0
+    assert torch.equal(piece.tensor[[0, 2]], weight[[0, 2]])

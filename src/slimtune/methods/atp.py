@@ -77,7 +77,8 @@ class _Atp:
             name, step = "settle", 0
         if name == "settle":
             if settle:
-                self._phase("settle", [Turn("adapt", lambda step: self._adapt(search + step, 1.0))], settle, step)
+                turns = [Turn("adapt", lambda step: self._adapt(search + step, 1.0, share=1 / (settle - step)))]
+                self._phase("settle", turns, settle, step)
             self._finish_lora_aware()
             self._cut()
             step = 0
@@ -92,8 +93,14 @@ class _Atp:
         self.masks = self.decider.masks(step)
         return self._adapt(step, (step + 1) / max(1, self.recipe.search.steps))
 
-    def _adapt(self, step: int, lasso: float = 0.0) -> dict[str, Any]:
-        """LoRA step; ``lasso`` in 0..1 is how far the lasso's ramp has come (LoRA-aware semantics, before the cut)."""
+    def _adapt(self, step: int, lasso: float = 0.0, share: float = 0.0) -> dict[str, Any]:
+        """LoRA step.
+
+        Args:
+            step: counted over all phases.
+            lasso: how far the lasso's ramp has come, 0..1 (``lora_aware``, before the cut).
+            share: the part of the largest pruned group that a proximal step takes at least.
+        """
         lora = self.recipe.lora
         shrinking = self.aware and bool(self.masks)
         penalty = None
@@ -101,7 +108,7 @@ class _Atp:
             penalty = self._lasso_penalty(lora.lasso_weight * lasso)
         figures = self.tuner.update(step, self._student_loss(), penalty)
         if shrinking and lora.lasso == "proximal":
-            figures["lasso_left"] = penalties.proximal(self.groups, self.masks, 0.1 * lora.lasso_weight * lasso)
+            figures["lasso_left"] = penalties.proximal(self.groups, self.masks, 0.1 * lora.lasso_weight * lasso, share)
         return figures
 
     def _lasso_penalty(self, weight: float) -> Callable[[], Tensor]:

@@ -18,7 +18,7 @@ from slimtune.sections import BudgetConfig
 from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
 from slimtune.structure.plan import Counts, Plan, count
 
-MULTIPLES = (128, 64, 32, 16, 8)
+MULTIPLES = (128, 64, 32, 16, 8, 4)
 
 
 def kept_ratio(masks: Masks, structure: Structure, of: str) -> Tensor:

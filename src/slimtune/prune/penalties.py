@@ -55,10 +55,11 @@ def lasso_loss(groups: Groups, masks: Masks) -> Tensor:
 
 
 @torch.no_grad()
-def proximal(groups: Groups, masks: Masks, strength: float) -> float:
+def proximal(groups: Groups, masks: Masks, strength: float, share: float = 0.0) -> float:
     """Proximal step of the group lasso on pruned groups: ``n -> max(n - tau, 0)`` (specification 1.6b).
 
-    ``tau`` is ``strength`` times the median norm of the kept groups of the site: relative to the model's own scale.
+    ``tau`` is ``strength`` times the median norm of the kept groups of the site: relative to the model's own scale; but at
+    least ``share`` times the largest pruned norm. With a share of 1/(steps left) the last step leaves exactly zero.
 
     Returns:
         The largest norm left in a pruned group.
@@ -70,6 +71,7 @@ def proximal(groups: Groups, masks: Masks, strength: float) -> float:
             continue
         # of the kept ones: where most are pruned, the median of all falls with them and they would never reach zero
         tau = strength * (norms if bool(pruned.all()) else norms[~pruned]).median()
+        tau = torch.maximum(tau, share * norms[pruned].max())
         factor = torch.where(pruned, (norms - tau).clamp(min=0) / norms, torch.ones_like(norms))
         for item in groups[site]:
             _scale(item, factor)
