@@ -11,7 +11,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from slimtune.data.batches import load_splits
+from slimtune.evaluate.perplexity import perplexity
+from slimtune.models.load import load_config, load_tokenizer, structure_of
 from slimtune.recipe import Recipe, parse
+from slimtune.runtime import Metrics, RunFolder
+from slimtune.train.progress import Progress
+from slimtune.train.session import Session, make_accelerator
 
 VOCABULARY = 320
 _WORDS = {
@@ -126,3 +132,19 @@ def metrics(out: Path | str) -> list[dict[str, Any]]:
 def losses(out: Path | str, key: str = "adapt_loss") -> list[float]:
     """One figure of every step that has it."""
     return [row[key] for row in metrics(out) if key in row]
+
+
+def session_of(bench: Bench, out: Path, **overrides: Any) -> Session:
+    """The session the pipeline would make, for tests that look inside a method."""
+    recipe = bench.recipe(out, **overrides)
+    folder = RunFolder(out)
+    structure = structure_of(load_config(recipe.model))
+    need = frozenset({"train", "decision", "valid", "test"})
+    splits = load_splits(recipe.data, load_tokenizer(recipe.model), need)
+
+    def figures(model: torch.nn.Module) -> dict[str, float]:
+        return perplexity(model, splits.valid, 32, 32, torch.device("cpu"))
+
+    return Session(
+        recipe, make_accelerator(recipe), structure, splits, folder, Metrics(folder), Progress(), valid_figures=figures
+    )

@@ -13,18 +13,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import slimtune  # noqa: F401  (teaches transformers per-layer models)
-from bases import Bench, losses, metrics
-from slimtune.data.batches import load_splits
+from bases import Bench, losses, metrics, session_of
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.methods import atp
 from slimtune.models.load import load_config, load_model, load_tokenizer, structure_of
 from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
 from slimtune.prune import budget
-from slimtune.runtime import Metrics, RunFolder
 from slimtune.structure.plan import Plan, count
-from slimtune.train.progress import Progress
-from slimtune.train.session import Session, make_accelerator
 
 CPU = torch.device("cpu")
 AWARE: dict[str, Any] = {"lora__semantics": "lora_aware", "search__steps": 12, "recover__steps": 14, "lora__settle": 1.0}
@@ -34,22 +30,6 @@ AWARE: dict[str, Any] = {"lora__semantics": "lora_aware", "search__steps": 12, "
 def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """A sixth of such a short run, tested elsewhere."""
     monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
-
-
-def session_of(bench: Bench, out: Path, **overrides: Any) -> Session:
-    """The session the pipeline would make, for tests that look inside a method."""
-    recipe = bench.recipe(out, **overrides)
-    folder = RunFolder(out)
-    structure = structure_of(load_config(recipe.model))
-    need = frozenset({"train", "decision", "valid", "test"})
-    splits = load_splits(recipe.data, load_tokenizer(recipe.model), need)
-
-    def figures(model: torch.nn.Module) -> dict[str, float]:
-        return perplexity(model, splits.valid, 32, 32, CPU)
-
-    return Session(
-        recipe, make_accelerator(recipe), structure, splits, folder, Metrics(folder), Progress(), valid_figures=figures
-    )
 
 
 def plan_of(out: Path) -> Plan:

@@ -1,0 +1,65 @@
+"""The decide turn's scores: per-sample gradients add up to the gradient, and the running prior follows them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bases import Bench, session_of
+from gated import random_model
+from slimtune.methods import atp
+from slimtune.models.surgery import place_gates
+from slimtune.prune.gates import MaskBank, mean_over_ranks, squares_over_ranks
+from slimtune.prune.prior import prior_logits
+
+
+def test_gradients_of_one_gate_a_sample_add_up_to_those_of_one_gate() -> None:
+    model, structure = random_model("llama", rank=2)
+    bank = MaskBank()
+    place_gates(model, structure, bank.consumer, bank.base)
+    tokens = torch.randint(97, (3, 8), generator=torch.Generator().manual_seed(1))
+    masks = {site: torch.rand(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}
+
+    def backward(rows: torch.Tensor, shared: bool) -> dict[Any, torch.Tensor]:
+        leaves = bank.leaves(masks if shared else {site: mask.expand(len(rows), -1) for site, mask in masks.items()})
+        model(input_ids=rows).logits.square().sum().backward()
+        return leaves
+
+    whole = mean_over_ranks(backward(tokens, shared=True))
+    parts = [backward(tokens[:2], shared=False), backward(tokens[2:], shared=False)]
+    alone = [mean_over_ranks(backward(tokens[row : row + 1], shared=True)) for row in range(3)]
+    summed, squares = mean_over_ranks(*parts), squares_over_ranks(*parts)
+    for site, expected in whole.items():
+        torch.testing.assert_close(summed[site], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(squares[site], sum(one[site].square() for one in alone), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("prior", ["taylor", "running"])
+def test_only_the_running_prior_follows_the_turns(bench: Bench, tmp_path: Path, prior: str) -> None:
+    overrides = {"generator__prior": prior, "generator__prior_decay": 0.75, "generator__prior_steps": 2}
+    run = atp._Atp(session_of(bench, tmp_path, **overrides))
+    run.decider.set_prior()
+    before = {site: value.clone() for site, value in run.decider.scores.items()}
+    first = {index: getattr(run.decider.generator, f"prior_{index}").clone() for index in range(len(before))}
+    seen: list[Any] = []
+    backward = run.decider._backward_to_gates
+
+    def spy(*args: Any) -> Any:
+        seen.append(backward(*args))
+        return seen[-1]
+
+    run.decider._backward_to_gates = spy  # type: ignore[method-assign]
+    run.decider.turn(0)
+    squares = squares_over_ranks(*seen[0][1])
+    expected = prior_logits(run.decider.scores, run.structure, run.recipe.generator.prior_scale)
+    for index, site in enumerate(run.structure.sites()):
+        now = getattr(run.decider.generator, f"prior_{index}")
+        if prior == "taylor":
+            assert torch.equal(run.decider.scores[site], before[site])
+            assert torch.equal(now, first[index])
+        else:
+            torch.testing.assert_close(run.decider.scores[site], 0.75 * before[site] + 0.25 * squares[site])
+            assert torch.equal(now, expected[site])
