@@ -43,7 +43,7 @@ def recipe_of(config: dict[str, Any], **sections: Any) -> Recipe:
         "device": "cpu",
         "model": {"init": "config", "config": config},
         "data": {"train": "nowhere.jsonl", "max_length": 32},
-        "train": {"batch": 2},
+        "train": {"batch": 2, "precision": "float32"},
         "lora": {"rank": 4},
     }
     for name, value in sections.items():
@@ -146,6 +146,9 @@ def test_steps_and_tokens_by_phase() -> None:
     phases = cost(config, **sections).phases
     assert [(p.name, p.steps) for p in phases] == [("search", 10), ("recover", 5), ("dense LoRA", 15)]
     assert [p.tokens for p in phases] == [(10 + 4) * 64, 5 * 64, 15 * 64]  # decide turns at steps 0, 3, 6 and 9
+    halved = cost(config, **{**sections, "search": {**sections["search"], "batch": 1}}).phases[0]
+    assert halved.tokens == 10 * 64 + 4 * 32
+    assert halved.flops < phases[0].flops
     assert cost(config, **sections, generator={"prior": "taylor"}).phases[0].tokens == (10 + 4 + 16) * 64
     assert phases[1].flops / 5 < phases[2].flops / 15  # the smaller model's step is cheaper
 

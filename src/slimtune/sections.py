@@ -176,6 +176,8 @@ class SearchConfig(Section):
 
     steps: Count = 200
     """Steps (one ``adapt`` turn each)."""
+    batch: Positive | None = None
+    """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
     decide_every: Positive = 1
     """A ``decide`` turn on every n-th step."""
     alpha: Annotated[float, Field(ge=0.0)] = 5.0

@@ -99,7 +99,7 @@ def test_tokens_are_counted_without_padding(bench: Bench, tmp_path: Path) -> Non
     session = session_of(bench, tmp_path / "other", data=data)
 
     def expected(windows: Any, purpose: str, steps: int) -> int:
-        batches = session.batches(windows, purpose)
+        batches = session.batches(windows, purpose, 4)
         real = [
             int(windows.offsets[i + 1] - windows.offsets[i])
             for step in range(steps)

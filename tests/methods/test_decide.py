@@ -10,6 +10,7 @@ import torch
 
 from bases import Bench, session_of
 from gated import random_model
+from slimtune.errors import UserError
 from slimtune.methods import atp
 from slimtune.models.surgery import place_gates
 from slimtune.prune.gates import MaskBank, mean_over_ranks, squares_over_ranks
@@ -63,3 +64,16 @@ def test_only_the_running_prior_follows_the_turns(bench: Bench, tmp_path: Path, 
         else:
             torch.testing.assert_close(run.decider.scores[site], 0.75 * before[site] + 0.25 * squares[site])
             assert torch.equal(now, expected[site])
+
+
+def test_decide_turns_have_a_batch_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, search__batch=2))
+    assert [len(part["input_ids"]) for part in run.decider.batches.at(0)] == [2]
+    assert [len(part["input_ids"]) for part in run.tuner.batches.at(0)] == [4]
+
+
+def test_more_processes_than_windows_is_an_error(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = session_of(bench, tmp_path)
+    monkeypatch.setattr(type(session.accelerator), "num_processes", 3)
+    with pytest.raises(UserError, match="decision step of 2 windows leaves some of 3 processes"):
+        session.batches(session.splits.decision, "decision", 2)

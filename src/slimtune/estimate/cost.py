@@ -97,19 +97,21 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     recipe = job.recipe
     step_tokens = recipe.train.batch * recipe.data.max_length
 
-    def phase(name: str, steps: int, turns: list[tuple[int, float]]) -> Phase:
-        """``turns``: (steps, operations a token)."""
+    def phase(name: str, steps: int, turns: list[tuple[float, float]]) -> Phase:
+        """``turns``: (steps of ``train.batch`` windows, operations a token)."""
         flops = sum(count * step_tokens * cost for count, cost in turns)
-        tokens = sum(count for count, _ in turns) * step_tokens
+        tokens = round(sum(count for count, _ in turns) * step_tokens)
         return Phase(name, steps, tokens, flops, flops / speed if speed else None)
 
     if recipe.method == "finetune":
         return [phase("train", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
     search, recover, part = recipe.search.steps, recipe.recover.steps, job.part
     prior = recipe.generator.prior_steps if recipe.generator.prior != "none" else 0
-    decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / step_tokens
+    small = (recipe.search.batch or recipe.train.batch) / recipe.train.batch
+    decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (small * step_tokens)
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
-    turns = [(search, job.adapt() + teacher), (-(-search // recipe.search.decide_every), decide), (prior, decide)]
+    decides = -(-search // recipe.search.decide_every)
+    turns = [(search, job.adapt() + teacher), (small * decides, decide), (small * prior, decide)]
     recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
     rows = [phase("search", search, turns), phase("recover", recover, [(recover, recovering)])]
     if recipe.evaluate.dense_lora:

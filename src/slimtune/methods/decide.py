@@ -40,7 +40,7 @@ class Decider:
         self.generator = Generator(self.structure, self.recipe.generator, uniform).to(session.device)
         config = self.recipe.generator
         self.optimizer = adamw(self.generator.parameters(), config.lr, config.weight_decay)
-        self.batches = session.batches(session.splits.decision, "decision")
+        self.batches = session.batches(session.splits.decision, "decision", self.recipe.search.batch or self.recipe.train.batch)
         self.scores: dict[Site, Any] = {}
         self.tokens = {"prior": 0, "decide": 0}
 

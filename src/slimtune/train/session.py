@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from slimtune.data.batches import Order, Splits, Windows
+from slimtune.errors import UserError
 from slimtune.recipe import Recipe
 from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision
 from slimtune.structure.axes import Structure
@@ -62,17 +63,26 @@ class Session:
     def device(self) -> torch.device:
         return self.accelerator.device
 
-    def batches(self, windows: Windows, purpose: str) -> Batches:
-        """An endless, seeded stream of step batches over ``windows``."""
+    def batches(self, windows: Windows, purpose: str, batch: int) -> Batches:
+        """An endless, seeded stream of step batches of ``batch`` windows over all ranks.
+
+        Raises:
+            UserError: there are more processes than windows in a step.
+        """
+        ranks = self.accelerator.num_processes
+        if batch < ranks:
+            raise UserError(
+                f"a {purpose} step of {batch} windows leaves some of {ranks} processes without one; raise it to {ranks}"
+            )
         seed = self.recipe.seed * 7919 + sum(map(ord, purpose))
-        return Batches(windows, Order(len(windows), seed), self)
+        return Batches(windows, Order(len(windows), seed), self, batch)
 
 
 class Batches:
     """Step ``n`` of a stream is a pure function of (seed, n): a resumed run reads what an uninterrupted one would."""
 
-    def __init__(self, windows: Windows, order: Order, session: Session):
-        self.windows, self.order, self.session = windows, order, session
+    def __init__(self, windows: Windows, order: Order, session: Session, batch: int):
+        self.windows, self.order, self.session, self.batch = windows, order, session, batch
 
     def tokens(self, step: int) -> int:
         """Tokens of step ``step`` over all ranks, padding not counted."""
@@ -80,8 +90,7 @@ class Batches:
         return sum(int(offsets[index + 1] - offsets[index]) for index in whole)
 
     def _indices(self, step: int) -> list[int]:
-        batch = self.session.recipe.train.batch
-        return self.order.indices(step * batch, batch)
+        return self.order.indices(step * self.batch, self.batch)
 
     def at(self, step: int) -> list[dict[str, Any]]:
         """This rank's micro-batches of step ``step``, on the device."""

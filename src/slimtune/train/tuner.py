@@ -24,7 +24,7 @@ class Tuner:
     def __init__(self, session: Session, model: nn.Module, total_steps: int):
         self.session, self.model, self.total_steps = session, model, total_steps
         self.optimizers = model_optimizers(model, session.recipe.train)
-        self.batches = session.batches(session.splits.train, "train")
+        self.batches = session.batches(session.splits.train, "train", session.recipe.train.batch)
         self.tokens = 0
         self.wrapped = self._wrap()
 
