@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -30,7 +29,7 @@ from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
-from slimtune.runtime import Metrics, RunFolder, pick_dtype, rank, seed_everything
+from slimtune.runtime import Metrics, RunFolder, machine, pick_dtype, rank, seed_everything
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
@@ -71,6 +70,8 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     folder.write_json("summary.json", summary)
     if rank() == 0:
         run.progress.console.print(render(summary))
+    if recipe.trackers:
+        run.accelerator.end_training()
     return summary
 
 
@@ -161,7 +162,7 @@ class _Run:
             "out": recipe.out,
             "model": str(self.folder / "model"),
             "seed": recipe.seed,
-            "keep": recipe.budget.keep,
+            "keep": recipe.budget.keep if recipe.method == "atp" else 1.0,
             "of": recipe.budget.of,
             "base": base,
             "dense_lora": dense,
@@ -170,7 +171,7 @@ class _Run:
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
             "tokens": outcome.tokens,
-            "machine": _machine(self.accelerator.device),
+            "machine": machine(self.accelerator.device),
         }
 
     def _stage(self, name: str, measure: Callable[[], Figures]) -> Figures:
@@ -243,7 +244,8 @@ class _Run:
             huggingface.save(model, source, plan, target, dtype, self._facts(counts.total, {}, None), check)
         difference = differences[0] if differences else None
         self.accelerator.wait_for_everyone()
-        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True)
+        measured = pick_dtype(recipe.model.dtype, str(self.accelerator.device))  # as the base was
+        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True)
         result = {
             **self._test(loaded.to(self.accelerator.device)),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
@@ -290,10 +292,4 @@ class _Run:
 
 
 def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))

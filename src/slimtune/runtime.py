@@ -52,6 +52,17 @@ def pick_precision(name: str, device: str) -> Any:
     return getattr(torch, name)
 
 
+def machine(device: Any) -> str:
+    """What figures of time were taken on."""
+    import platform
+
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+
+
 def rank() -> int:
     """This process among all processes of the run."""
     return int(os.environ.get("RANK", "0"))

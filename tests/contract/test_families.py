@@ -16,7 +16,7 @@ from slimtune.models.load import structure_of
 from slimtune.models.surgery import blocks_of, cut, linears_of, lora_slices, merge_lora, place_gates
 from slimtune.prune.budget import kept_ratio, masks_of
 from slimtune.prune.gates import MaskBank
-from slimtune.prune.penalties import zero_pruned
+from slimtune.prune.penalties import proximal
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import FAMILIES
 from slimtune.structure.plan import Plan, count
@@ -148,7 +148,7 @@ def test_lora_aware_gates_equal_hard_ones_once_pruned_lora_entries_are_zero(name
     bank.close(masks, "consumer")
     hard = logits_of(model, padded_sample())
     assert (leaking - hard).abs().max() > 1e-3, "no leak to close: this test proves nothing"
-    zero_pruned(lora_slices(model, structure), masks)
+    proximal(lora_slices(model, structure), masks, 0.0, share=1.0)  # leaves exactly zero
     assert (logits_of(model, padded_sample()) - hard).abs().max() <= TOLERANCE
     bank.close(masks, "base")
     assert (logits_of(model, padded_sample()) - hard).abs().max() <= TOLERANCE

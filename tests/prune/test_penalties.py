@@ -12,7 +12,7 @@ from gated import random_model, random_plan
 from slimtune.models.surgery import linears_of, lora_slices
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank, mean_over_ranks
-from slimtune.prune.penalties import group_norms, lasso_loss, proximal, zero_pruned
+from slimtune.prune.penalties import group_norms, lasso_loss, proximal
 
 SITE = (0, "ffn")
 
@@ -129,18 +129,8 @@ def test_repeated_steps_empty_pruned_groups_exactly_however_many_they_are(pruned
 def test_nothing_pruned_changes_nothing() -> None:
     groups = hand_made()
     assert proximal(groups, {SITE: torch.ones(2)}, 1.0) == 0.0
-    zero_pruned(groups, {SITE: torch.ones(2)})
+    proximal(groups, {SITE: torch.ones(2)}, 0.0, share=1.0)
     assert all(torch.equal(a.tensor, b.tensor) for a, b in zip(groups[SITE], hand_made()[SITE], strict=True))
-
-
-def test_zero_pruned_by_hand() -> None:
-    groups = hand_made()
-    zero_pruned(groups, {SITE: torch.tensor([0.0, 1.0])})
-    assert groups[SITE][0].tensor.tolist() == [[0, 0], [0, 0], [3, 4], [0, 0]]
-    assert groups[SITE][1].tensor.tolist() == [[0, 12]]
-
-
-# --- banks -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_bank_serves_one_kind_of_gate_at_a_time() -> None:

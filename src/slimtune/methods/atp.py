@@ -154,11 +154,10 @@ class _Atp:
                     f"[yellow]leak {self.leak:.1e} is above {LEAK_LIMIT:.0e}: the cut changes the function; raise "
                     "lora.lasso_weight or lora.settle, or use lora.semantics=hard[/yellow]"
                 )
-            penalties.zero_pruned(self.groups, self.masks)
 
     @torch.no_grad()
     def _measure_leak(self) -> float:
-        """Relative difference of the LoRA-aware and the pruned forward, before pruned LoRA entries are zeroed."""
+        """Relative difference of the LoRA-aware and the pruned forward, before pruned LoRA entries go."""
         batch = self.decider.batches.at(0)[0]
         self.model.eval()
         self.bank.close(self.masks, "base")

@@ -1,4 +1,4 @@
-"""Group lasso over the LoRA entries of pruned units (LoRA-aware semantics): a loss, a proximal step, a hard zero.
+"""Group lasso over the LoRA entries of pruned units (LoRA-aware semantics): a loss, or a proximal step.
 
 A unit's group is joint over all coupled matrices (specification 5.8): for an MLP channel rows of B of gate and up and the
 column of A of down; for a KV group rows of B of q, k, v and columns of A of o. Groups come from ``models.surgery.lora_slices``
@@ -77,14 +77,6 @@ def proximal(groups: Groups, masks: Masks, strength: float, share: float = 0.0) 
             _scale(item, factor)
         left = max(left, float((norms * factor)[pruned].max()))
     return left
-
-
-@torch.no_grad()
-def zero_pruned(groups: Groups, masks: Masks) -> None:
-    """Set the LoRA entries of pruned units to exactly zero."""
-    for site, slices in groups.items():
-        for item in slices:
-            _scale(item, (masks[site] >= 0.5).float())
 
 
 def _scale(item: Slice, factor: Tensor) -> None:
