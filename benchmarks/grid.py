@@ -98,27 +98,31 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
 
 
 def print_table(rows: list[Row]) -> None:
-    """Mean and spread over seeds of the perplexity, and its ratio to dense LoRA."""
-    print(f"{'variant':<28} {'ppl':>8} {'± sd':>6} {'/dense':>7} {'tokens':>12} {'s':>6} seeds")
+    """Mean and standard deviation over seeds of the perplexity and of its ratio to dense LoRA, as a Markdown table."""
+    print("| method | parameters | perplexity | of dense LoRA | tokens | seeds |\n| --- | --- | --- | --- | --- | --- |")
     for name in dict.fromkeys(row["method"] for row in rows):
         mine = [row for row in rows if row["method"] == name and row["metric"] == "domain_ppl"]
         if not mine:
-            print(f"{name:<28} failed")
+            print(f"| {name} | failed | | | | |")
             continue
-        values = [row["value"] for row in mine]
+        size = next(row["value"] for row in rows if row["method"] == name and row["metric"] == "parameters")
         ratios = [row["value"] / row["dense_value"] for row in mine if row["dense_value"]]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        ratio = f"{statistics.mean(ratios):7.3f}" if ratios else "      -"
-        seconds = statistics.mean(row["gpu_seconds"] for row in mine)
-        mean = statistics.mean(values)
-        print(f"{name:<28} {mean:8.3f} {spread:6.3f} {ratio} {mine[0]['tokens']:12,} {seconds:6.0f} {len(mine)}")
+        cells = [f"{size:,}", _spread([row["value"] for row in mine], 2), _spread(ratios, 3), f"{mine[0]['tokens']:,}"]
+        print(f"| {name} | {' | '.join(cells)} | {', '.join(str(row['seed']) for row in mine)} |")
+
+
+def _spread(values: list[float], digits: int) -> str:
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def main() -> None:
     """Parse, run, collect."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe")
-    parser.add_argument("variants", nargs="+")
+    parser.add_argument("recipe", nargs="?", help="without it: only print the table of --rows")
+    parser.add_argument("variants", nargs="*")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--gpus", default="", help="GPU numbers to deal runs out to, e.g. 0,1")
@@ -128,6 +132,9 @@ def main() -> None:
     parser.add_argument("--base", default="base-44m")
     parser.add_argument("--domain", default="")
     args = parser.parse_args()
+    if args.recipe is None:
+        print_table(json.loads(args.rows.read_text()))
+        return
     domain = args.domain or Path(args.recipe).stem
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     gpus = itertools.cycle(args.gpus.split(","))

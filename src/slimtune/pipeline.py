@@ -33,7 +33,7 @@ from slimtune.runtime import Metrics, RunFolder, machine, pick_dtype, rank, seed
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
-from slimtune.train.claim import claim, open_folder
+from slimtune.train.claim import check_model, claim, open_folder
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, make_accelerator
 from slimtune.version import __version__
@@ -101,14 +101,10 @@ class _Run:
             zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
             solve(zeros, self.structure, recipe.budget)
         self.tokenizer = load_tokenizer(recipe.model)
-        if len(self.tokenizer) > self.config.vocab_size:
-            raise UserError(
-                f"the tokenizer has {len(self.tokenizer)} tokens but the model's vocab_size is {self.config.vocab_size}; "
-                "give the tokenizer that belongs to the model (model.tokenizer)"
-            )
         self.progress.say("reading and tokenising data ...")
         need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
         self.splits = load_splits(recipe.data, self.tokenizer, need)
+        self._check_vocabulary()
         sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
         self.progress.say(f"data: {sizes}")
         self._check_held_out()
@@ -125,6 +121,17 @@ class _Run:
         for key, path in (("path", self.recipe.model.path), ("tokenizer", self.recipe.model.tokenizer)):
             if path and Path(path).expanduser().resolve() == target.resolve():
                 raise UserError(f"model.{key}={path!r} is where out={self.recipe.out!r} writes its model; choose another out")
+        check_model(self.folder, self.recipe)
+
+    def _check_vocabulary(self) -> None:
+        # by the ids that occur: some tokenizers hold tokens for other models of their family beyond the vocabulary
+        windows = (self.splits.train, self.splits.decision, self.splits.valid, self.splits.test)
+        largest = max(int(part.ids.max()) for part in windows if len(part.ids))
+        if largest >= self.config.vocab_size:
+            raise UserError(
+                f"the data holds token id {largest} (the tokenizer has {len(self.tokenizer)} tokens) but the model's "
+                f"vocab_size is {self.config.vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
+            )
 
     def _check_held_out(self) -> None:
         for name in ("valid", "test") if self.recipe.evaluate.every else ("test",):

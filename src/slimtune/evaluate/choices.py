@@ -49,7 +49,8 @@ def accuracy(
         assert row.choices is not None
         assert row.label is not None
         lead = _lead(row)
-        scores = _scores(model, tokenizer, row.prompt, [lead + choice for choice in row.choices], max_length, device, bf16)
+        choices = [choice if choice.startswith(lead) else lead + choice for choice in row.choices]
+        scores = _scores(model, tokenizer, row.prompt, choices, max_length, device, bf16)
         hits += int(int(scores.argmax()) == row.label)
         labels.append(row.label)
     model.train(training)
@@ -60,7 +61,7 @@ def accuracy(
 
 
 def _lead(row: ChoiceRow) -> str:
-    """The white space that the training completions put before an answer."""
+    """The white space that the training completions put before an answer (choices may carry it already)."""
     completion = row.completion or ""
     return completion[: len(completion) - len(completion.lstrip())]
 

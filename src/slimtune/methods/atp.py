@@ -77,7 +77,7 @@ class _Atp:
             name, step = "settle", 0
         if name == "settle":
             if settle:
-                turns = [Turn("adapt", lambda step: self._adapt(search + step, 1.0, share=1 / (settle - step)))]
+                turns = [Turn("adapt", lambda step: self._adapt(search + step, 1.0, self._settle_share(step)))]
                 self._phase("settle", turns, settle, step)
             self._finish_lora_aware()
             self._cut()
@@ -110,6 +110,11 @@ class _Atp:
         if shrinking and lora.lasso == "proximal":
             figures["lasso_left"] = penalties.proximal(self.groups, self.masks, 0.1 * lora.lasso_weight * lasso, share)
         return figures
+
+    def _settle_share(self, step: int) -> float:
+        """Linear to zero over two thirds of the settling; then the lasso must hold it alone, or the leak shows it."""
+        left = self.settle_steps - self.settle_steps // 3 - 1 - step
+        return 1 / left if left > 0 else 0.0
 
     def _lasso_penalty(self, weight: float) -> Callable[[], Tensor]:
         return lambda: weight * penalties.lasso_loss(self.groups, self.masks)

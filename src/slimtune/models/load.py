@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -121,6 +123,8 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
             model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
     else:
         model = _pretrained(config, {"dtype": dtype, "revision": config.revision, **kwargs})
+    if dtype is not torch.float32:
+        _exact_buffers(model, load_config(config))
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -138,6 +142,25 @@ def _pretrained(config: ModelConfig, kwargs: Mapping[str, Any]) -> PreTrainedMod
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"model.path={config.path!r} cannot be loaded ({wrong[0]}{more}); check the folder's files")
     return model
+
+
+@torch.no_grad()
+def _exact_buffers(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Give constants that live in buffers (Gemma's embedding scale) back the precision that loading in bf16 took.
+
+    They depend on the hidden size and on RoPE alone, so a clone of one narrow layer knows them. What is computed in bf16
+    rounds them again; what is exported and compared in fp32 does not.
+    """
+    clone = copy.deepcopy(config)
+    clone.num_hidden_layers, clone.vocab_size, clone.intermediate_size = 1, 8, 8
+    clone.pad_token_id = clone.bos_token_id = clone.eos_token_id = None
+    if getattr(clone, "layer_types", None):
+        clone.layer_types = clone.layer_types[:1]
+    exact = dict(AutoModelForCausalLM.from_config(clone, dtype=torch.float32).named_buffers())
+    for name, buffer in list(model.named_buffers()):
+        if buffer.is_floating_point() and buffer.dtype is not torch.float32 and name in exact:
+            owner, _, leaf = name.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = exact[name].to(buffer.device)
 
 
 def enable_checkpointing(model: PreTrainedModel | PeftModel, kind: str) -> None:

@@ -11,22 +11,60 @@ from slimtune.errors import UserError
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, rank
 
-_OF_ONE_RUN = ("summary.json", "stages.json", "metrics.jsonl", "checkpoint-*.pt", "*.partial")
-"""What a run leaves beside ``recipe.yaml`` and ``model``."""
+_RECIPE = "recipe.yaml"
+_FILES = ("summary.json", "stages.json", "metrics.jsonl", "checkpoint-main.pt", "checkpoint-dense_lora.pt")
+"""What a run leaves beside ``recipe.yaml`` and ``model``. By full name: a pattern would catch the files of others."""
 
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
     """The run's folder, as it is.
 
     Raises:
-        UserError: it holds a run that is neither to be continued nor replaced, or one with another recipe.
+        UserError: it holds a run that is neither to be continued nor replaced, one with another recipe, or files of
+            others under the names that a run writes.
     """
-    stored = Path(recipe.out) / "recipe.yaml"
-    if stored.is_file() and not resume and not overwrite:
+    folder = Path(recipe.out)
+    stored = _stored(folder)
+    if stored is None:
+        foreign = [path.name for path in _of_one_run(folder)]
+        if (folder / _RECIPE).exists():
+            foreign.append(_RECIPE)
+        _refuse(recipe, foreign)
+    elif resume:
+        _same_recipe(stored, recipe)
+    elif not overwrite:
         raise UserError(f"out={recipe.out!r} already holds a run; continue it with --resume, replace it with --overwrite")
-    if stored.is_file() and resume:
-        _same_recipe(yaml.safe_load(stored.read_text(encoding="utf-8")), recipe)
     return RunFolder(recipe.out)
+
+
+def check_model(folder: RunFolder, recipe: Recipe) -> None:
+    """Raise UserError where ``model`` in the folder is not an earlier run's, so that it may not be replaced."""
+    model = folder / "model"
+    if _stored(folder.path) is None and model.is_dir() and any(model.iterdir()):
+        _refuse(recipe, ["model"])
+
+
+def _refuse(recipe: Recipe, foreign: list[str]) -> None:
+    if foreign:
+        raise UserError(
+            f"out={recipe.out!r} is no folder of a run of ours (it has no recipe.yaml of one) but holds "
+            f"{', '.join(sorted(foreign))}, which a run would replace; choose another out"
+        )
+
+
+def _stored(folder: Path) -> dict[str, Any] | None:
+    """The recipe of the run in ``folder``; None where there is none, or a recipe.yaml of something else."""
+    try:
+        raw = yaml.safe_load((folder / _RECIPE).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    return raw if isinstance(raw, dict) and {"method", "out", "model", "data"} <= set(raw) else None
+
+
+def _of_one_run(folder: Path) -> list[Path]:
+    """The files there that a run writes besides its recipe, and those of them that were left half-written."""
+    names = [*_FILES, *(f"{name}.partial" for name in (*_FILES, _RECIPE))]
+    return [folder / name for name in names if (folder / name).is_file()]
 
 
 def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
@@ -35,13 +73,11 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     An earlier run's checkpoints and figures go, so that none is taken for this run's; its ``model`` (whose card tells its
     figures) stays until the new one is complete and takes its place.
     """
-    if rank() != 0 or (resume and (folder / "recipe.yaml").is_file()):
+    if rank() != 0 or (resume and (folder / _RECIPE).is_file()):
         return
-    for pattern in _OF_ONE_RUN:
-        for path in folder.path.glob(pattern):
-            if path.is_file():
-                path.unlink()
-    folder.write_text("recipe.yaml", recipe.to_yaml())
+    for path in _of_one_run(folder.path):
+        path.unlink()
+    folder.write_text(_RECIPE, recipe.to_yaml())
 
 
 def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:

@@ -1,0 +1,64 @@
+"""Whose the output folder is: files of others stay, whatever they are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slimtune.errors import UserError
+from slimtune.recipe import parse
+from slimtune.runtime import RunFolder
+from slimtune.train.claim import check_model, claim, open_folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "name", ["summary.json", "stages.json", "metrics.jsonl", "checkpoint-main.pt", "summary.json.partial", "recipe.yaml"]
+)
+def test_files_of_others_are_refused_by_name(tmp_path: Path, name: str, resume: bool, overwrite: bool) -> None:
+    (tmp_path / name).write_text("flour: 500 g")
+    with pytest.raises(UserError, match=rf"holds {name}, which a run would replace; choose another out"):
+        open_folder(parse({"out": str(tmp_path)}), resume, overwrite)
+    assert (tmp_path / name).read_text() == "flour: 500 g"
+
+
+def test_a_model_of_others_is_refused(tmp_path: Path) -> None:
+    recipe = parse({"out": str(tmp_path)})
+    (tmp_path / "model").mkdir()
+    check_model(RunFolder(tmp_path), recipe)
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds model, which a run would replace; choose another out"):
+        check_model(RunFolder(tmp_path), recipe)
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    check_model(RunFolder(tmp_path), recipe)
+
+
+def test_what_no_run_writes_may_lie_beside_and_stays(tmp_path: Path) -> None:
+    recipe = parse({"out": str(tmp_path)})
+    others = ["checkpoint-500.pt", "download.partial", "notes.txt"]
+    for name in others:
+        (tmp_path / name).write_text("mine")
+    claim(open_folder(recipe, False, False), recipe, False)
+    assert names(tmp_path) == sorted([*others, "recipe.yaml"])
+
+
+def test_replacing_a_run_removes_its_files_and_no_others(tmp_path: Path) -> None:
+    recipe = parse({"out": str(tmp_path)})
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    for name in (
+        "summary.json",
+        "stages.json",
+        "checkpoint-main.pt",
+        "checkpoint-main.pt.partial",
+        "checkpoint-500.pt",
+        "x.partial",
+    ):
+        (tmp_path / name).write_text("x")
+    claim(open_folder(recipe, False, True), recipe, False)
+    assert names(tmp_path) == ["checkpoint-500.pt", "recipe.yaml", "x.partial"]
