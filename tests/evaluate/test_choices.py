@@ -55,6 +55,13 @@ def row(prompt: str, choices: list[str], label: int, lead: str = " ") -> Row:
     return Row(prompt=prompt, completion=lead + choices[label], choices=tuple(choices), label=label)
 
 
+def test_choices_that_carry_their_space_are_scored_as_they_are(tokenizer: Any) -> None:
+    bare, spaced = Toy(favouring(tokenizer, " X")), Toy(favouring(tokenizer, " X"))
+    accuracy(bare, tokenizer, [row("Q?", ["X", "Y"], 0)], 32, CPU)
+    accuracy(spaced, tokenizer, [row("Q?", [" X", " Y"], 0, lead="")], 32, CPU)
+    assert bare.seen == spaced.seen
+
+
 def test_the_likelier_choice_wins(tokenizer: Any) -> None:
     model = Toy(favouring(tokenizer, " X"))
     rows = [row("Q?", ["X", "Y"], 0), row("Q!", ["X", "Y"], 1), row("Q.", ["Y", "X"], 1), row("Q,", ["Y", "X"], 1)]

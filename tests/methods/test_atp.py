@@ -137,6 +137,14 @@ def test_a_leak_is_told(bench: Bench, tmp_path: Path, lasso: str, capsys: pytest
     assert "lora.settle" in told
 
 
+def test_settling_cannot_hide_a_lasso_too_weak_to_hold(bench: Bench, tmp_path: Path) -> None:
+    summary = tune(bench.recipe(tmp_path, **{**AWARE, "lora__lasso_weight": 1e-6, "train__lr": 2e-2}))
+    left = [row["adapt_lasso_left"] for row in metrics(tmp_path) if row.get("phase") == "settle"]
+    assert min(left[:-1]) == 0.0
+    assert left[-1] > 0.0
+    assert summary["leak"] > 1e-5
+
+
 def test_the_lasso_loss_shrinks_pruned_groups(bench: Bench, tmp_path: Path) -> None:
     aware = {**AWARE, "lora__lasso": "loss"}
     with_lasso = tune(bench.recipe(tmp_path / "a", **aware, lora__lasso_weight=20.0))
