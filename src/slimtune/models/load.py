@@ -34,7 +34,7 @@ _BAD_FILES = (OSError, ValueError)
 
 
 def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
-    """A usable location and whether it is local. Only ``org/name`` may reach the network.
+    """A usable location and whether it is local. Only ``org/name`` may reach the network, and not beside a folder ``org``.
 
     Raises:
         UserError: a folder that does not exist, or a builtin that is not shipped.
@@ -49,7 +49,8 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
         if not (folder / "config.json").is_file():
             raise UserError(f"{what}={path!r} has no config.json; give a Hugging Face model folder")
         return str(folder), True
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path):
+    # "recipes/nope" beside a folder "recipes" is a mistyped path: it must not become a download
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir():
         return path, False
     raise UserError(f"{what}={path!r} does not exist; give a model folder, a hub id org/name, or builtin:base-10m")
 
@@ -112,12 +113,16 @@ def structure_of(config: PreTrainedConfig) -> Structure:
     return describe(config.to_dict(), meta_shapes(config))
 
 
+def attention_of(config: ModelConfig, loaded: PreTrainedConfig) -> dict[str, Any]:
+    """Keyword arguments that choose the attention implementation, the same for the base and for what is written."""
+    if config.attention == "auto" and getattr(loaded, "attn_logit_softcapping", None):
+        return {"attn_implementation": "eager"}  # sdpa drops the soft cap without a word
+    return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+
+
 def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM on ``device`` in ``dtype``, dropout-free eval mode, caches off."""
-    attention = config.attention
-    if attention == "auto" and getattr(load_config(config), "attn_logit_softcapping", None):
-        attention = "eager"  # sdpa drops the soft cap without a word
-    kwargs: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    kwargs = attention_of(config, load_config(config))
     if config.init == "config":
         with torch.device(device):  # drawn where it will live: on CPU an 8B model takes minutes
             model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
