@@ -23,7 +23,7 @@ from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
-from slimtune.models.load import load_config, load_model, load_tokenizer, locate, structure_of
+from slimtune.models.load import attention_of, load_config, load_model, load_tokenizer, locate, structure_of
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
@@ -252,7 +252,8 @@ class _Run:
         difference = differences[0] if differences else None
         self.accelerator.wait_for_everyone()
         measured = pick_dtype(recipe.model.dtype, str(self.accelerator.device))  # as the base was
-        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True)
+        how = attention_of(recipe.model, self.config)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
         result = {
             **self._test(loaded.to(self.accelerator.device)),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),

@@ -245,7 +245,7 @@ class EvaluateConfig(Section):
     """Figures of the run."""
 
     every: Count = 0
-    """Steps between validation figures of the current hard Plan; 0: only at the ends of phases."""
+    """Steps between validation figures of the current hard masks; 0: none."""
     windows: Positive = 256
     """At most this many windows for each figure."""
     batch: Positive = 16

@@ -25,9 +25,9 @@ def adamw(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) ->
     )
 
 
-def model_optimizers(model: nn.Module, train: TrainConfig, lr: float | None = None) -> list[torch.optim.Optimizer]:
+def model_optimizers(model: nn.Module, train: TrainConfig) -> list[torch.optim.Optimizer]:
     """One optimiser, or two for ``muon``: Muon on the blocks' matrices, AdamW on embeddings, norms and biases."""
-    lr = lr or train.lr
+    lr = train.lr
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if train.optimizer == "adamw":
         return [adamw((parameter for _, parameter in named), lr, train.weight_decay)]

@@ -44,7 +44,6 @@ class Progress:
         )
         self._bar.start()
         self._bar.add_task(phase, total=steps, completed=first, figures="")
-        self._phase = phase
 
     def step(self, phase: str, step: int, loss: float, kept: float) -> None:
         figures = f"kept {kept:6.1%}  loss {loss:.3f}"
