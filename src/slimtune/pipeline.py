@@ -23,7 +23,7 @@ from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
-from slimtune.models.load import attention_of, load_config, load_model, load_tokenizer, locate, structure_of
+from slimtune.models.load import BUILTIN, attention_of, load_config, load_model, load_tokenizer, locate, structure_of
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
@@ -269,6 +269,7 @@ class _Run:
         recipe, names = self.recipe, {"base": "base, test", "dense_lora": "dense LoRA, test", "result": "this model, test"}
         return {
             "base": recipe.model.path or "random weights",
+            "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) else None,
             "method": recipe.method,
             "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
             "parameters_before": self.structure.total_params,

@@ -20,7 +20,9 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - slimtune
+{%- if cut %}
 - pruned
+{%- endif %}
 {%- if hub_base %}
 base_model: {{ hub_base }}
 {%- endif %}
@@ -30,7 +32,7 @@ license: {{ license }}
 ---
 # {{ title }}
 
-A smaller, tuned version of {{ base }}, made with slimtune {{ version }}.
+A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with slimtune {{ version }}.
 
 | fact | value |
 | --- | --- |
@@ -131,9 +133,11 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     order = [key for key in _LABELS if key in known] + [key for key in known if key not in (*_LABELS, *_ELSEWHERE)]
     rows = [(_LABELS.get(key, key.replace("_", " ")), _text(known[key])) for key in order]
     rows.append(("weights", str(config.get("dtype"))))
+    cut = any(len(kept[axis]) < full[axis] for kept, full in zip(plan.kept, plan.full, strict=True) for axis in kept)
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(_TEMPLATE).render(
-        title=known.get("title", "Pruned model"),
+        title=known.get("title", "Pruned model" if cut else "Tuned model"),
+        cut=cut,
         base=base,
         # only an id of the hub may stand in the metadata; a folder of the author's machine means nothing elsewhere
         hub_base=base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None,

@@ -88,6 +88,16 @@ def _refuse_unknown(location: str, local: bool, revision: str | None) -> None:
         family_of(str(raw["model_type"]))
 
 
+def check_length(config: PreTrainedConfig, max_length: int) -> None:
+    """Raise UserError where ``data.max_length`` is more than the positions the model was made for."""
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit and max_length > limit:
+        raise UserError(
+            f"data.max_length={max_length} exceeds the model's max_position_embeddings={limit}; set data.max_length={limit} "
+            "or less (longer rows: data.on_long), or choose a model with a longer context"
+        )
+
+
 def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer, exactly as it is (no token added, no setting changed)."""
     path = config.tokenizer or config.path
