@@ -23,7 +23,7 @@ from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
-from slimtune.models.load import BUILTIN, attention_of, load_config, load_model, load_tokenizer, locate, structure_of
+from slimtune.models.load import attention_of, load_config, load_model, load_tokenizer, locate, structure_of
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
@@ -265,19 +265,7 @@ class _Run:
         return result, difference
 
     def _facts(self, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:
-        """What the model card may say."""
-        recipe, names = self.recipe, {"base": "base, test", "dense_lora": "dense LoRA, test", "result": "this model, test"}
-        return {
-            "base": recipe.model.path or "random weights",
-            "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) else None,
-            "method": recipe.method,
-            "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
-            "parameters_before": self.structure.total_params,
-            "parameters_after": parameters,
-            "perplexities": {names[name]: round(values["ppl"], 3) for name, values in figures.items() if values},
-            "data": [source.path for source in recipe.data.train],
-            "reload_difference": difference,
-        }
+        return card.facts(self.recipe, self.structure.total_params, parameters, figures, difference)
 
     def _export_dtype(self) -> torch.dtype:
         name = self.recipe.export.dtype

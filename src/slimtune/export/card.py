@@ -10,6 +10,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from slimtune.models.load import BUILTIN
+from slimtune.recipe import Recipe
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
 from slimtune.version import __version__
@@ -115,6 +117,32 @@ _LABELS = {
     "reload_difference": "largest logit difference after a reload in a fresh process",
 }
 _ELSEWHERE = ("title", "license", "perplexities", "data")
+
+
+def facts(
+    recipe: Recipe, before: int, after: int, figures: Mapping[str, Mapping[str, float]], difference: float | None
+) -> dict[str, Any]:
+    """What the card of a run may say.
+
+    Args:
+        recipe: what was run.
+        before: parameters of the base.
+        after: parameters that stayed.
+        figures: of ``base``, ``dense_lora`` and ``result``, as far as they were taken.
+        difference: of the logits after a reload.
+    """
+    names = {"base": "base, test", "dense_lora": "dense LoRA, test", "result": "this model, test"}
+    return {
+        "base": recipe.model.path or "random weights",
+        "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) else None,
+        "method": recipe.method,
+        "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
+        "parameters_before": before,
+        "parameters_after": after,
+        "perplexities": {names[name]: round(values["ppl"], 3) for name, values in figures.items() if values},
+        "data": [source.path for source in recipe.data.train],
+        "reload_difference": difference,
+    }
 
 
 def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> str:
