@@ -242,6 +242,11 @@ BAD: dict[str, tuple[Make, list[str]]] = {
     ),
     "empty data": (_empty_file, ["rows.jsonl", "empty", "give a source with text"]),
     "missing data": (lambda b, t: {"data__train": str(t / "no.jsonl")}, ["no.jsonl", "does not exist", "give a file"]),
+    "windows beyond the model": (
+        # found before the data is read
+        lambda b, t: {"data__max_length": 129, "data__train": str(t / "no.jsonl")},
+        ["data.max_length=129", "max_position_embeddings=128", "set data.max_length=128"],
+    ),
     "no data": (lambda b, t: {"data__train": []}, ["data.train is empty", "name a file"]),
     "wrong fields": (lambda b, t: _rows(t, [{"body": "x"}]), ["rows.jsonl:1", "'body'", "Rename the fields"]),
     "over-long rows": (

@@ -23,7 +23,7 @@ from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
-from slimtune.models.load import attention_of, load_config, load_model, load_tokenizer, locate, structure_of
+from slimtune.models.load import attention_of, check_length, load_config, load_model, load_tokenizer, locate, structure_of
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
@@ -100,6 +100,7 @@ class _Run:
         if recipe.method == "atp":
             zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
             solve(zeros, self.structure, recipe.budget)
+        check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
         self.progress.say("reading and tokenising data ...")
         need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
