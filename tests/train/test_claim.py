@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from slimtune.errors import UserError
 from slimtune.recipe import parse
 from slimtune.runtime import RunFolder
-from slimtune.train.claim import check_model, claim, open_folder
+from slimtune.train.claim import FREE_ON_RESUME, check_model, claim, open_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -62,3 +64,39 @@ def test_replacing_a_run_removes_its_files_and_no_others(tmp_path: Path) -> None
         (tmp_path / name).write_text("x")
     claim(open_folder(recipe, False, True), recipe, False)
     assert names(tmp_path) == ["checkpoint-500.pt", "recipe.yaml", "x.partial"]
+
+
+OTHER: dict[str, Any] = {
+    "trackers": ["tensorboard"],
+    "train.checkpoint_every": 7,
+    "train.threads": 3,
+    "evaluate.batch": 5,
+    "export.verify": False,
+    "export.dtype": "bfloat16",
+}
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    section, _, leaf = key.rpartition(".")
+    return {section: {leaf: value}} if section else {leaf: value}
+
+
+@pytest.mark.parametrize("key", sorted(FREE_ON_RESUME))
+def test_what_changes_nothing_learned_may_change_on_a_resume(tmp_path: Path, key: str) -> None:
+    stored = parse({"out": str(tmp_path / "old")})
+    (tmp_path / "recipe.yaml").write_text(stored.to_yaml())
+    (tmp_path / "checkpoint-main.pt").write_text("weights")
+    recipe = parse({"out": str(tmp_path)} | nested(key, str(tmp_path) if key == "out" else OTHER[key]))
+    claim(open_folder(recipe, True, False), recipe, True)
+    assert parse(yaml.safe_load((tmp_path / "recipe.yaml").read_text())) == recipe != stored
+    assert (tmp_path / "checkpoint-main.pt").read_text() == "weights"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("train.micro_batch", 2), ("model.attention", "eager"), ("device", "cpu"), ("evaluate.every", 3), ("train.lr", 1e-5)],
+)
+def test_all_else_may_not(tmp_path: Path, key: str, value: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(parse({"out": str(tmp_path)}).to_yaml())
+    with pytest.raises(UserError, match=rf"--resume: {key} is {value!r} now but .* in the run's recipe.yaml.* --overwrite"):
+        open_folder(parse({"out": str(tmp_path)} | nested(key, value)), True, False)

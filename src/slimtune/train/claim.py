@@ -15,6 +15,11 @@ _RECIPE = "recipe.yaml"
 _FILES = ("summary.json", "stages.json", "metrics.jsonl", "checkpoint-main.pt", "checkpoint-dense_lora.pt")
 """What a run leaves beside ``recipe.yaml`` and ``model``. By full name: a pattern would catch the files of others."""
 
+FREE_ON_RESUME = frozenset(
+    {"out", "trackers", "train.checkpoint_every", "train.threads", "evaluate.batch", "export.verify", "export.dtype"}
+)
+"""Keys that may be others on a resume: none of them changes what is learned."""
+
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
     """The run's folder, as it is.
@@ -71,24 +76,31 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     """From here on the folder is this run's (rank 0 acts).
 
     An earlier run's checkpoints and figures go, so that none is taken for this run's; its ``model`` (whose card tells its
-    figures) stays until the new one is complete and takes its place.
+    figures) stays until the new one is complete and takes its place. A resumed run keeps everything, but ``recipe.yaml``
+    tells what it goes on with.
     """
-    if rank() != 0 or (resume and (folder / _RECIPE).is_file()):
+    if rank() != 0:
         return
-    for path in _of_one_run(folder.path):
-        path.unlink()
+    if not (resume and (folder / _RECIPE).is_file()):
+        for path in _of_one_run(folder.path):
+            path.unlink()
     folder.write_text(_RECIPE, recipe.to_yaml())
 
 
 def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
-    now = yaml.safe_load(recipe.to_yaml())
-    for key in sorted(set(stored) | set(now)):
-        if key != "out" and stored.get(key) != now.get(key):
-            old, new = stored.get(key), now.get(key)
-            if isinstance(old, dict) and isinstance(new, dict):
-                inner = next(name for name in sorted(set(old) | set(new)) if old.get(name) != new.get(name))
-                key, old, new = f"{key}.{inner}", old.get(inner), new.get(inner)
+    before, now = _flat(stored), _flat(yaml.safe_load(recipe.to_yaml()))
+    for key in sorted((set(before) | set(now)) - FREE_ON_RESUME):
+        old, new = before.get(key), now.get(key)
+        if old != new:
             raise UserError(
-                f"--resume: {key} is {new!r} now but {old!r} in the run's recipe.yaml; "
-                "resume with the same recipe or start anew with --overwrite"
+                f"--resume: {key} is {new!r} now but {old!r} in the run's recipe.yaml; resume with the same recipe (only "
+                f"{', '.join(sorted(FREE_ON_RESUME))} may change) or start anew with --overwrite"
             )
+
+
+def _flat(raw: dict[str, Any]) -> dict[str, Any]:
+    """``{section.key: value}``; the keys of ``model.config`` are one value."""
+    flat: dict[str, Any] = {}
+    for name, value in raw.items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
