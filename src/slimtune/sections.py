@@ -235,8 +235,8 @@ class TrainConfig(Section):
     """Autocast. ``auto``: bfloat16 on a GPU and on CPUs that multiply it natively, float32 elsewhere."""
     compile: bool = False
     """``torch.compile`` the decoder layers."""
-    checkpoint_every: Count = 0
-    """Steps between checkpoints; 0: only between phases."""
+    checkpoint_every: Count = 100
+    """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None
     """CPU threads; default: torch's choice."""
 

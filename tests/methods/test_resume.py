@@ -217,6 +217,16 @@ def test_resuming_with_another_recipe_names_the_key(bench: Bench, whole: Any, ch
     assert (out / "summary.json").is_file()
 
 
+def test_an_interrupt_loses_no_more_than_a_hundred_steps_by_default(bench: Bench, tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "tune", 101, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tune(bench.recipe(tmp_path, method="finetune", train__steps=120, train__batch=1))
+    state = checkpoint.load(tmp_path / "checkpoint-main.pt", torch.device("cpu"))
+    assert state is not None
+    assert state["step"] == 100
+
+
 def test_resuming_what_never_began_begins(bench: Bench, whole: Any, tmp_path: Path) -> None:
     assert_same(tmp_path, tune(variant(bench, "finetune", tmp_path), resume=True), whole("finetune"))
 
