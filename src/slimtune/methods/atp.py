@@ -187,7 +187,9 @@ class _Atp:
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
     def _phase(self, name: str, turns: list[Turn], steps: int, first: int) -> None:
-        run_phase(self.session, Phase(name, steps, turns, self._capture, self._kept, self._figures), first)
+        search = self.recipe.search.steps
+        before = {"search": 0, "settle": search, "recover": search + self.settle_steps}[name]
+        run_phase(self.session, Phase(name, steps, turns, self._capture, self._kept, self._figures, before), first)
 
     def _kept(self) -> float:
         of = self.recipe.budget.of

@@ -34,6 +34,7 @@ class Phase:
         capture: everything a resumed run needs besides (phase, step).
         kept: the present kept ratio, for the progress bar and the metrics.
         figures: validation figures of the current hard Plan, taken every ``evaluate.every`` steps.
+        before: steps of the stage's earlier phases; trackers count on from there.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Phase:
     capture: Callable[[], dict[str, Any]]
     kept: Callable[[], float]
     figures: Callable[[], Figures]
+    before: int = 0
 
 
 def seed_turn(seed: int, phase: str, turn: str, step: int, rank: int = 0) -> None:
@@ -103,8 +105,14 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
         row |= {f"valid_{key}": value for key, value in phase.figures().items()}
     session.metrics.write(**row)
     if session.recipe.trackers:
-        session.accelerator.log({key: value for key, value in row.items() if isinstance(value, float)}, step=step)
+        _track(session, row, phase.before + step)
     session.progress.step(phase.name, step, loss, row["kept"])
+
+
+def _track(session: Session, row: dict[str, Any], step: int) -> None:
+    """One row to the trackers. The reference has names of its own: its steps are the same numbers as the run's."""
+    prefix = "" if session.stage == "main" else f"{session.stage}/"
+    session.accelerator.log({prefix + key: value for key, value in row.items() if isinstance(value, float)}, step=step)
 
 
 def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: str) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
 
 from slimtune.data.batches import Order, Splits, Windows
-from slimtune.errors import UserError
+from slimtune.errors import UserError, nearest
 from slimtune.recipe import Recipe
 from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision
 from slimtune.structure.axes import Structure
@@ -21,7 +23,12 @@ Figures = dict[str, float]
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate for device, autocast, DDP/FSDP and trackers."""
+    """accelerate for device, autocast, DDP/FSDP and trackers.
+
+    Raises:
+        UserError: the device is absent, a tracker is unknown or its package is not installed.
+    """
+    _check_trackers(recipe.trackers)
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.train.precision, device)
     mixed = "bf16" if precision is torch.bfloat16 else "no"
@@ -36,6 +43,17 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.out,
     )
+
+
+def _check_trackers(wanted: Sequence[str]) -> None:
+    known, available = [str(kind) for kind in LoggerType], [str(kind) for kind in get_available_trackers()]
+    for name in wanted:
+        if name not in known:
+            hint = nearest(name, known)
+            raise UserError(f"trackers: {name!r} is unknown.{hint} accelerate knows {', '.join(sorted(known))}")
+        if name not in available and name != "all":  # accelerate would leave it out without a word
+            package = name.replace("_", "-")
+            raise UserError(f"trackers: {name!r} needs the package {package}: pip install {package}, or leave it out")
 
 
 @dataclass
