@@ -74,3 +74,19 @@ def test_threshold_masks_take_one_level_for_the_whole_model() -> None:
     kept = torch.cat([scores[site][masks[site] == 1] for site in masks if masks[site].sum() > 1])
     dropped = torch.cat([scores[site][masks[site] == 0] for site in masks])
     assert kept.min() >= dropped.max()
+
+
+@pytest.mark.parametrize("keep", [0.4, 0.6, 0.9])
+def test_uniform_masks_have_one_width_an_axis_and_keep_the_best(keep: float) -> None:
+    scores = random_scores(SMALL, 3)
+    masks = threshold_masks(scores, SMALL, keep, "block", uniform=True)
+    for axis in ("kv_group", "ffn"):
+        widths = {int(mask.sum()) for (_, other), mask in masks.items() if other == axis}
+        assert len(widths) == 1
+    for site, mask in masks.items():
+        worst_kept = scores[site][mask == 1].min()
+        assert (mask == 1).all() or worst_kept >= scores[site][mask == 0].max()
+    free = threshold_masks(scores, SMALL, keep, "block")
+    # the widths are rounded means: off by at most half a unit a layer
+    slack = 0.5 * sum(sum(layer.unit_params.values()) for layer in SMALL.layers) / SMALL.prunable_params
+    assert float(kept_ratio(masks, SMALL, "block")) == pytest.approx(float(kept_ratio(free, SMALL, "block")), abs=slack)

@@ -123,7 +123,10 @@ class Decider:
     @torch.no_grad()
     def masks(self, step: int) -> dict[Site, Tensor]:
         """Deterministic masks at the present target."""
-        return budget.threshold_masks(self.generator(), self.structure, self.target(step), self.recipe.budget.of)
+        wanted = self.recipe.budget
+        return budget.threshold_masks(
+            self.generator(), self.structure, self.target(step), wanted.of, uniform=wanted.layout == "uniform"
+        )
 
     @torch.no_grad()
     def plan(self) -> tuple[Plan, Counts]:

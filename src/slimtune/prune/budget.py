@@ -225,8 +225,10 @@ def masks_of(plan: Plan, device: torch.device | str = "cpu") -> dict[Site, Tenso
 
 
 @torch.no_grad()
-def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str) -> dict[Site, Tensor]:
+def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str, uniform: bool = False) -> dict[Site, Tensor]:
     """0/1 masks of the units above the one level that keeps ``keep``; unrounded, at least one unit a site.
+
+    With ``uniform`` every layer keeps the mean number of units of the axis, its best ones.
 
     What ``adapt`` turns see while searching: deterministic and always at the present target, so LoRA learns on the model
     that is about to be cut out and not on the noise of the sampler.
@@ -240,6 +242,19 @@ def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str) -
     kept = torch.zeros_like(flat)
     kept[order[torch.cumsum(costs[order], 0) <= _allowance(structure, keep, of) + 0.5]] = 1.0
     masks = dict(zip(sites, (part.clone() for part in kept.split([len(logits[site]) for site in sites])), strict=True))
+    if uniform:
+        masks = {site: _best(logits[site], _mean_width(masks, site[1])) for site in sites}
     for site, mask in masks.items():
         mask[logits[site].argmax()] = 1.0
     return masks
+
+
+def _mean_width(masks: Masks, axis: str) -> int:
+    widths = [float(mask.sum()) for (_, other), mask in masks.items() if other == axis]
+    return round(sum(widths) / len(widths))
+
+
+def _best(logits: Tensor, count: int) -> Tensor:
+    mask = torch.zeros_like(logits)
+    mask[torch.sort(logits, descending=True, stable=True).indices[:count]] = 1.0
+    return mask
