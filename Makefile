@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Idle OpenMP threads spin; beside other work that costs more than the tests themselves.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-CODE := $(wildcard src tests benchmarks)
+CODE := $(wildcard src tests benchmarks scripts)
 
 .PHONY: demo test check golden bench setup clean
 
