@@ -268,6 +268,10 @@ BAD: dict[str, tuple[Make, list[str]]] = {
     ),
     "tokenizer of another model": (_small_vocabulary, ["320 tokens", "vocab_size is 300", "model.tokenizer"]),
     "no GPU": (lambda b, t: {"device": "cuda"}, ["device='cuda'", "device=cpu"]),
+    "no flash attention": (
+        lambda b, t: {"model__attention": "flash_attention_2"},
+        ["model.attention=flash_attention_2", "flash-attn", "model.attention=sdpa"],
+    ),
     "unknown device": (lambda b, t: {"device": "tpu"}, ["device='tpu'", "auto, cpu or cuda"]),
     "foreign model folder": (_foreign_model_folder, ["holds other files than a model", "choose another"]),
     "its own base": (_own_base, ["model.path=", "choose another out"]),

@@ -23,7 +23,17 @@ from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
-from slimtune.models.load import attention_of, check_length, load_config, load_model, load_tokenizer, locate, structure_of
+from slimtune.models.load import (
+    attention_of,
+    check_attention,
+    check_length,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate,
+    structure_of,
+    without_flash,
+)
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
@@ -100,6 +110,7 @@ class _Run:
         if recipe.method == "atp":
             zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
             solve(zeros, self.structure, recipe.budget)
+        check_attention(recipe.model, str(self.accelerator.device))
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
         self.progress.say("reading and tokenising data ...")
@@ -247,7 +258,7 @@ class _Run:
         differences: list[float] = []
         if rank() == 0:
             self.progress.say(f"writing {escape(str(target))} ...")
-            model, source = model.cpu().eval(), recipe.model.tokenizer or recipe.model.path
+            model, source = without_flash(model.cpu()).eval(), recipe.model.tokenizer or recipe.model.path
             check = (lambda written: differences.append(self._verify(model, written))) if recipe.export.verify else None
             huggingface.save(model, source, plan, target, dtype, self._facts(counts.total, {}, None), check)
         difference = differences[0] if differences else None

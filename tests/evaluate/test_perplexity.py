@@ -61,6 +61,16 @@ def test_the_value_by_hand(batch: int) -> None:
     assert len(model.batches) == math.ceil(3 / batch)
 
 
+def test_flash_attention_gets_one_window_at_a_time() -> None:
+    windows = texts([1, 2, 3, 4] * 5)
+    model, flash = Bigram(torch.randn(V, V)), Bigram(torch.zeros(0))
+    flash.table = model.table
+    flash.config = SimpleNamespace(_attn_implementation="flash_attention_2")
+    assert perplexity(flash, windows, 10, 4, CPU) == pytest.approx(perplexity(model, windows, 10, 4, CPU))
+    assert [len(batch) for batch in flash.batches] == [1] * 5
+    assert [len(batch) for batch in model.batches] == [4, 1]
+
+
 def test_a_uniform_model_has_the_vocabulary_as_perplexity() -> None:
     figures = perplexity(Bigram(torch.zeros(V, V)), texts([1, 2, 3, 4] * 5), 10, 4, CPU)
     assert figures["ppl"] == pytest.approx(V)

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from bases import Bench
 from slimtune.errors import UserError
-from slimtune.models.load import locate
+from slimtune.models import load
+from slimtune.models.load import attach_lora, check_attention, load_model, locate, structure_of, without_flash
+from slimtune.sections import LoraConfig, ModelConfig
 
 
 def test_a_mistyped_path_beside_a_folder_never_reaches_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,3 +20,29 @@ def test_a_mistyped_path_beside_a_folder_never_reaches_the_network(tmp_path: Pat
     (tmp_path / "models").mkdir()
     with pytest.raises(UserError, match=r"model.path='models/nope' does not exist; give a model folder"):
         locate("models/nope")
+
+
+@pytest.mark.parametrize(("device", "installed"), [("cpu", True), ("cuda:0", False)])
+def test_flash_attention_that_cannot_run_is_named(device: str, installed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: installed)
+    with pytest.raises(UserError, match=rf"flash_attention_2 needs .*{device}.* flash-attn: pip install .*attention=sdpa"):
+        check_attention(ModelConfig(attention="flash_attention_2"), device)
+    check_attention(ModelConfig(attention="sdpa"), device)
+    monkeypatch.setattr(load, "is_flash_attn_2_available", lambda: True)
+    check_attention(ModelConfig(attention="flash_attention_2"), "cuda:0")
+
+
+def test_a_model_of_flash_attention_is_compared_on_cpu_without_it(bench: Bench) -> None:
+    model = load_model(ModelConfig(path=bench.base), "cpu", torch.float32)
+    ids = torch.arange(8)[None]
+    expected = model(input_ids=ids).logits
+    model.config._attn_implementation_internal = "flash_attention_2"
+    with pytest.raises(Exception, match=r"(?i)flash|NoneType"):
+        model(input_ids=ids)
+    assert torch.equal(without_flash(model)(input_ids=ids).logits, expected)
+
+
+def test_perplexity_sees_through_lora_what_attention_a_model_has(bench: Bench) -> None:
+    model = load_model(ModelConfig(path=bench.base), "cpu", torch.float32)
+    tuned = attach_lora(model, structure_of(model.config), LoraConfig(rank=2))
+    assert tuned.config._attn_implementation == model.config._attn_implementation == "sdpa"

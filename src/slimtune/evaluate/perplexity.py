@@ -22,6 +22,8 @@ def perplexity(
         ``loss`` (nats a token), ``ppl`` = exp(loss), ``ppl_se`` (standard error of ppl, from the spread between windows),
         ``tokens`` (targets counted).
     """
+    if getattr(getattr(model, "config", None), "_attn_implementation", None) == "flash_attention_2":
+        batch = 1  # it tells packed examples apart in one row alone; one row a window, for the sums are taken by window
     chosen = windows.spread(limit)
     sums, counts = [], []
     training = model.training

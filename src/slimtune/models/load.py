@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.utils import is_flash_attn_2_available
 
 from slimtune.errors import UserError
 from slimtune.sections import LoraConfig, ModelConfig
@@ -128,6 +129,22 @@ def attention_of(config: ModelConfig, loaded: PreTrainedConfig) -> dict[str, Any
     if config.attention == "auto" and getattr(loaded, "attn_logit_softcapping", None):
         return {"attn_implementation": "eager"}  # sdpa drops the soft cap without a word
     return {} if config.attention == "auto" else {"attn_implementation": config.attention}
+
+
+def check_attention(config: ModelConfig, device: str) -> None:
+    """Raise UserError where the attention asked for cannot run here, before anything is read."""
+    if config.attention == "flash_attention_2" and not (device.startswith("cuda") and is_flash_attn_2_available()):
+        raise UserError(
+            f"model.attention=flash_attention_2 needs a CUDA device (this is {device}) and the package flash-attn: "
+            "pip install flash-attn --no-build-isolation, or set model.attention=sdpa"
+        )
+
+
+def without_flash(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, able to run on CPU in fp32, which flash attention is not."""
+    if model.config._attn_implementation == "flash_attention_2":
+        model.set_attn_implementation("sdpa")
+    return model
 
 
 def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:

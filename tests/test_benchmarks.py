@@ -1,0 +1,84 @@
+"""The scripts that make published figures: rows are flat, joined by seed, and a failed run is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"benchmark_{name}", ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def summary(ppl: float, method: str = "atp") -> dict[str, Any]:
+    return {
+        "method": method,
+        "keep": 0.6,
+        "of": "total",
+        "base": {"ppl": 40.0, "parameters": 100},
+        "result": {"ppl": ppl, "ppl_se": 0.5, "parameters": 60, "seconds": 3.0},
+        "tokens": {"adapt": 10, "decide": 5},
+        "leak": None,
+        "machine": "somewhere",
+    }
+
+
+def test_rows_are_joined_to_dense_lora_by_seed(capsys: pytest.CaptureFixture[str]) -> None:
+    grid = script("grid")
+    done = [
+        ("atp", 0, summary(20.0)),
+        ("atp", 1, summary(22.0)),
+        ("dense_lora", 0, summary(10.0, "finetune")),
+        ("dense_lora", 1, summary(20.0, "finetune")),
+        ("broken", 0, {"failed": "error: no"}),
+    ]
+    rows = grid.rows_of(done, "tiny", "somewhere")
+    assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
+    found = {(row["method"], row["seed"]): row for row in rows if row["metric"] == "domain_ppl"}
+    assert found["atp", 1]["dense_value"] == 20.0
+    assert found["atp", 0]["tokens"] == 15
+    assert found["dense_lora", 0]["keep"] == 1.0
+    assert [row["value"] for row in rows if row["metric"] == "failed"] == ["error: no"]
+    grid.print_table(rows)
+    table = capsys.readouterr().out
+    assert "| atp | 60 | 21.00 ± 1.41 | 1.550 ± 0.636 | 15 | 0, 1 |" in table
+    assert "| broken | failed |" in table
+
+
+def test_published_rows_are_flat_and_whole() -> None:
+    files = sorted((ROOT / "docs" / "results").glob("*.json"))
+    assert files
+    for file in files:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        assert rows
+        for row in rows:
+            assert {"base", "domain", "method", "seed", "metric", "value"} <= set(row)
+            assert row["metric"] != "failed"
+
+
+def test_a_run_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        {"stage": "main", "phase": phase, "step": step, "kept": 1.0 - 0.1 * step, "valid_ppl": 30.0 - step}
+        for phase in ("search", "recover")
+        for step in range(3)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "summary.json").write_text(json.dumps(summary(20.0)), encoding="utf-8")
+    picture = tmp_path / "run.svg"
+    monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path), str(picture)])
+    script("plot_run").main()
+    assert "<svg" in picture.read_text(encoding="utf-8")
