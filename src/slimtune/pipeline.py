@@ -106,7 +106,8 @@ class _Run:
     def check(self) -> None:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
         recipe = self.recipe
-        self._check_target()
+        check_target(self.folder / "model")
+        check_model(self.folder, recipe)
         if recipe.method == "atp":
             zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
             solve(zeros, self.structure, recipe.budget)
@@ -126,14 +127,6 @@ class _Run:
         claim(self.folder, recipe, self.resume)
         self._start_or_resume()
         self.accelerator.wait_for_everyone()
-
-    def _check_target(self) -> None:
-        target = self.folder / "model"
-        check_target(target)
-        for key, path in (("path", self.recipe.model.path), ("tokenizer", self.recipe.model.tokenizer)):
-            if path and Path(path).expanduser().resolve() == target.resolve():
-                raise UserError(f"model.{key}={path!r} is where out={self.recipe.out!r} writes its model; choose another out")
-        check_model(self.folder, self.recipe)
 
     def _check_vocabulary(self) -> None:
         # by the ids that occur: some tokenizers hold tokens for other models of their family beyond the vocabulary

@@ -37,8 +37,6 @@ def test_a_model_of_flash_attention_is_compared_on_cpu_without_it(bench: Bench) 
     ids = torch.arange(8)[None]
     expected = model(input_ids=ids).logits
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(Exception, match=r"(?i)flash|NoneType"):
-        model(input_ids=ids)
     assert torch.equal(without_flash(model)(input_ids=ids).logits, expected)
 
 

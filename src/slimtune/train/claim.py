@@ -43,8 +43,11 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
 
 
 def check_model(folder: RunFolder, recipe: Recipe) -> None:
-    """Raise UserError where ``model`` in the folder is not an earlier run's, so that it may not be replaced."""
+    """Raise UserError where ``model`` in the folder is the run's own base, or not an earlier run's: it is not replaced."""
     model = folder / "model"
+    for key, path in (("path", recipe.model.path), ("tokenizer", recipe.model.tokenizer)):
+        if path and Path(path).expanduser().resolve() == model.resolve():
+            raise UserError(f"model.{key}={path!r} is where out={recipe.out!r} writes its model; choose another out")
     if _stored(folder.path) is None and model.is_dir() and any(model.iterdir()):
         _refuse(recipe, ["model"])
 
