@@ -47,6 +47,12 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ),
         ({"budget": {"keep": 0}}, r"budget.keep=0 is not valid: .*greater than 0"),
         ({"budget": {"keep": 1.5}}, r"budget.keep=1.5 is not valid"),
+        (
+            {"budget": {"ffn_multiple": "foo"}},
+            r"recipe: budget\.ffn_multiple='foo' is not valid: Input should be a valid integer.* or .*'auto'$",
+        ),
+        ({"data": {"train": [{"path": "x", "rows": 0}]}}, r"recipe: data\.train\.0\.rows=0 is not valid"),
+        ({"trackers": [{}]}, r"recipe: trackers\.0=\{\} is not valid"),
         ({"train": {"batch": 2.5}}, r"train.batch=2.5 is not valid"),
         ({"lora": {"semantics": "soft"}}, r"lora.semantics='soft' is not valid: .*'hard' or 'lora_aware'"),
         ({"generator": {"heads": 3}}, r"generator.heads=3 must divide generator.width=64"),

@@ -144,14 +144,25 @@ def _variable(match: re.Match[str]) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
-    loc = [str(part) for part in first["loc"]]
+    first, *others = error.errors()
+    loc = _keys(first["loc"])
     where = ".".join(loc)
     if first["type"] == "extra_forbidden":
         return f"recipe: unknown key {where!r}.{nearest(loc[-1], _keys_at(loc[:-1]))}"
     if first["type"] == "value_error" and not where:
         return f"recipe: {first['ctx']['error']}"
-    return f"recipe: {where}={first['input']!r} is not valid: {first['msg']}"
+    reasons = dict.fromkeys(item["msg"] for item in (first, *others) if _keys(item["loc"]) == loc)  # one a union's member
+    return f"recipe: {where}={first['input']!r} is not valid: {' or '.join(reasons)}"
+
+
+def _keys(loc: Sequence[str | int]) -> list[str]:
+    """The location without what pydantic adds behind a key: the name of the union's member that refused the value."""
+    keys: list[str] = []
+    for part in loc:
+        if not isinstance(part, int) and keys and not _keys_at(keys):
+            break
+        keys.append(str(part))
+    return keys
 
 
 def _keys_at(loc: Sequence[str]) -> list[str]:
