@@ -162,6 +162,22 @@ def test_choices_give_an_accuracy_in_summary_and_table(bench: Bench, tmp_path: P
     assert "accuracy, test" in rendered(summary)
 
 
+def test_choices_are_taken_from_all_over(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str | None]] = []
+
+    def accuracy(model: Any, tokenizer: Any, rows: list[Any], *args: Any) -> dict[str, float]:
+        seen.append([row.prompt for row in rows])
+        return {}
+
+    monkeypatch.setattr(pipeline, "accuracy", accuracy)
+    prompts = sentences(100, seed=5)
+    rows = [{"prompt": text, "completion": " yes", "choices": ["yes", "no"], "label": 0} for text in prompts]
+    data = bench.recipe("x").data.model_dump() | {"test": write_rows(tmp_path / "rows.jsonl", rows), "max_length": 48}
+    short = {"search__steps": 1, "recover__steps": 1}
+    tune(bench.recipe(tmp_path / "run", data=data, evaluate__choices=4, **short))
+    assert seen == [[prompts[index] for index in (12, 37, 62, 87)]] * 2  # base and result
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_runs_of_other_precision_may_follow_one_another(bench: Bench, tmp_path: Path, precision: str) -> None:
     short = {"search__steps": 1, "recover__steps": 1}

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slimtune.data.batches import Splits, load_splits
+from slimtune.data.windows import spread
 from slimtune.errors import UserError
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.perplexity import perplexity
@@ -214,7 +215,7 @@ class _Run:
     def _test(self, model: nn.Module) -> Figures:
         evaluate, device = self.recipe.evaluate, self.accelerator.device
         figures = perplexity(model, self.splits.test, evaluate.windows, evaluate.batch, device, self.bf16)
-        rows = self.splits.choice_rows[: evaluate.choices]
+        rows = [self.splits.choice_rows[index] for index in spread(len(self.splits.choice_rows), evaluate.choices)]
         if rows:
             figures |= accuracy(model, self.tokenizer, rows, self.recipe.data.max_length, device, self.bf16)
         return figures

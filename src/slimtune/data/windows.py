@@ -86,8 +86,7 @@ class Windows:
 
     def spread(self, count: int) -> list[int]:
         """At most ``count`` indices, evenly spaced: a fair sample, whatever order the windows stand in."""
-        count = min(count, len(self))
-        return [(2 * index + 1) * len(self) // (2 * count) for index in range(count)]
+        return spread(len(self), count)
 
     def collate(self, indices: Sequence[int], flatten: bool = False) -> dict[str, torch.Tensor]:
         """``input_ids``, ``labels`` (-100: no loss), ``position_ids``, each [B, T] int64, and a mask where needed.
@@ -109,6 +108,12 @@ class Windows:
         if not self.packed and any(len(ids) < width for ids, _, _ in rows):
             batch["attention_mask"] = np.stack([_filled(np.ones(len(ids), np.int64), width, 0) for ids, _, _ in rows])
         return {name: torch.from_numpy(array) for name, array in batch.items()}
+
+
+def spread(total: int, count: int) -> list[int]:
+    """At most ``count`` of the indices below ``total``, evenly spaced and off the ends."""
+    count = min(count, total)
+    return [(2 * index + 1) * total // (2 * count) for index in range(count)]
 
 
 def _text_lengths(total: int, max_length: int) -> list[int]:
