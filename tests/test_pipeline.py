@@ -479,7 +479,7 @@ def test_overwrite_touches_nothing_before_the_checks_have_passed(bench: Bench, e
     with pytest.raises(UserError, match="cannot be met"):
         tune(bench.recipe(earlier, budget__keep=0.05), overwrite=True)
     with pytest.raises(UserError, match="does not exist"):
-        tune(bench.recipe(earlier, data={"train": "no.jsonl"}), overwrite=True)
+        tune(bench.recipe(earlier, data={"train": "no.jsonl", "max_length": 32}), overwrite=True)
     assert contents(earlier) == before
 
 
