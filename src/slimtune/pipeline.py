@@ -151,6 +151,10 @@ class _Run:
         stages = self.folder / "stages.json"
         if self.resume and stages.is_file():
             self.stages = json.loads(stages.read_text(encoding="utf-8"))
+        data = self.splits.fingerprint
+        if self.stages.setdefault("data", data) != data:
+            raise UserError("--resume: the data are not those the run began with; restore them or start anew with --overwrite")
+        self.folder.write_json("stages.json", self.stages)
         before = None
         for stage in ("main", "dense_lora"):
             state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
@@ -233,12 +237,8 @@ class _Run:
         started = time.perf_counter()
         outcome = finetune.run(self._session("dense_lora"))
         seconds = round(time.perf_counter() - started, 1)
-        return {
-            **self._test(outcome.model),
-            "parameters": self.structure.total_params,
-            "block_ratio": 1.0,
-            "seconds": seconds,
-        }
+        size = {"parameters": self.structure.total_params, "block_ratio": 1.0}
+        return {**self._test(outcome.model), **size, "seconds": seconds}
 
     def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""

@@ -241,3 +241,19 @@ def test_a_damaged_checkpoint_is_named(bench: Bench, tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match=r"checkpoint-main\.pt' is damaged .*delete it to start anew"):
         tune(recipe, resume=True)
+
+
+def test_other_data_do_not_slip_into_a_resumed_run(bench: Bench, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(Path(bench.texts).read_text(encoding="utf-8"), encoding="utf-8")
+    recipe = bench.recipe(tmp_path / "run", data={"train": str(texts), "max_length": 32}, train__checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "recover", 1)
+        with pytest.raises(Killed):
+            tune(recipe)
+    lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
+    texts.write_text("".join(lines[:-1]), encoding="utf-8")
+    with pytest.raises(UserError, match="the data are not those the run began with"):
+        tune(recipe, resume=True)
+    texts.write_text("".join(lines), encoding="utf-8")
+    assert tune(recipe, resume=True)["result"]["ppl"] > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,6 +45,16 @@ class Splits:
     rows: dict[str, int] = field(default_factory=dict)
     choice_rows: list[Row] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of all token ids and targets: whether a resumed run reads what the interrupted one read."""
+        digest = hashlib.sha256()
+        for name in SPLITS:
+            windows: Windows = getattr(self, name)
+            for array in (windows.ids, windows.target, windows.offsets):
+                digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
 
 
 def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) -> Splits:
