@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"))
     parser.add_argument("--base", default="base-44m")
     parser.add_argument("--domain", default="")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.recipe is None:
         print_table(json.loads(args.rows.read_text()))
         return
