@@ -45,6 +45,7 @@ def recipe_of(config: dict[str, Any], **sections: Any) -> Recipe:
         "data": {"train": "nowhere.jsonl", "max_length": 32},
         "train": {"batch": 2, "precision": "float32"},
         "lora": {"rank": 4},
+        "generator": {"prior": "none"},
     }
     for name, value in sections.items():
         base[name] = {**base[name], **value} if isinstance(base.get(name), dict) else value

@@ -154,7 +154,7 @@ class GeneratorConfig(Section):
     """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
     estimator: Literal["reinmax", "ste"] = "reinmax"
     """Gradient through the hard sample."""
-    prior: Literal["none", "taylor", "running"] = "none"
+    prior: Literal["none", "taylor", "running"] = "running"
     """Logits to add to the generator's: none, squared-gradient Taylor scores of the open gates on decision data, or the
     same followed through the search (a moving average over the decide turns, free of extra passes)."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
