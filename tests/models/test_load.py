@@ -44,3 +44,23 @@ def test_perplexity_sees_through_lora_what_attention_a_model_has(bench: Bench) -
     model = load_model(ModelConfig(path=bench.base), "cpu", torch.float32)
     tuned = attach_lora(model, structure_of(model.config), LoraConfig(rank=2))
     assert tuned.config._attn_implementation == model.config._attn_implementation == "sdpa"
+
+
+def test_under_autocast_lora_computes_the_same_without_casting_its_inputs(bench: Bench) -> None:
+    ids, labels = torch.arange(8)[None], torch.arange(8)
+    found = []
+    for autocast in (False, True):
+        model = load_model(ModelConfig(path=bench.base), "cpu", torch.bfloat16)
+        torch.manual_seed(0)
+        tuned = attach_lora(model, structure_of(model.config), LoraConfig(rank=2), autocast)
+        factors = [parameter for parameter in tuned.parameters() if parameter.requires_grad]
+        for parameter in factors:
+            torch.nn.init.normal_(parameter, std=0.1)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = tuned(input_ids=ids).logits
+        torch.nn.functional.cross_entropy(logits[0].float(), labels).backward()
+        found.append([logits, *(parameter.grad for parameter in factors)])
+    assert factors[0].dtype is torch.float32
+    assert all(torch.equal(cast, uncast) for cast, uncast in zip(*found, strict=True))
+    with pytest.raises(RuntimeError, match="dtype"):  # the flag did something: outside autocast the types clash
+        tuned(input_ids=ids)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,7 +50,7 @@ class _Atp:
         torch.manual_seed(hash_seed(recipe.seed, "weights"))  # of init: config; the same ones in a resumed run
         base = load_model(recipe.model, str(session.device), pick_dtype(recipe.model.dtype, str(session.device)))
         torch.manual_seed(hash_seed(recipe.seed, "lora"))
-        self.model = attach_lora(base, self.structure, recipe.lora)
+        self.model = attach_lora(base, self.structure, recipe.lora, session.autocast_only)
         enable_checkpointing(self.model, recipe.model.checkpointing)
         self.bank = MaskBank()
         self.handles = place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
@@ -165,10 +166,11 @@ class _Atp:
         """Relative difference of the LoRA-aware and the pruned forward, before pruned LoRA entries go."""
         batch = self.decider.batches.at(0)[0]
         self.model.eval()
-        self.bank.close(self.masks, "base")
-        aware = forward(self.model, batch).float()
-        self.bank.close(self.masks, "consumer")
-        pruned = forward(self.model, batch).float()
+        with self.session.accelerator.autocast() if self.session.autocast_only else nullcontext():
+            self.bank.close(self.masks, "base")
+            aware = forward(self.model, batch).float()
+            self.bank.close(self.masks, "consumer")
+            pruned = forward(self.model, batch).float()
         return float((aware - pruned).norm() / pruned.norm())
 
     def _cut(self) -> None:

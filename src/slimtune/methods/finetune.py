@@ -59,7 +59,7 @@ def _model(session: Session) -> Any:
     model: Any = load_model(recipe.model, str(session.device), dtype)
     if not scratch:
         torch.manual_seed(hash_seed(recipe.seed, "lora"))
-        model = attach_lora(model, session.structure, recipe.lora)
+        model = attach_lora(model, session.structure, recipe.lora, session.autocast_only)
     enable_checkpointing(model, recipe.model.checkpointing)
     if recipe.train.compile:
         for block in blocks_of(model, session.structure):

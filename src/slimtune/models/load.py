@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -206,8 +207,13 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, kind: str) -> None:
         base.enable_input_require_grads()
 
 
-def attach_lora(model: PreTrainedModel, structure: Structure, lora: LoraConfig) -> PeftModel:
-    """PEFT LoRA on every linear of the blocks (the table's rows); everything else frozen. Adapters in fp32."""
+def attach_lora(model: PreTrainedModel, structure: Structure, lora: LoraConfig, autocast: bool = False) -> PeftModel:
+    """PEFT LoRA on every linear of the blocks (the table's rows); everything else frozen. Adapters in fp32.
+
+    Args:
+        autocast: the model will only run under autocast. PEFT then need not cast each input of a linear to the adapter's
+            fp32, which autocast would undo at once: the same numbers, two copies of every activation fewer.
+    """
     peft_config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha or lora.rank,
@@ -215,4 +221,8 @@ def attach_lora(model: PreTrainedModel, structure: Structure, lora: LoraConfig) 
         target_modules=[row.path for row in structure.family.linears],
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, peft_config)
+    tuned = get_peft_model(model, peft_config)
+    for module in tuned.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = not autocast
+    return tuned

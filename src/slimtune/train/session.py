@@ -81,6 +81,11 @@ class Session:
     def device(self) -> torch.device:
         return self.accelerator.device
 
+    @property
+    def autocast_only(self) -> bool:
+        """Whether the model never runs outside autocast: on a GPU, where figures are taken under it too."""
+        return self.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
+
     def batches(self, windows: Windows, purpose: str, batch: int) -> Batches:
         """An endless, seeded stream of step batches of ``batch`` windows over all ranks.
 
