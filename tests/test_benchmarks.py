@@ -82,3 +82,31 @@ def test_a_run_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["plot_run.py", str(tmp_path), str(picture)])
     script("plot_run").main()
     assert "<svg" in picture.read_text(encoding="utf-8")
+
+
+def test_a_dry_run_goes_from_random_weights_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 6144}
+    tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    dry_run, rows = script("dry_run"), tmp_path / "rows.json"
+    arguments = ["llama-3-8b", f"model.config={json.dumps(tiny)}", "budget={keep: 0.6, of: block, tolerance: 0.05}"]
+    arguments += [
+        "data.max_length=64",
+        "lora.rank=2",
+        "--steps",
+        "4",
+        "--batch",
+        "2",
+        "--out",
+        str(tmp_path / "runs"),
+        "--rows",
+        str(rows),
+    ]
+    for _ in range(2):  # a second run replaces the row of the first
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["dry_run.py", *arguments])
+            dry_run.main()
+    (row,) = json.loads(rows.read_text())
+    assert row["model"] == "llama-3-8b"
+    assert row["recover_tokens_per_second"] == pytest.approx(128 / row["recover_seconds"])
+    assert row["search_seconds"] > 0 < row["expected_search_seconds"]
+    assert "measured (expected)" in capsys.readouterr().out

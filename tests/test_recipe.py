@@ -18,15 +18,17 @@ from slimtune.recipe import Recipe, load, parse
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text("model: {path: some/model}\nbudget: {keep: 0.7}\ndata: {train: rows.jsonl}\n")
+    path.write_text("model: {path: some/model}\nbudget: {keep: 0.7}\ndata: {train: rows.jsonl, valid: held.jsonl}\n")
     return path
 
 
 def test_a_file_with_overrides(file: Path) -> None:
-    recipe = load(file, ["budget.keep=0.5", "train.lr=1e-4", "data.test=[a.jsonl, b.csv]", "seed=3", "lora.alpha=null"])
+    data = ["data.test=[a.jsonl, b.csv]", "data.valid=null"]
+    recipe = load(file, ["budget.keep=0.5", "train.lr=1e-4", *data, "seed=3", "lora.alpha=null"])
     assert (recipe.budget.keep, recipe.train.lr, recipe.seed, recipe.lora.alpha) == (0.5, 1e-4, 3, None)
     assert [source.path for source in recipe.data.train] == ["rows.jsonl"]
     assert [source.path for source in recipe.data.test] == ["a.jsonl", "b.csv"]
+    assert recipe.data.valid == ()
     assert load(file).budget.keep == 0.7
 
 

@@ -40,7 +40,7 @@ from slimtune.models.surgery import merge_lora
 from slimtune.prune.budget import solve
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
-from slimtune.runtime import Metrics, RunFolder, machine, pick_dtype, rank, seed_everything
+from slimtune.runtime import Metrics, RunFolder, forget_peak, machine, peak_memory, pick_dtype, rank, seed_everything
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
@@ -169,9 +169,7 @@ class _Run:
         base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
-        started = time.perf_counter()
-        outcome = METHODS[recipe.method](self._session("main"))
-        seconds = round(time.perf_counter() - started, 1)
+        outcome, cost = self._train(METHODS[recipe.method], "main")
         result, difference = self._export(outcome, {"base": base, "dense_lora": dense})
         return {
             "version": __version__,
@@ -183,7 +181,7 @@ class _Run:
             "of": recipe.budget.of,
             "base": base,
             "dense_lora": dense,
-            "result": {**result, "seconds": seconds},
+            "result": {**result, **cost},
             "reload_difference": difference,
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
@@ -197,6 +195,14 @@ class _Run:
             self.folder.write_json("stages.json", self.stages)
         found: Figures = self.stages[name]
         return found
+
+    def _train(self, method: Method, stage: str) -> tuple[Outcome, Figures]:
+        """A method's outcome, and what it cost: seconds, and the most bytes on a GPU."""
+        started = time.perf_counter()
+        forget_peak(self.accelerator.device)
+        outcome = method(self._session(stage))
+        peak = peak_memory(self.accelerator.device)
+        return outcome, {"seconds": round(time.perf_counter() - started, 1), **({"memory": peak} if peak else {})}
 
     def _session(self, stage: str) -> Session:
         return Session(
@@ -234,11 +240,9 @@ class _Run:
 
     def _measure_dense(self) -> Figures:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
-        started = time.perf_counter()
-        outcome = finetune.run(self._session("dense_lora"))
-        seconds = round(time.perf_counter() - started, 1)
+        outcome, cost = self._train(finetune.run, "dense_lora")
         size = {"parameters": self.structure.total_params, "block_ratio": 1.0}
-        return {**self._test(outcome.model), **size, "seconds": seconds}
+        return {**self._test(outcome.model), **size, **cost}
 
     def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""

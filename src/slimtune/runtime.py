@@ -63,6 +63,21 @@ def machine(device: Any) -> str:
     return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
 
 
+def peak_memory(device: Any) -> int | None:
+    """Most bytes that tensors took on a GPU since the last call of :func:`forget_peak`; None on CPU."""
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else None
+
+
+def forget_peak(device: Any) -> None:
+    """Start to measure ``peak_memory`` anew."""
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def rank() -> int:
     """This process among all processes of the run."""
     return int(os.environ.get("RANK", "0"))

@@ -41,6 +41,8 @@ class Source(Section):
 
 
 def _as_sources(value: Any) -> Any:
+    if value is None:  # data.valid=null takes a file of the recipe away again
+        return ()
     items = value if isinstance(value, (list, tuple)) else [value]
     return [{"path": item} if isinstance(item, str) else item for item in items]
 

@@ -64,6 +64,7 @@ _ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
     ("accuracy, test", "accuracy", _accuracy),
     ("on disk", "bytes", _bytes),
     ("training time", "seconds", _seconds),
+    ("peak memory, GPU", "memory", _bytes),
 ]
 
 

@@ -1,0 +1,87 @@
+"""Run a shipped recipe on random weights of its model's true shape and hold the estimate against what was measured.
+
+    python benchmarks/dry_run.py llama-3-8b --rows docs/results/dry-run.json
+
+Nothing is downloaded: the shape is that of ``shapes.json``, the tokenizer and the text are the embedded ones. Steps and batch
+are few; micro-batch, window, LoRA rank, budget and checkpointing are the recipe's. The model is cut, recovered, written
+and loaded again like any other; its perplexity means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import slimtune
+from slimtune.estimate import estimate
+from slimtune.recipe import Recipe
+
+HERE = Path(__file__).parent
+WARM = 2
+"""First steps of a phase that are not timed."""
+
+
+def recipe_of(shape: str, steps: int, batch: int, out: str, more: list[str]) -> Recipe:
+    """The shape's shipped recipe, its model drawn at random, its data replaced by the embedded ones."""
+    path = next((HERE.parent / "recipes").glob(f"{shape}-*.yaml"))
+    config = json.loads((HERE / "shapes.json").read_text())[shape]
+    changes = ["model.path=''", "model.init=config", f"model.config={json.dumps(config)}", "model.tokenizer=builtin:base-10m"]
+    changes += ["data.train=builtin:python-docs", "data.valid=null", "data.test=null", "generator.prior_steps=1"]
+    changes += [f"search.steps={steps}", f"recover.steps={steps}", f"train.batch={batch}", "train.checkpoint_every=0"]
+    changes += ["evaluate.every=0", "evaluate.windows=4", "evaluate.batch=2", "export.verify=false", "export.dtype=bfloat16"]
+    return slimtune.load_recipe(str(path), [*changes, f"out={out}", *more])
+
+
+def measured(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
+    """Median seconds of a step and training tokens a second (those of ``adapt`` turns alone) by phase; peak memory."""
+    lines = (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if "step" in row and row["step"] >= WARM]
+    tokens = recipe.train.batch * recipe.data.max_length
+    memory = summary["result"].get("memory")  # of a GPU only
+    found: dict[str, Any] = {"peak_gib": memory / 2**30} if memory else {}
+    for phase in ("search", "recover"):
+        seconds = statistics.median(row["seconds"] for row in rows if row["phase"] == phase)
+        found |= {f"{phase}_seconds": seconds, f"{phase}_tokens_per_second": tokens / seconds}
+    return found
+
+
+def expected(recipe: Recipe) -> dict[str, Any]:
+    """The same from ``slimtune estimate``, without the passes for the prior, which come before the first step."""
+    found = estimate(recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"prior": "none"})}))
+    values: dict[str, Any] = {"peak_gib": sum(found.memory.values()) / 2**30}
+    for phase in found.phases:
+        if phase.seconds and phase.name in ("search", "recover"):
+            values[f"{phase.name}_seconds"] = phase.seconds / phase.steps
+    return values
+
+
+def main() -> None:
+    """Run, print measured beside expected, append a row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", choices=sorted(json.loads((HERE / "shapes.json").read_text())))
+    parser.add_argument("overrides", nargs="*", help="key=value, after the recipe's and this script's")
+    parser.add_argument("--steps", type=int, default=8, help="of search and of recovery")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--out", default="runs/dry-run")
+    parser.add_argument("--rows", type=Path)
+    args = parser.parse_intermixed_args()
+    recipe = recipe_of(args.shape, args.steps, args.batch, f"{args.out}/{args.shape}", args.overrides)
+    guess = expected(recipe)
+    summary = slimtune.tune(recipe, overwrite=True)
+    found = measured(recipe, summary)
+    print(f"{args.shape} on {summary['machine']}: measured (expected)")
+    for key, value in found.items():
+        print(f"  {key:28s}{value:12,.3f}" + (f"  ({guess[key]:,.3f}, {guess[key] / value:.2f}x)" if key in guess else ""))
+    row = {"model": args.shape, "machine": summary["machine"], "batch": args.batch, "window": recipe.data.max_length}
+    row |= {"parameters": summary["result"]["parameters"], **found} | {f"expected_{key}": value for key, value in guess.items()}
+    if args.rows:
+        rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
+        rows = [other for other in rows if other["model"] != args.shape] + [row]
+        args.rows.write_text("[\n" + ",\n".join(json.dumps(item) for item in rows) + "\n]\n")
+
+
+if __name__ == "__main__":
+    main()
