@@ -15,10 +15,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from slimtune.data.batches import Splits, load_splits
-from slimtune.data.windows import spread
 from slimtune.errors import UserError
-from slimtune.evaluate.choices import accuracy
-from slimtune.evaluate.perplexity import perplexity
+from slimtune.evaluate.figures import Measure
 from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
@@ -95,14 +93,13 @@ class _Run:
         self.config = load_config(recipe.model)
         self.structure: Structure = structure_of(self.config)
         self.accelerator = make_accelerator(recipe)
-        # figures are taken in fp32 on CPU, so that they do not depend on what the CPU can multiply
-        self.bf16 = self.accelerator.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         self.metrics = Metrics(folder)
         self.stages: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.splits: Splits
+        self.figures: Measure
 
     def check(self) -> None:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
@@ -118,6 +115,7 @@ class _Run:
         self.progress.say("reading and tokenising data ...")
         need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
         self.splits = load_splits(recipe.data, self.tokenizer, need)
+        self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator)
         self._check_vocabulary()
         sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
         self.progress.say(f"data: {sizes}")
@@ -213,22 +211,10 @@ class _Run:
             folder=self.folder,
             metrics=self.metrics,
             progress=self.progress,
-            valid_figures=self._valid,
+            valid_figures=self.figures.valid,
             stage=stage,
             resume=self.resume,
         )
-
-    def _valid(self, model: nn.Module) -> Figures:
-        evaluate = self.recipe.evaluate
-        return perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.accelerator.device, self.bf16)
-
-    def _test(self, model: nn.Module) -> Figures:
-        evaluate, device = self.recipe.evaluate, self.accelerator.device
-        figures = perplexity(model, self.splits.test, evaluate.windows, evaluate.batch, device, self.bf16)
-        rows = [self.splits.choice_rows[index] for index in spread(len(self.splits.choice_rows), evaluate.choices)]
-        if rows:
-            figures |= accuracy(model, self.tokenizer, rows, self.recipe.data.max_length, device, self.bf16)
-        return figures
 
     def _measure_base(self) -> Figures:
         self.progress.say("measuring the base model ...")
@@ -236,13 +222,13 @@ class _Run:
         model = load_model(self.recipe.model, device, pick_dtype(self.recipe.model.dtype, device))
         location, local = locate(self.recipe.model.path)
         size = {"bytes": _weight_bytes(Path(location))} if local else {}
-        return {**self._test(model), "parameters": self.structure.total_params, "block_ratio": 1.0, **size}
+        return {**self.figures.test(model), "parameters": self.structure.total_params, "block_ratio": 1.0, **size}
 
     def _measure_dense(self) -> Figures:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
         outcome, cost = self._train(finetune.run, "dense_lora")
         size = {"parameters": self.structure.total_params, "block_ratio": 1.0}
-        return {**self._test(outcome.model), **size, **cost}
+        return {**self.figures.test(outcome.model), **size, **cost}
 
     def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
@@ -265,7 +251,7 @@ class _Run:
         how = attention_of(recipe.model, self.config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
         result = {
-            **self._test(loaded.to(self.accelerator.device)),
+            **self.figures.test(loaded.to(self.accelerator.device)),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "block_ratio": counts.block_ratio,
             "bytes": _weight_bytes(target),
@@ -287,7 +273,8 @@ class _Run:
     @torch.no_grad()
     def _verify(self, model: nn.Module, target: Path) -> float:
         ids = self.splits.test.collate([0])["input_ids"][:, :64]
-        expected = model(input_ids=ids, use_cache=False).logits
+        with self.figures.eager():
+            expected = model(input_ids=ids, use_cache=False).logits
         difference = verify(target, ids, expected)
         if difference > RELOAD_LIMIT * float(expected.abs().max()):
             raise UserError(

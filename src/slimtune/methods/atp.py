@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.models.load import attach_lora, enable_checkpointing, load_model
-from slimtune.models.surgery import cut, lora_slices, place_gates
+from slimtune.models.surgery import compile_blocks, cut, lora_slices, place_gates
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import MaskBank, Site
 from slimtune.runtime import pick_dtype
@@ -183,6 +183,8 @@ class _Atp:
         self.bank.open()
         self.masks = {}
         self.tuner.carry_over(cut(self.model, self.structure, self.plan))
+        if self.recipe.train.compile:
+            compile_blocks(self.model, self.structure, self.plan)
         if self.recipe.recover.lr:
             self.tuner.set_peak(self.recipe.recover.lr)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slimtune.methods.outcome import Outcome
 from slimtune.models.load import attach_lora, enable_checkpointing, load_model
-from slimtune.models.surgery import blocks_of
+from slimtune.models.surgery import compile_blocks
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan
 from slimtune.train import checkpoint
@@ -62,6 +62,5 @@ def _model(session: Session) -> Any:
         model = attach_lora(model, session.structure, recipe.lora, session.autocast_only)
     enable_checkpointing(model, recipe.model.checkpointing)
     if recipe.train.compile:
-        for block in blocks_of(model, session.structure):
-            block.compile()
+        compile_blocks(model, session.structure)
     return model

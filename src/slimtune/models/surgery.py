@@ -31,6 +31,25 @@ def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     return list(base.get_submodule(structure.family.blocks))
 
 
+def compile_blocks(model: nn.Module, structure: Structure, plan: Plan | None = None, backend: str = "inductor") -> None:
+    """``torch.compile`` every decoder block, in place.
+
+    Args:
+        plan: what the blocks were cut by. Where it left them unequal widths, one graph with symbolic widths serves them all;
+            torch would make one for each width, at tens of seconds apiece.
+        backend: of ``torch.compile``.
+    """
+    uneven = plan is not None and not plan.is_uniform
+    if uneven:
+        import torch._dynamo.config as dynamo_config  # costs a second
+
+        # dynamo takes the sizes of parameters for constants unless told otherwise; there is no public switch
+        dynamo_config.force_parameter_static_shapes = False
+        dynamo_config.force_nn_module_property_static_shapes = False
+    for block in blocks_of(model, structure):
+        block.compile(backend=backend, dynamic=True if uneven else None)
+
+
 def linears_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, Linear, nn.Module]]:
     """(layer, row of the table, module) for every linear; the module is the PEFT wrapper where there is one."""
     for index, block in enumerate(blocks_of(model, structure)):

@@ -45,6 +45,11 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     )
 
 
+def figures_in_bf16(accelerator: Accelerator) -> bool:
+    """Whether figures are taken under autocast: on a GPU as training is; on CPU never, whatever it can multiply."""
+    return accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+
+
 def _check_trackers(wanted: Sequence[str]) -> None:
     known, available = [str(kind) for kind in LoggerType], [str(kind) for kind in get_available_trackers()]
     for name in wanted:
@@ -84,7 +89,7 @@ class Session:
     @property
     def autocast_only(self) -> bool:
         """Whether the model never runs outside autocast: on a GPU, where figures are taken under it too."""
-        return self.device.type == "cuda" and self.accelerator.mixed_precision == "bf16"
+        return figures_in_bf16(self.accelerator)
 
     def batches(self, windows: Windows, purpose: str, batch: int) -> Batches:
         """An endless, seeded stream of step batches of ``batch`` windows over all ranks.

@@ -1,0 +1,67 @@
+"""Compiled blocks: one graph for all widths of a cut model, the same numbers, and a run that only trains through them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo as dynamo
+from torch import Tensor
+
+from bases import Bench, losses
+from gated import random_model, sample_ids
+from slimtune.methods import atp
+from slimtune.models.surgery import compile_blocks, cut
+from slimtune.pipeline import tune
+from slimtune.structure.plan import Plan
+
+# dynamo looks at .grad of inputs that have none, whatever the program does
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    dynamo.reset()
+    dynamo.utils.counters.clear()
+    with dynamo.config.patch(force_parameter_static_shapes=True, force_nn_module_property_static_shapes=True):
+        yield
+    dynamo.reset()
+
+
+def graphs() -> int:
+    return int(dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def test_layers_of_different_widths_share_a_graph_and_compute_the_same() -> None:
+    model, structure = random_model("llama", rank=4)
+    plan = Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in (40, 33, 80)])
+    cut(model, structure, plan)
+
+    def step() -> list[Tensor]:
+        model.zero_grad()
+        logits = model(input_ids=sample_ids(), use_cache=False).logits
+        logits.square().mean().backward()
+        return [logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
+
+    expected = step()
+    compile_blocks(model, structure, plan, backend="eager")
+    found = step()
+    # two, not three: the first block's input needs no gradient, the others' does
+    assert graphs() == 2
+    assert len(found) == len(expected) > 10
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
+    tune(bench.recipe(tmp_path / "eager", export__verify=True))
+    assert graphs() == 0
+    monkeypatch.setattr(atp, "compile_blocks", partial(compile_blocks, backend="eager"))
+    summary = tune(bench.recipe(tmp_path / "compiled", export__verify=True, train__compile=True))
+    assert losses(tmp_path / "compiled") == losses(tmp_path / "eager")
+    assert 1 <= graphs() <= 2  # none for figures or for the comparison of the written model
+    assert summary["reload_difference"] < 1e-4
