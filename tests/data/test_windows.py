@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
+from transformers.masking_utils import find_packed_sequence_indices
 
 from families import FAMILY_NAMES, tiny_config
 from slimtune.data.prompts import Encoded
@@ -71,7 +72,7 @@ def test_packed_examples_do_not_see_one_another(attention: str) -> None:
     outputs = []
     for neighbour in (first, other):
         batch = Windows.build([], [neighbour, second, example(15, 2), example(2, 1)], 19, PAD).collate([1, 0])
-        assert batch["position_ids"].tolist() == [[*range(10), *range(9)], [*range(15), 0, 1, 0, 1]]
+        assert batch["position_ids"].tolist() == [[*range(10), *range(9)], [*range(15), 0, 1, 2, 3]]
         batch.pop("labels")
         outputs.append(model(**batch, use_cache=False).logits)
     assert not torch.allclose(outputs[0][0, :10], outputs[1][0, :10], atol=1e-3)
@@ -88,7 +89,7 @@ def test_a_packed_batch_in_full() -> None:
     x = IGNORE
     assert batch["input_ids"].tolist() == [[*c, *b], [*a, 2, 2, 2, 2]]
     assert batch["labels"].tolist() == [[x, x, x, x, c[4], x, b[1], b[2]], [x, x, a[2], a[3], x, x, x, x]]
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2], [0, 1, 2, 3, 4, 5, 6, 7]]
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
     flat = windows.collate([1, 0], flatten=True)
     assert flat["input_ids"].tolist() == [[*a, *c, *b]]
@@ -156,3 +157,13 @@ def test_spread_is_a_sorted_sample_over_the_whole_range(windows: int, count: int
 
 def test_spread_of_nothing_is_empty() -> None:
     assert Windows.build([], [], 8).spread(4) == []
+
+
+def test_a_short_last_text_window_keeps_the_plain_causal_attention() -> None:
+    windows = Windows.build([np.arange(100, dtype=np.int32) % 97], [], 64, PAD)
+    batch = windows.collate([0, 1])
+    assert batch["input_ids"].shape == (2, 64)
+    assert find_packed_sequence_indices(batch["position_ids"]) is None
+    model = model_of("llama", "sdpa")
+    alone = loss_sum(model, windows, size=1)
+    assert loss_sum(model, windows, size=2) == pytest.approx(alone, rel=1e-6)

@@ -4,7 +4,8 @@ Shape legend: B batch, T tokens of the longest window of a batch, N tokens in al
 
 Packed examples do not attend to one another: positions restart at 0 for each, and transformers reads the restarts as
 borders (``masking_utils.find_packed_sequence_indices``) when there is **no attention mask and no cache**. So call the
-model with ``use_cache=False``. Padding restarts too: it is a segment of its own, attended to by nothing else.
+model with ``use_cache=False``. Padding goes on with the positions of what it follows: nothing before it attends to it,
+and a batch of single texts keeps the plain causal attention, which is the fast one.
 Flash attention reads restarts only at B = 1: give it ``collate(..., flatten=True)``.
 """
 
@@ -35,7 +36,7 @@ class Windows:
         start: [N] bool, True at the first token of a window and of each packed example.
         offsets: [windows + 1] int64, where each window begins.
         pad: id that fills short windows.
-        packed: padding is a segment of its own and there is no attention mask; else padding has a mask.
+        packed: there is no attention mask; else padding has one.
     """
 
     ids: NDArray[np.int32]
@@ -132,10 +133,9 @@ def _filled(values: NDArray[np.int64], width: int, fill: int) -> NDArray[np.int6
 
 
 def _positions(start: NDArray[np.bool_], width: int) -> NDArray[np.int64]:
-    """[width] positions that restart at 0 at every start, and where the padding begins."""
+    """[width] positions that restart at 0 at every start."""
     begins = np.zeros(width, np.bool_)
     begins[: len(start)] = start
-    begins[len(start) : len(start) + 1] = True
     index = np.arange(width)
     return index - np.maximum.accumulate(np.where(begins, index, 0))
 

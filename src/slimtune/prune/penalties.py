@@ -7,6 +7,7 @@ as objects with ``tensor``, ``dim`` and ``rows``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -55,28 +56,28 @@ def lasso_loss(groups: Groups, masks: Masks) -> Tensor:
 
 
 @torch.no_grad()
-def proximal(groups: Groups, masks: Masks, strength: float, share: float = 0.0) -> float:
+def proximal(groups: Groups, masks: Masks, strength: float, share: float = 0.0) -> Tensor:
     """Proximal step of the group lasso on pruned groups: ``n -> max(n - tau, 0)`` (specification 1.6b).
 
     ``tau`` is ``strength`` times the median norm of the kept groups of the site: relative to the model's own scale; but at
     least ``share`` times the largest pruned norm. With a share of 1/(steps left) the last step leaves exactly zero.
+    Nothing is read back from the device on the way.
 
     Returns:
-        The largest norm left in a pruned group.
+        The largest norm left in a pruned group, a scalar on the groups' device; 0 where nothing is pruned.
     """
-    left = 0.0
+    left = []
     for site, norms in group_norms(groups).items():
         pruned = masks[site] < 0.5
-        if not bool(pruned.any()):
-            continue
         # of the kept ones: where most are pruned, the median of all falls with them and they would never reach zero
-        tau = strength * (norms if bool(pruned.all()) else norms[~pruned]).median()
-        tau = torch.maximum(tau, share * norms[pruned].max())
-        factor = torch.where(pruned, (norms - tau).clamp(min=0) / norms, torch.ones_like(norms))
+        kept = torch.where(pruned, math.nan, norms).nanmedian()
+        tau = strength * torch.where(kept.isnan(), norms.median(), kept)
+        tau = torch.maximum(tau, share * torch.where(pruned, norms, 0.0).max())
+        factor = torch.where(pruned, (norms - tau).clamp(min=0) / norms, 1.0)
         for item in groups[site]:
             _scale(item, factor)
-        left = max(left, float((norms * factor)[pruned].max()))
-    return left
+        left.append(torch.where(pruned, norms * factor, 0.0).max())
+    return torch.stack(left).max()
 
 
 def _scale(item: Slice, factor: Tensor) -> None:
