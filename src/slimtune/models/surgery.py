@@ -46,6 +46,8 @@ def compile_blocks(model: nn.Module, structure: Structure, plan: Plan | None = N
         # dynamo takes the sizes of parameters for constants unless told otherwise; there is no public switch
         dynamo_config.force_parameter_static_shapes = False
         dynamo_config.force_nn_module_property_static_shapes = False
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.enable_input_require_grads()  # else the first block, whose input needs no gradient, is compiled by itself
     for block in blocks_of(model, structure):
         block.compile(backend=backend, dynamic=True if uneven else None)
 
