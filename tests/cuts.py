@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tiny_config
@@ -59,3 +61,18 @@ def generate(model: Any, input_ids: torch.Tensor, **kwargs: Any) -> list[list[in
     mask = torch.ones_like(input_ids)
     tokens = model.generate(input_ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12, **kwargs)
     return tokens[:, input_ids.shape[1] :].tolist()
+
+
+@torch.no_grad()
+def reference_logits(model: PreTrainedModel, input_ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Logits [B, T, V] (fp32, CPU) of ``model`` with its weights rounded to ``dtype`` as ``save`` rounds them.
+
+    Computed in fp32 whatever the model's dtype; the model is not changed. Not the same as ``model.to(dtype).float()``,
+    which also rounds buffers (the frequencies of the rotary embedding) that no checkpoint stores.
+    """
+    weights = {name: (p.to(dtype) if dtype else p).float() for name, p in model.named_parameters()}
+    rows = [
+        functional_call(model, weights, kwargs={"input_ids": row[None].to(model.device), "use_cache": False}).logits
+        for row in input_ids
+    ]
+    return torch.cat(rows).float().cpu()

@@ -12,12 +12,11 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from cuts import UNEVEN, Kept, cut_model, even, generate, logits_of, sample_ids
+from cuts import UNEVEN, Kept, cut_model, even, generate, logits_of, reference_logits, sample_ids
 from families import FAMILY_NAMES
 from slimtune.errors import UserError
 from slimtune.export import huggingface
 from slimtune.export.huggingface import save
-from slimtune.export.verify import reference_logits
 from slimtune.models.per_layer import register
 from slimtune.structure.plan import Plan
 

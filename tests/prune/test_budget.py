@@ -181,7 +181,7 @@ def test_a_kept_unit_stays_when_its_score_rises(
 
 def test_more_budget_keeps_more() -> None:
     scores = random_scores(SMALL, 2, by_site=0.5)
-    totals = [solve(scores, SMALL, BudgetConfig(keep=0.9), keep)[1].total for keep in (0.3, 0.5, 0.7, 0.9, 1.0)]
+    totals = [solve(scores, SMALL, BudgetConfig(keep=keep))[1].total for keep in (0.3, 0.5, 0.7, 0.9, 1.0)]
     assert totals == sorted(totals)
     assert totals[-1] == SMALL.total_params
 

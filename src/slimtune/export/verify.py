@@ -10,31 +10,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.func import functional_call
-from transformers import PreTrainedModel
 
 from slimtune.errors import UserError
 
 _CHILD = Path(__file__).with_name("verify_child.py")
 _TAIL_LINES = 15
-
-
-@torch.no_grad()
-def reference_logits(model: PreTrainedModel, input_ids: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Logits [B, T, V] (fp32, CPU) of ``model`` with its weights rounded to ``dtype`` as ``save`` rounds them.
-
-    Computed in fp32 whatever the model's dtype; the model is not changed. Not the same as ``model.to(dtype).float()``,
-    which also rounds buffers (the frequencies of the rotary embedding) that no checkpoint stores.
-    """
-    weights = {name: (p.to(dtype) if dtype else p).float() for name, p in model.named_parameters()}
-    rows = [
-        functional_call(model, weights, kwargs={"input_ids": row[None].to(model.device), "use_cache": False}).logits
-        for row in input_ids
-    ]
-    return torch.cat(rows).float().cpu()
 
 
 def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
@@ -43,7 +25,7 @@ def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
     Args:
         folder: an exported model.
         input_ids: [B, T].
-        expected: logits [B, T, V] of the model in memory, as ``reference_logits`` gives them.
+        expected: logits [B, T, V] of the model in memory, computed in fp32 from weights rounded as they were written.
 
     Raises:
         UserError: the folder does not load, or the difference is not a number; with the end of the child's stderr.

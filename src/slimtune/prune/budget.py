@@ -52,22 +52,17 @@ class _Item:
     units: tuple[int, ...]
 
 
-def solve(
-    scores: Mapping[Site, Tensor], structure: Structure, budget: BudgetConfig, keep: float | None = None
-) -> tuple[Plan, Counts]:
+def solve(scores: Mapping[Site, Tensor], structure: Structure, budget: BudgetConfig) -> tuple[Plan, Counts]:
     """The Plan that keeps the best-scored units within the exact budget. No sampling; ties go to the lower index.
 
     A unit is kept when its score (the generator's logit) is above one common level: logits already weigh a unit against its
     cost, because the budget loss pulls on each in proportion to what it owns. MLP widths are rounded to ``ffn_multiple``;
     every layer keeps at least one KV group and one rounding block.
 
-    Args:
-        keep: overrides ``budget.keep`` (for Plans on the way).
-
     Raises:
         UserError: the budget cannot be met; names the reachable range or the rounding that could.
     """
-    keep = budget.keep if keep is None else keep
+    keep = budget.keep
     pool = MULTIPLES if budget.ffn_multiple == "auto" else (budget.ffn_multiple,)
     fill = _fill_uniform if budget.layout == "uniform" else _fill_free
     best: tuple[float, float] | None = None
