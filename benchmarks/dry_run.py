@@ -58,16 +58,31 @@ def expected(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows as a Markdown table, measured and in brackets expected."""
+    names = ("peak_gib", "search_seconds", "recover_seconds")
+    print("| model | parameters after | batch x window | peak memory, GiB | a search step, s | a recovery step, s | machine |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for row in rows:
+        cells = [f"{row[name]:.2f} ({row[f'expected_{name}']:.2f})" if name in row else "" for name in names]
+        size, shape = f"{row['parameters']:,}", f"{row['batch']} x {row['window']}"
+        print(f"| {row['model']} | {size} | {shape} | {' | '.join(cells)} | {row['machine']} |")
+
+
 def main() -> None:
     """Run, print measured beside expected, append a row."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shape", choices=sorted(json.loads((HERE / "shapes.json").read_text())))
+    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
+    parser.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
     parser.add_argument("overrides", nargs="*", help="key=value, after the recipe's and this script's")
     parser.add_argument("--steps", type=int, default=8, help="of search and of recovery")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--out", default="runs/dry-run")
     parser.add_argument("--rows", type=Path)
     args = parser.parse_intermixed_args()
+    if args.shape is None:
+        print_table(json.loads(args.rows.read_text()))
+        return
     recipe = recipe_of(args.shape, args.steps, args.batch, f"{args.out}/{args.shape}", args.overrides)
     guess = expected(recipe)
     summary = slimtune.tune(recipe, overwrite=True)

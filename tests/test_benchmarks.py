@@ -66,6 +66,10 @@ def test_published_rows_are_flat_and_whole() -> None:
         rows = json.loads(file.read_text(encoding="utf-8"))
         assert rows
         for row in rows:
+            assert all(not isinstance(value, (dict, list)) for value in row.values())
+            if file.stem == "dry-run":
+                assert {"model", "machine", "peak_gib", "expected_peak_gib", "search_seconds"} <= set(row)
+                continue
             assert {"base", "domain", "method", "seed", "metric", "value"} <= set(row)
             assert row["metric"] != "failed"
 
@@ -110,3 +114,5 @@ def test_a_dry_run_goes_from_random_weights_to_a_row(tmp_path: Path, capsys: pyt
     assert row["recover_tokens_per_second"] == pytest.approx(128 / row["recover_seconds"])
     assert row["search_seconds"] > 0 < row["expected_search_seconds"]
     assert "measured (expected)" in capsys.readouterr().out
+    dry_run.print_table([{**row, "peak_gib": 1.0, "expected_peak_gib": 2.0}])
+    assert f"| 1.00 (2.00) | {row['search_seconds']:.2f} (" in capsys.readouterr().out
