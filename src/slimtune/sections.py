@@ -148,8 +148,12 @@ class GeneratorConfig(Section):
     """Attention heads; divides ``width``."""
     train_embedding: bool = True
     """The paper freezes the (orthogonal) layer embeddings: ``false``."""
+    calibrate: bool = True
+    """Shift the logits of every ``decide`` turn by one level so that the expected kept ratio is the present target: scores
+    and gradients are then taken on models of the size that is asked for. Off: the paper's form, in which ``offset`` and the
+    budget loss (``search.alpha``) alone lead there; on, neither has an effect."""
     offset: float = 3.0
-    """Added to every logit before sampling: P(keep) at the start is sigmoid(offset) for logistic noise."""
+    """Without ``calibrate``: added to every logit, so P(keep) at the start is sigmoid(offset) for logistic noise."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.4
     """Of the relaxed sample of ``ste``; ``reinmax`` has none."""
     noise: Literal["logistic", "gumbel"] = "logistic"
@@ -161,8 +165,9 @@ class GeneratorConfig(Section):
     same followed through the search (a moving average over the decide turns, free of extra passes)."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
-    prior_scale: Annotated[float, Field(ge=0.0)] = 2.0
-    """Standard deviation of the prior's logits."""
+    prior_scale: Annotated[float, Field(ge=0.0)] = 12.0
+    """Standard deviation of the prior's logits. The sampling noise has one of 1.8, so at 12 it explores the units near the
+    border and leaves the rest alone; without ``calibrate`` use 2."""
     prior_steps: Positive = 16
     """Decision batches read for the prior; they count as search tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
@@ -183,7 +188,7 @@ class SearchConfig(Section):
     decide_every: Positive = 1
     """A ``decide`` turn on every n-th step."""
     alpha: Annotated[float, Field(ge=0.0)] = 5.0
-    """Weight of the budget loss |log(kept/target)|."""
+    """Weight of the budget loss |log(kept/target)|; see ``generator.calibrate``."""
     ramp: Fraction = 0.4
     """Part of the steps over which the budget's target falls from 1 to its final value."""
 

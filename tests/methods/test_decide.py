@@ -77,3 +77,16 @@ def test_more_processes_than_windows_is_an_error(bench: Bench, tmp_path: Path, m
     monkeypatch.setattr(type(session.accelerator), "num_processes", 3)
     with pytest.raises(UserError, match="decision step of 2 windows leaves some of 3 processes"):
         session.batches(session.splits.decision, "decision", 2)
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+def test_only_calibrated_turns_sample_models_of_the_target_size_from_the_first_on(
+    bench: Bench, tmp_path: Path, calibrate: bool
+) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, generator__calibrate=calibrate, search__ramp=0.0))
+    weights = [parameter.clone() for parameter in run.decider.generator.parameters()]
+    turn = run.decider.turn(0)
+    assert turn["target"] == 0.7
+    # P(keep) is sigmoid(offset) = 0.95 otherwise, and that of the whole model a little more
+    assert float(turn["sampled"]) == pytest.approx(0.7 if calibrate else 0.965, abs=0.03)
+    assert any(not torch.equal(*pair) for pair in zip(weights, run.decider.generator.parameters(), strict=True))

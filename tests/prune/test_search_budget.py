@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shapes import random_scores, sizes, small_structure, tiny_structure
-from slimtune.prune.budget import budget_loss, kept_ratio, target_at, threshold_masks
+from slimtune.prune.budget import budget_loss, kept_ratio, sampling_level, target_at, threshold_masks
+from slimtune.prune.sampling import keep_probability
 
 SMALL, TINY = small_structure(), tiny_structure()
 
@@ -90,3 +91,23 @@ def test_uniform_masks_have_one_width_an_axis_and_keep_the_best(keep: float) -> 
     # the widths are rounded means: off by at most half a unit a layer
     slack = 0.5 * sum(sum(layer.unit_params.values()) for layer in SMALL.layers) / SMALL.prunable_params
     assert float(kept_ratio(masks, SMALL, "block")) == pytest.approx(float(kept_ratio(free, SMALL, "block")), abs=slack)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    keep=st.floats(0.3, 0.999),
+    spread=st.sampled_from([0.0, 0.1, 2.0, 30.0]),
+    noise=st.sampled_from(["logistic", "gumbel"]),
+)
+@settings(max_examples=30)
+def test_samples_at_the_level_keep_the_target_in_expectation(seed: int, keep: float, spread: float, noise: str) -> None:
+    scores = random_scores(SMALL, seed, spread=spread, by_axis=1.0)
+    level = sampling_level(scores, SMALL, keep, "block", noise)
+    expected = {site: keep_probability(logits.double() - level, noise) for site, logits in scores.items()}
+    assert float(kept_ratio(expected, SMALL, "block")) == pytest.approx(keep, abs=1e-5)
+
+
+def test_the_level_of_a_target_of_one_keeps_everything() -> None:
+    scores = random_scores(SMALL, 0)
+    level = sampling_level(scores, SMALL, 1.0, "total", "logistic")
+    assert all((keep_probability(logits - level, "logistic") > 1 - 1e-6).all() for logits in scores.values())

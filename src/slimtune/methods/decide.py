@@ -55,8 +55,9 @@ class Decider:
         gradients = mean_over_ranks(*leaves)
         ratio = budget.kept_ratio(sampled, self.structure, self.recipe.budget.of)
         over = budget.budget_loss(ratio, self.target(step))
+        weight = 0.0 if config.calibrate else search.alpha  # calibrated, what is left of it is sampling noise
         torch.autograd.backward(
-            [*sampled.values(), search.alpha * over], [*(gradients[site] for site in sampled), torch.ones_like(over)]
+            [*sampled.values(), weight * over], [*(gradients[site] for site in sampled), torch.ones_like(over)]
         )
         norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip)
         self.optimizer.step()
@@ -69,8 +70,11 @@ class Decider:
     def _sample(self, step: int) -> dict[Site, Tensor]:
         config = self.recipe.generator
         rng = torch.Generator().manual_seed(hash_seed(self.recipe.seed, "noise", step))
-        sampled = {}
-        for site, logits in self.generator().items():
+        found, sampled = self.generator(), {}
+        if config.calibrate:
+            level = budget.sampling_level(found, self.structure, self.target(step), self.recipe.budget.of, config.noise).float()
+            found = {site: logits - level for site, logits in found.items()}
+        for site, logits in found.items():
             noise = draw_noise(tuple(logits.shape), config.noise, rng, logits.device)
             sampled[site] = sample(logits, noise, config.noise, config.estimator, config.temperature)
         return sampled

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from slimtune.errors import UserError
 from slimtune.prune.gates import Masks, Site
+from slimtune.prune.sampling import Noise, keep_probability
 from slimtune.sections import BudgetConfig
 from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
 from slimtune.structure.plan import Counts, Plan, count
@@ -242,6 +243,26 @@ def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str, u
     for site, mask in masks.items():
         mask[logits[site].argmax()] = 1.0
     return masks
+
+
+@torch.no_grad()
+def sampling_level(logits: Masks, structure: Structure, keep: float, of: str, noise: Noise) -> Tensor:
+    """The level c at which samples of ``logits - c`` keep ``keep`` of the parameters in expectation (fp64 scalar).
+
+    Bisection on the device: the expectation falls in c, and nothing is read back.
+    """
+    sites = list(structure.sites())
+    flat = torch.cat([logits[site].double() for site in sites])
+    costs = torch.cat(
+        [torch.full_like(logits[layer, axis], structure.layers[layer].unit_params[axis]) for layer, axis in sites]
+    )
+    wanted = _allowance(structure, keep, of)
+    low, high = flat.min() - 40.0, flat.max() + 40.0  # everything is kept at one end and nothing at the other
+    for _ in range(60):
+        middle = (low + high) / 2
+        many = (costs * keep_probability(flat - middle, noise)).sum() > wanted
+        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    return high
 
 
 def _mean_width(masks: Masks, axis: str) -> int:
