@@ -5,7 +5,8 @@
 
 A variant is ``name: key=value ...``. The variant called ``dense_lora`` supplies ``dense_value`` for the same seed. Rows are
 ``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine}``; a failed run is a row
-whose metric is ``failed``. With more ``--jobs`` than GPUs runs share a device: figures stay, seconds do not compare.
+whose metric is ``failed``. A run that an earlier call finished with the same words is taken as it is (delete ``--runs`` when
+the program has changed). With more ``--jobs`` than GPUs runs share a device: figures stay, seconds do not compare.
 """
 
 from __future__ import annotations
@@ -53,13 +54,17 @@ def run(recipe: str, job: Job, runs: Path, threads: int) -> tuple[str, int, dict
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     if job.gpu:
         environment["CUDA_VISIBLE_DEVICES"] = job.gpu
-    log = out.with_suffix(".log")
+    summary_file, words, log = out / "summary.json", out.with_suffix(".words"), out.with_suffix(".log")
+    if words.exists() and words.read_text() == " ".join(command) and summary_file.exists():
+        return job.name, job.seed, json.loads(summary_file.read_text())
+    summary_file.unlink(missing_ok=True)
+    words.write_text(" ".join(command))
     with log.open("w") as file:
         code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
     if code:
         print(f"{job.name} seed {job.seed}: failed, see {log}", flush=True)
         return job.name, job.seed, {"failed": log.read_text()[-400:]}
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    summary: dict[str, Any] = json.loads(summary_file.read_text())
     print(
         f"{job.name} seed {job.seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True
     )

@@ -59,6 +59,24 @@ def test_rows_are_joined_to_dense_lora_by_seed(capsys: pytest.CaptureFixture[str
     assert "| broken | failed |" in table
 
 
+def test_a_finished_run_is_taken_as_it_is_until_its_words_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid, calls = script("grid"), []
+
+    def tune(command: list[str], **_: Any) -> Any:
+        calls.append(command)
+        out = Path(next(word for word in command if word.startswith("out=")).removeprefix("out="))
+        (out / "summary.json").write_text(json.dumps(summary(20.0 + len(calls))))
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr(grid.subprocess, "run", tune)
+    found = [
+        grid.run("demo.yaml", grid.Job("atp", [f"search.steps={steps}"], 0, ""), tmp_path, 1)[2]["result"]["ppl"]
+        for steps in (3, 3, 4, 3)
+    ]
+    assert found == [21.0, 21.0, 22.0, 23.0]
+    assert "--overwrite" in calls[0]
+
+
 def test_published_rows_are_flat_and_whole() -> None:
     files = sorted((ROOT / "docs" / "results").glob("*.json"))
     assert files
