@@ -169,7 +169,7 @@ def test_choices_are_taken_from_all_over(bench: Bench, tmp_path: Path, monkeypat
         seen.append([row.prompt for row in rows])
         return {}
 
-    monkeypatch.setattr(pipeline, "accuracy", accuracy)
+    monkeypatch.setattr("slimtune.evaluate.figures.accuracy", accuracy)
     prompts = sentences(100, seed=5)
     rows = [{"prompt": text, "completion": " yes", "choices": ["yes", "no"], "label": 0} for text in prompts]
     data = bench.recipe("x").data.model_dump() | {"test": write_rows(tmp_path / "rows.jsonl", rows), "max_length": 48}

@@ -111,3 +111,23 @@ def test_the_level_of_a_target_of_one_keeps_everything() -> None:
     scores = random_scores(SMALL, 0)
     level = sampling_level(scores, SMALL, 1.0, "total", "logistic")
     assert all((keep_probability(logits - level, "logistic") > 1 - 1e-6).all() for logits in scores.values())
+
+
+@pytest.mark.parametrize("noise", ["logistic", "gumbel"])
+def test_the_levels_gradient_is_that_of_the_implicit_function(noise: str) -> None:
+    scores = {site: logits.double() for site, logits in random_scores(TINY, 2).items()}
+
+    def level(moved: dict[tuple[int, str], torch.Tensor]) -> torch.Tensor:
+        return sampling_level(moved, TINY, 0.6, "block", noise)
+
+    leaves = {site: logits.clone().requires_grad_() for site, logits in scores.items()}
+    found = level(leaves)
+    assert float(found.detach()) == float(level(scores))
+    found.backward()
+    assert sum(float(leaf.grad.sum()) for leaf in leaves.values()) == pytest.approx(1)  # a common shift shifts the level
+    for site, unit in (((0, "kv_group"), 1), ((2, "ffn"), 7)):
+        up, down = ({**scores, site: scores[site].clone()} for _ in range(2))
+        up[site][unit] += 1e-3
+        down[site][unit] -= 1e-3
+        slope = float(level(up) - level(down)) / 2e-3
+        assert float(leaves[site].grad[unit]) == pytest.approx(slope, rel=1e-3)

@@ -245,24 +245,30 @@ def threshold_masks(logits: Masks, structure: Structure, keep: float, of: str, u
     return masks
 
 
-@torch.no_grad()
 def sampling_level(logits: Masks, structure: Structure, keep: float, of: str, noise: Noise) -> Tensor:
     """The level c at which samples of ``logits - c`` keep ``keep`` of the parameters in expectation (fp64 scalar).
 
-    Bisection on the device: the expectation falls in c, and nothing is read back.
+    Differentiable in the logits, as the implicit function it is: dc/dz_i = w_i p'_i / sum_j w_j p'_j with the cost w and the
+    keep probability p of a unit. So a logit that rises takes from the others in proportion to what its unit owns, and
+    trained logits are prices a parameter. Bisection on the device: the expectation falls in c, and nothing is read back.
     """
     sites = list(structure.sites())
     flat = torch.cat([logits[site].double() for site in sites])
     costs = torch.cat(
-        [torch.full_like(logits[layer, axis], structure.layers[layer].unit_params[axis]) for layer, axis in sites]
+        [torch.full_like(logits[site], structure.layers[site[0]].unit_params[site[1]], dtype=torch.float64) for site in sites]
     )
-    wanted = _allowance(structure, keep, of)
-    low, high = flat.min() - 40.0, flat.max() + 40.0  # everything is kept at one end and nothing at the other
-    for _ in range(60):
-        middle = (low + high) / 2
-        many = (costs * keep_probability(flat - middle, noise)).sum() > wanted
-        low, high = torch.where(many, middle, low), torch.where(many, high, middle)
-    return high
+    with torch.no_grad():
+        wanted = _allowance(structure, keep, of)
+        low, high = flat.min() - 40.0, flat.max() + 40.0  # everything is kept at one end and nothing at the other
+        for _ in range(60):
+            middle = (low + high) / 2
+            many = (costs * keep_probability(flat - middle, noise)).sum() > wanted
+            low, high = torch.where(many, middle, low), torch.where(many, high, middle)
+    if not flat.requires_grad:
+        return high
+    kept = (costs * keep_probability(flat - high, noise)).sum()
+    (slopes,) = torch.autograd.grad(kept, flat, retain_graph=True)
+    return high + (kept - kept.detach()) / slopes.sum().clamp(min=1e-300)
 
 
 def _mean_width(masks: Masks, axis: str) -> int:
