@@ -35,7 +35,7 @@ from slimtune.models.load import (
 )
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
-from slimtune.prune.budget import solve
+from slimtune.prune.solve import solve
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
 from slimtune.runtime import Metrics, RunFolder, forget_peak, machine, peak_memory, pick_dtype, rank, seed_everything

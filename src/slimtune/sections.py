@@ -108,7 +108,7 @@ class BudgetConfig(Section):
     of: Literal["total", "block"] = "total"
     """Of what: all parameters (embeddings counted, once if tied), or those of the decoder blocks' linears."""
     tolerance: Annotated[float, Field(gt=0.0, lt=0.1)] = 0.002
-    """Largest allowed distance of the final ratio from ``keep``."""
+    """Largest allowed distance of the final ratio from ``keep``: 0.002 is 0.2% of the whole (of ``of``)."""
     layout: Literal["per-layer", "uniform"] = "per-layer"
     """``uniform``: equal widths in all layers, so the export is the stock class; ``per-layer``: free widths."""
     ffn_multiple: Positive | Literal["auto"] = "auto"

@@ -19,7 +19,7 @@ from slimtune.methods import atp
 from slimtune.models.load import load_config, load_model, load_tokenizer, structure_of
 from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
-from slimtune.prune import budget
+from slimtune.prune.solve import solve
 from slimtune.structure.plan import Plan, count
 
 CPU = torch.device("cpu")
@@ -307,7 +307,7 @@ def test_the_plan_is_the_generators_ranking(bench: Bench, tmp_path: Path) -> Non
         kept = run.plan.kept[layer][axis]
         best = torch.sort(values.detach(), descending=True, stable=True).indices[: len(kept)]
         assert sorted(best.tolist()) == list(kept)
-    assert budget.solve(logits, run.structure, run.recipe.budget)[0].digest == run.plan.digest
+    assert solve(logits, run.structure, run.recipe.budget)[0].digest == run.plan.digest
 
 
 def test_recovery_has_its_own_peak_learning_rate(bench: Bench, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ import torch
 from slimtune import runtime
 from slimtune.estimate.cost import Job, Phase, memory, phases
 from slimtune.models.load import load_config, structure_of
-from slimtune.prune.budget import MULTIPLES, smallest_ratio
 from slimtune.prune.generator import Generator
+from slimtune.prune.solve import MULTIPLES, smallest_ratio
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
 

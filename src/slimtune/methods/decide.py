@@ -14,6 +14,7 @@ from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, squares
 from slimtune.prune.generator import Generator
 from slimtune.prune.prior import prior_logits
 from slimtune.prune.sampling import draw_noise, sample
+from slimtune.prune.solve import solve
 from slimtune.structure.plan import Counts, Plan
 from slimtune.train.loop import hash_seed
 from slimtune.train.objective import Batch, accumulate, cross_entropy_sum, forward
@@ -135,7 +136,7 @@ class Decider:
     @torch.no_grad()
     def plan(self) -> tuple[Plan, Counts]:
         """The decision."""
-        return budget.solve(self.generator(), self.structure, self.recipe.budget)
+        return solve(self.generator(), self.structure, self.recipe.budget)
 
     def capture(self) -> dict[str, Any]:
         """State for a checkpoint."""
