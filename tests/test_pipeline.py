@@ -246,10 +246,45 @@ def _own_base(bench: Bench, tmp_path: Path) -> dict[str, Any]:
     return {"model__path": str(tmp_path / "run" / "model")}
 
 
+def _cut_short(bench: Bench, tmp_path: Path) -> dict[str, Any]:
+    shutil.copytree(bench.base, tmp_path / "base")
+    file = tmp_path / "base" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    return {"model__path": str(tmp_path / "base")}
+
+
+def _no_weights(bench: Bench, tmp_path: Path) -> dict[str, Any]:
+    shutil.copytree(bench.base, tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    return {"model__path": str(tmp_path / "base")}
+
+
+def _config_text(text: str) -> Make:
+    def make(bench: Bench, tmp_path: Path) -> dict[str, Any]:
+        shutil.copytree(bench.base, tmp_path / "base")
+        (tmp_path / "base" / "config.json").write_text(text)
+        return {"model__path": str(tmp_path / "base")}
+
+    return make
+
+
+def _drawn(config: dict[str, Any]) -> Make:
+    return lambda bench, tmp_path: {"model": {"init": "config", "config": config, "tokenizer": bench.base}}
+
+
 Make = Callable[[Bench, Path], dict[str, Any]]
 BAD: dict[str, tuple[Make, list[str]]] = {
     "missing model": (lambda b, t: {"model__path": str(t / "nowhere")}, ["nowhere", "does not exist", "give a model folder"]),
     "no config.json": (_no_config, ["empty", "no config.json"]),
+    "weights cut short": (_cut_short, ["cannot be loaded", "base", "check the folder's files"]),
+    "no weights": (_no_weights, ["no model.safetensors", "check the folder's files"]),
+    "config of another kind": (_config_text("[1]"), ["config.json is no object", "check the folder's files"]),
+    "config of a wrong type": (_config_text('{"model_type": "llama", "num_hidden_layers": "two"}'), ["num_hidden_layers"]),
+    "drawn with a misspelt key": (
+        _drawn({"model_type": "llama", "hiden_size": 8}),
+        ["hiden_size", "mean 'hidden_size'?"],
+    ),
+    "drawn with a wrong value": (_drawn({"model_type": "llama", "hidden_size": "big"}), ["hidden_size", "correct the values"]),
     "unknown family": (_unknown_family, ["gpt2", "llama"]),
     "budget too small": (lambda b, t: {"budget__keep": 0.05}, ["budget.keep=0.05", "cannot be met", "0."]),
     "budget too coarse": (

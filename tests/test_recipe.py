@@ -47,6 +47,10 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
             {"data": {"train": [{"path": "x", "promt": "y"}]}},
             r"unknown key 'data.train.0.promt'. Did you mean 'prompt'\?",
         ),
+        ({"keep": 0.5}, r"unknown key 'keep'. Did you mean 'budget.keep'\?"),
+        ({"out": ""}, r"out='' is not valid"),
+        ({"model": {"config": {"hidden_size": 8}}}, r"add model.init=config"),
+        ({"distill": {"recover": True}}, r"no effect without distill.weight"),
         ({"budget": {"keep": 0}}, r"budget.keep=0 is not valid: .*greater than 0"),
         ({"budget": {"keep": 1.5}}, r"budget.keep=1.5 is not valid"),
         (

@@ -26,6 +26,7 @@ from slimtune.models.load import (
     attention_of,
     check_attention,
     check_length,
+    check_weights,
     load_config,
     load_model,
     load_tokenizer,
@@ -47,7 +48,7 @@ from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, make_accelerator
 from slimtune.version import __version__
 
-RELOAD_LIMIT = 1e-3
+RELOAD_LIMIT = 1e-4
 """Largest allowed difference of the reloaded model's logits, relative to the largest logit."""
 METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run}
 
@@ -119,9 +120,15 @@ class _Run:
         self._check_vocabulary()
         sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
         self.progress.say(f"data: {sizes}")
+        if self.splits.notes:
+            left_out = ", ".join(f"{name.replace('.', ' ')} {count:,}" for name, count in sorted(self.splits.notes.items()))
+            self.progress.say(f"[yellow]rows left out or cut: {left_out}[/yellow]")
         self._check_held_out()
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
+        check_weights(recipe.model)
+        if self.resume and not (self.folder / "recipe.yaml").is_file():
+            self.progress.say(f"nothing to resume in {escape(recipe.out)}: this run starts from the beginning")
         self.accelerator.wait_for_everyone()  # no rank looks for an earlier run after rank 0 has begun this one
         claim(self.folder, recipe, self.resume)
         self._start_or_resume()
@@ -184,6 +191,7 @@ class _Run:
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
             "tokens": outcome.tokens,
+            "rows": {**self.splits.rows, **self.splits.notes},
             "machine": machine(self.accelerator.device),
         }
 

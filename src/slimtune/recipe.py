@@ -10,10 +10,10 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from slimtune.errors import UserError, nearest
 from slimtune.sections import (
@@ -39,7 +39,7 @@ class Recipe(Section):
 
     method: Literal["atp", "finetune"] = "atp"
     """``atp``: tune and prune in one stage; ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
-    out: str = "runs/run"
+    out: Annotated[str, Field(min_length=1)] = "runs/run"
     """Output folder."""
     seed: Count = 0
     """Of everything random."""
@@ -65,6 +65,10 @@ class Recipe(Section):
             raise ValueError(f"generator.heads={self.generator.heads} must divide generator.width={self.generator.width}")
         if self.model.init == "config" and self.method != "finetune" and not self.model.path and not self.model.config:
             raise ValueError("model.init=config needs model.config or model.path")
+        if self.model.config and self.model.init != "config":
+            raise ValueError("model.config only describes a model to be drawn at random; add model.init=config or leave it out")
+        if self.distill.recover and not self.distill.weight:
+            raise ValueError("distill.recover=true has no effect without distill.weight, e.g. distill.weight=1")
         return self
 
     def to_yaml(self) -> str:
@@ -148,7 +152,9 @@ def _explain(error: ValidationError) -> str:
     loc = _keys(first["loc"])
     where = ".".join(loc)
     if first["type"] == "extra_forbidden":
-        return f"recipe: unknown key {where!r}.{nearest(loc[-1], _keys_at(loc[:-1]))}"
+        homes = [name for name in Recipe.model_fields if loc[-1] in _keys_at([name])] if len(loc) == 1 else []
+        hint = f" Did you mean {homes[0] + '.' + where!r}?" if homes else nearest(loc[-1], _keys_at(loc[:-1]))
+        return f"recipe: unknown key {where!r}.{hint}"
     if first["type"] == "value_error" and not where:
         return f"recipe: {first['ctx']['error']}"
     reasons = dict.fromkeys(item["msg"] for item in (first, *others) if _keys(item["loc"]) == loc)  # one a union's member

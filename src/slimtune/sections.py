@@ -34,6 +34,9 @@ class Source(Section):
     """Template of the prompt, e.g. ``"Question: {question}\\nAnswer:"``; goes with ``completion``."""
     completion: str | None = None
     """Template of the completion."""
+    choices: tuple[str, ...] = ()
+    """Templates of all possible completions, e.g. ``[" yes", " no", " maybe"]``; the row's own must be one of them. A test
+    source with choices has an accuracy (rows that carry ``choices`` and ``label`` themselves have one without this key)."""
     messages: str | None = None
     """Name of the field that holds a list of ``{role, content}``."""
     rows: Positive | None = None
@@ -89,7 +92,7 @@ class DataConfig(Section):
     test_fraction: Fraction = 0.05
     """Part of ``train`` taken for the test when ``test`` is empty."""
     on_overlap: Literal["error", "drop"] = "error"
-    """When a row of train or decision data also stands in valid or test: stop, or drop it from train and decision."""
+    """When a row stands in two splits: stop, or keep it in the first of test, valid, decision, train alone."""
     max_length: Positive = 512
     """Tokens in a window or example."""
     on_long: Literal["error", "truncate", "drop"] = "error"

@@ -216,3 +216,19 @@ def test_key_ignores_case_space_and_unicode_form() -> None:
 def test_every_text_has_a_key(text: str) -> None:
     assert len(Row(text=text).key) == 64
     assert Row(text=text).key == Row(text=f" {text}\n").key
+
+
+def test_choices_of_the_recipe_find_the_label_by_the_completion(tmp_path: Path) -> None:
+    templates = {"prompt": "{q}?", "completion": " {answer}", "choices": (" {good}", " no")}
+    yes, no = rows_of(
+        tmp_path, {"q": "a", "answer": "fine", "good": "fine"}, {"q": "b", "answer": "no", "good": "well"}, **templates
+    )
+    assert (yes.choices, yes.label, yes.completion) == ((" fine", " no"), 0, " fine")
+    assert (no.choices, no.label) == ((" well", " no"), 1)
+
+
+def test_a_completion_that_is_no_choice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rows.jsonl:1: the completion 'maybe' is none of the choices \[' yes', ' no'\]"):
+        rows_of(tmp_path, {"q": "a", "a": "maybe"}, prompt="{q}", completion="{a}", choices=(" yes", " no"))
+    with pytest.raises(UserError, match="has choices but no prompt and completion"):
+        rows_of(tmp_path, {"text": "a"}, choices=(" yes", " no"))

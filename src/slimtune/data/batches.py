@@ -75,7 +75,9 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
             raise UserError(
                 f"data.{name} has no token to learn from ({len(rows[name])} rows"
                 + "".join(f", {key} {count}" for key, count in notes.items() if key.startswith(name))
-                + f"); give more rows, raise data.max_length={config.max_length} or change data.on_long/on_overlap"
+                + "); give more rows"
+                + (f", raise data.decision_fraction={config.decision_fraction}" if name == "decision" else "")
+                + f", raise data.max_length={config.max_length} or change data.on_long/on_overlap"
             )
     return Splits(
         **windows,

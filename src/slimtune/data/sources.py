@@ -101,6 +101,8 @@ def check_templates(source: Source) -> None:
     shapes = [name for name in ("text", "prompt", "messages") if getattr(source, name) is not None]
     if len(shapes) > 1:
         raise UserError(f"data source {source.path!r} has templates for {' and '.join(shapes)}; keep one of them")
+    if source.choices and source.prompt is None:
+        raise UserError(f"data source {source.path!r} has choices but no prompt and completion; give templates of both")
 
 
 def _records(source: Source) -> Iterator[Record]:
@@ -119,6 +121,8 @@ def _row(fields: Mapping[str, Any], origin: str, source: Source) -> Row:
         return Row(messages=_messages(_field(source.messages, fields, origin), origin), origin=origin)
     if source.prompt is not None and source.completion is not None:
         prompt, completion = _fill(source.prompt, fields, origin), _fill(source.completion, fields, origin)
+        if source.choices:
+            return _chosen(prompt, completion, [_fill(choice, fields, origin) for choice in source.choices], origin)
         return _example(prompt, completion, fields, origin)
     for name in ("messages", "conversations"):
         if name in fields:
@@ -138,6 +142,17 @@ def _unknown_shape(fields: Mapping[str, Any], origin: str) -> UserError:
         "completion, or text. Rename the fields or give templates, e.g. data.train=[{path: ..., "
         f'prompt: "{{question}}", completion: " {{answer}}"}}].{"".join(hints)}'
     )
+
+
+def _chosen(prompt: str, completion: str, choices: list[str], origin: str) -> Row:
+    """A row whose completion is one of the recipe's choices."""
+    if completion not in choices:
+        raise UserError(
+            f"{origin}: the completion {completion!r} is none of the choices {choices}; the templates of data's completion and "
+            "choices must agree, spaces included"
+        )
+    label = choices.index(completion)
+    return Row(prompt=prompt, completion=completion, choices=tuple(choices), label=label, origin=origin)
 
 
 def _example(prompt: str, completion: str, fields: Mapping[str, Any], origin: str) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ def replacing(folder: Path, needed_bytes: int) -> Iterator[Path]:
         _check_space(folder, needed_bytes)
         partial.mkdir()
         yield partial
+        _readable(partial)
         _swap(partial, folder)
     except OSError as error:
         if error.errno in _FULL:
@@ -85,6 +87,15 @@ def _old(folder: Path) -> Path:
 def _restore(folder: Path) -> None:
     if _old(folder).is_dir() and not folder.exists():  # a run was killed between the two renames of _swap
         _old(folder).rename(folder)
+
+
+def _readable(partial: Path) -> None:
+    """Give every file the mode that the user's umask asks for: safetensors writes its own for the owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in partial.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _swap(partial: Path, folder: Path) -> None:

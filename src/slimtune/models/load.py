@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import (
     CONFIG_MAPPING,
@@ -25,13 +27,13 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
-from slimtune.errors import UserError
+from slimtune.errors import UserError, nearest
 from slimtune.sections import LoraConfig, ModelConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import describe, family_of
 
 BUILTIN = "builtin:"
-_BAD_FILES = (OSError, ValueError)
+_BAD_FILES = (OSError, ValueError, StrictDataclassError)
 """What transformers raises for files that are absent, broken or of a kind it does not know."""
 
 
@@ -74,20 +76,58 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
             raise UserError("model.path is empty: give a folder or hub id, or init: config with config.model_type")
         keys = dict(config.config)
         model_type = family_of(str(keys.pop("model_type"))).model_type
-        return AutoConfig.for_model(model_type, **keys)
+        return _configured(AutoConfig.for_model(model_type), keys, lambda: AutoConfig.for_model(model_type, **keys))
     location, local = locate(config.path)
     _refuse_unknown(location, local, config.revision)
     loaded = _hub(AutoConfig.from_pretrained, location, local, "model.path", _BAD_FILES, revision=config.revision)
-    for key, value in (config.config if config.init == "config" else {}).items():
-        setattr(loaded, key, value)
-    return loaded
+    return _configured(loaded, config.config, lambda: _with(loaded, config.config))
+
+
+def _configured(base: PreTrainedConfig, keys: Mapping[str, Any], make: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
+    """What ``make`` builds from the recipe's ``keys``, once they are known to be keys of ``base``."""
+    known = {*base.to_dict(), *base.attribute_map, "head_dim"}  # which every family reads, declared or not
+    for key in keys:
+        if key not in known:
+            raise UserError(f"model.config: {key!r} is no key of a {base.model_type} config.{nearest(key, sorted(known))}")
+    try:
+        return make()
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.config={dict(keys)!r} is refused by transformers ({reason}); correct the values") from error
+
+
+def _with(config: PreTrainedConfig, keys: Mapping[str, Any]) -> PreTrainedConfig:
+    for key, value in keys.items():
+        setattr(config, key, value)
+    return config
 
 
 def _refuse_unknown(location: str, local: bool, revision: str | None) -> None:
     """Refuse a model_type that transformers does not know either, with our list instead of its ValueError."""
     raw, _ = _hub(PreTrainedConfig.get_config_dict, location, local, "model.path", _BAD_FILES, revision=revision)
+    if not isinstance(raw, dict):
+        raise UserError(f"model.path={location!r} cannot be loaded (its config.json is no object); check the folder's files")
     if raw.get("model_type") and raw["model_type"] not in CONFIG_MAPPING:
         family_of(str(raw["model_type"]))
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Raise UserError where the weight files of a local base are absent, broken or cut short: by their headers, in no time."""
+    if config.init == "config" or not locate(config.path)[1]:
+        return
+    folder = Path(locate(config.path)[0])
+    index = folder / "model.safetensors.index.json"
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        for name in sorted(names):
+            if index.is_file() or (folder / name).is_file():
+                with safe_open(folder / name, "pt") as file:
+                    file.keys()
+            elif not any(folder.glob("*.bin")):
+                raise FileNotFoundError(f"no {name}")
+    except (OSError, ValueError, LookupError, AttributeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"model.path={config.path!r} cannot be loaded ({reason}); check the folder's files") from error
 
 
 def check_length(config: PreTrainedConfig, max_length: int) -> None:

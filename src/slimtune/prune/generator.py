@@ -17,9 +17,9 @@ class Generator(nn.Module):
         """Draw the starting weights (seed torch before).
 
         Args:
-        structure: what can be cut.
-        config: the recipe's section.
-        uniform: equal expected widths in all layers: logits of a site are centred on one shared level per axis.
+            structure: what can be cut.
+            config: the recipe's section.
+            uniform: equal expected widths in all layers: logits of a site are centred on one shared level per axis.
         """
         super().__init__()
         self.sites: list[Site] = list(structure.sites())

@@ -119,7 +119,7 @@ def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: st
     train = session.recipe.train
     raise UserError(
         f"the {what} in phase {phase.name!r}, turn {turn.name!r}, step {step}: lower train.lr (now {train.lr}) or "
-        f"generator.lr (now {session.recipe.generator.lr}), or set train.precision=float32; the last checkpoint is kept"
+        f"generator.lr (now {session.recipe.generator.lr}), or set train.precision=float32, and start anew with --overwrite"
     )
 
 
