@@ -191,3 +191,17 @@ def test_tables_and_json_show_the_figures() -> None:
     for figure in ("8,030,261,248", "(0.540)", "14,336", "search", "No matmul was timed for cpu, float32"):
         assert figure in out.getvalue()
     assert json.loads(json.dumps(result.to_dict()))["before"]["total"] == 8_030_261_248
+
+
+def test_lora_aware_settles_on_the_uncut_model_out_of_the_recoverys_steps() -> None:
+    aware = {"lora": {"semantics": "lora_aware", "settle": 0.5}}
+    rows = {phase.name: phase for phase in cost(LLAMA_3_8B, **aware).phases}
+    plain = {phase.name: phase for phase in cost(LLAMA_3_8B).phases}
+    assert rows["settle"].steps + rows["recover"].steps == plain["recover"].steps
+    assert rows["settle"].flops / rows["settle"].steps > rows["recover"].flops / rows["recover"].steps
+
+
+def test_what_tune_refuses_is_a_problem_here() -> None:
+    result = cost(LLAMA_3_8B, budget={"keep": 0.611, "layout": "uniform", "ffn_multiple": 2048})
+    assert result.problem is not None
+    assert "budget.layout=uniform" in result.problem

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from slimtune import runtime
+from slimtune.errors import UserError
 from slimtune.estimate.cost import Job, Phase, memory, phases
 from slimtune.models.load import load_config, structure_of
 from slimtune.prune.generator import Generator
-from slimtune.prune.solve import MULTIPLES, smallest_ratio
+from slimtune.prune.solve import MULTIPLES, smallest_ratio, solve
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
 
@@ -122,12 +123,22 @@ def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size, str | None
     wanted = budget.keep * structure.total_params - structure.constant_params if of_total else budget.keep * whole
     least = smallest.total_ratio if of_total else smallest.block_ratio
     if budget.keep >= least:
-        return smallest, size(wanted), None
+        return smallest, size(wanted), _refusal(recipe, structure)
     problem = (
         f"budget.keep={budget.keep} of {budget.of} cannot be met: embeddings, norms and the least every layer "
         f"must keep are already {least:.3f}; ask for more than that{', or use budget.of=block' if of_total else ''}"
     )
     return smallest, smallest, problem
+
+
+def _refusal(recipe: Recipe, structure: Structure) -> str | None:
+    """What ``tune`` would say to the budget before it starts: rounding, layout and tolerance counted."""
+    scores = {(layer, axis): torch.zeros(structure.layers[layer].units[axis]) for layer, axis in structure.sites()}
+    try:
+        solve(scores, structure, recipe.budget)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _units(structure: Structure) -> tuple[tuple[str, dict[str, int]], ...]:

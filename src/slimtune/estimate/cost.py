@@ -104,7 +104,7 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
         return Phase(name, steps, tokens, flops, flops / speed if speed else None)
 
     if recipe.method == "finetune":
-        return [phase("train", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
+        return [phase("tune", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
     search, recover, part = recipe.search.steps, recipe.recover.steps, job.part
     prior = recipe.generator.prior_steps if recipe.generator.prior != "none" else 0
     small = (recipe.search.batch or recipe.train.batch) / recipe.train.batch
@@ -112,8 +112,13 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     decides = -(-search // recipe.search.decide_every)
     turns = [(search, job.adapt() + teacher), (small * decides, decide), (small * prior, decide)]
+    aware = recipe.lora.semantics == "lora_aware"
+    settle = min(round(recipe.lora.settle * search), recover) if aware else 0
     recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
-    rows = [phase("search", search, turns), phase("recover", recover, [(recover, recovering)])]
+    rows = [phase("search", search, turns)]
+    if settle:  # on the uncut model, out of the recovery's steps
+        rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
+    rows.append(phase("recover", recover - settle, [(recover - settle, recovering)]))
     if recipe.evaluate.dense_lora:
         rows.append(phase("dense LoRA", search + recover, [(search + recover, job.adapt())]))
     return rows
