@@ -204,11 +204,11 @@ class _Run:
 
     def _train(self, method: Method, stage: str) -> tuple[Outcome, Figures]:
         """A method's outcome, and what it cost: seconds, and the most bytes on a GPU."""
-        started = time.perf_counter()
         forget_peak(self.accelerator.device)
-        outcome = method(self._session(stage))
+        session = self._session(stage)
+        outcome = method(session)
         peak = peak_memory(self.accelerator.device)
-        return outcome, {"seconds": round(time.perf_counter() - started, 1), **({"memory": peak} if peak else {})}
+        return outcome, {"seconds": round(session.seconds, 1), **({"memory": peak} if peak else {})}
 
     def _session(self, stage: str) -> Session:
         return Session(

@@ -257,3 +257,14 @@ def test_other_data_do_not_slip_into_a_resumed_run(bench: Bench, tmp_path: Path)
         tune(recipe, resume=True)
     texts.write_text("".join(lines), encoding="utf-8")
     assert tune(recipe, resume=True)["result"]["ppl"] > 1
+
+
+def test_training_time_counts_what_came_before_the_interruption(bench: Bench, tmp_path: Path) -> None:
+    recipe = variant(bench, "finetune", tmp_path)
+    tune(recipe)
+    file = tmp_path / "checkpoint-main.pt"
+    state = checkpoint.load(file, torch.device("cpu"))
+    assert state is not None
+    assert 0 < state["seconds"] < 100
+    checkpoint.save(file, {**state, "seconds": 1234.0})
+    assert 1234.0 <= tune(recipe, resume=True)["result"]["seconds"] < 1334.0

@@ -24,8 +24,7 @@ from slimtune.prune import budget, penalties
 from slimtune.prune.gates import MaskBank, Site
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan, count
-from slimtune.train import checkpoint
-from slimtune.train.loop import Phase, Turn, checkpoint_path, hash_seed, run_phase
+from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
 from slimtune.train.objective import Batch, cross_entropy_sum, distillation_sum, forward
 from slimtune.train.session import Figures, Session
 from slimtune.train.tuner import Tuner
@@ -64,7 +63,7 @@ class _Atp:
 
     def run(self) -> Outcome:
         """All phases, from wherever the checkpoint left off."""
-        saved = checkpoint.load(checkpoint_path(self.session), self.session.device) if self.session.resume else None
+        saved = resumed(self.session)
         name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
         if saved:
             self._restore(saved)

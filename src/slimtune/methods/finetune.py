@@ -12,8 +12,7 @@ from slimtune.models.load import attach_lora, enable_checkpointing, load_model
 from slimtune.models.surgery import compile_blocks
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan
-from slimtune.train import checkpoint
-from slimtune.train.loop import Phase, Turn, checkpoint_path, hash_seed, run_phase
+from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
 from slimtune.train.objective import Batch, cross_entropy_sum, forward
 from slimtune.train.session import Session
 from slimtune.train.tuner import Tuner
@@ -33,7 +32,7 @@ def run(session: Session) -> Outcome:
         return tuner.update(step, loss)
 
     first = 0
-    saved = checkpoint.load(checkpoint_path(session), session.device) if session.resume else None
+    saved = resumed(session)
     if saved:
         tuner.restore(saved["tuner"])
         first = saved["step"]

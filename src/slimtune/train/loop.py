@@ -64,6 +64,14 @@ def checkpoint_path(session: Session) -> Any:
     return session.folder / f"checkpoint-{session.stage}.pt"
 
 
+def resumed(session: Session) -> dict[str, Any] | None:
+    """The stage's last checkpoint, where the run is to go on from one."""
+    saved = checkpoint.load(checkpoint_path(session), session.device) if session.resume else None
+    if saved:
+        session.earlier = saved["seconds"]
+    return saved
+
+
 def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
     """Run steps ``first``..``phase.steps`` and leave a checkpoint at the end.
 
@@ -126,5 +134,6 @@ def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: st
 def _checkpoint(session: Session, phase: Phase, step: int) -> None:
     # the row first: a kill between the two leaves a row too many, which the resumed run cuts off again
     session.metrics.write(checkpoint=[session.stage, phase.name, step])
-    checkpoint.save(checkpoint_path(session), {"phase": phase.name, "step": step, **phase.capture()})
+    state = {"phase": phase.name, "step": step, "seconds": session.seconds, **phase.capture()}
+    checkpoint.save(checkpoint_path(session), state)
     session.accelerator.wait_for_everyone()

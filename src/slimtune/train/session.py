@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Session:
         valid_figures: measures a model (gates as they are) on validation windows; supplied by the pipeline, because
             evaluation lives beside the methods, not below them.
         stage: name of the checkpoint and prefix of the metric rows (``main``, or ``dense_lora`` for the reference).
+        earlier: seconds of work that a resumed stage had behind it.
     """
 
     recipe: Recipe
@@ -81,6 +83,13 @@ class Session:
     valid_figures: Callable[[torch.nn.Module], Figures]
     stage: str = "main"
     resume: bool = False
+    earlier: float = 0.0
+    started: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of work on this stage, those before an interruption (up to its last checkpoint) included."""
+        return self.earlier + time.perf_counter() - self.started
 
     @property
     def device(self) -> torch.device:
