@@ -43,7 +43,9 @@ def _plain(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def file(tmp_path: Path) -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"device": "cpu", "model": {"init": "config", "config": TINY}, "budget": {"tolerance": 0.01}}))
+    path.write_text(
+        yaml.safe_dump({"device": "cpu", "model": {"init": "config", "config": TINY}, "budget": {"tolerance": 0.01}})
+    )
     return str(path)
 
 
