@@ -34,7 +34,7 @@ def solve(scores: Mapping[Site, Tensor], structure: Structure, budget: BudgetCon
     """The Plan that keeps the best-scored units within the exact budget. No sampling; ties go to the lower index.
 
     A unit is kept when its score (the generator's logit) is above one common level: logits already weigh a unit against its
-    cost, because the budget loss pulls on each in proportion to what it owns. MLP widths are rounded to ``ffn_multiple``;
+    cost, because the budget pulls on each in proportion to what it owns. MLP widths are rounded to ``ffn_multiple``;
     every layer keeps at least one KV group and one rounding block.
 
     Raises:
