@@ -150,19 +150,31 @@ def _trade(chosen: list[_Item], out: list[_Item], fixed: int, left: float, slack
         return None
     block = (drop[FFN] or add[FFN])[0].cost
     for groups in sorted(range(-_TRADES, _TRADES + 1), key=abs):
-        pool = add[KV_GROUP] if groups > 0 else drop[KV_GROUP]
-        if abs(groups) > len(pool):
-            continue
-        moved = pool[: abs(groups)]
-        after = left - sum(item.cost for item in moved) * (1 if groups > 0 else -1)
-        blocks = round(after / block)
-        pool = add[FFN] if blocks > 0 else drop[FFN]
-        if abs(blocks) > len(pool) or abs(after - (1 if blocks > 0 else -1) * sum(i.cost for i in pool[: abs(blocks)])) > slack:
-            continue
-        moved_in = (moved if groups > 0 else []) + (pool[: abs(blocks)] if blocks > 0 else [])
-        moved_out = set(map(id, (moved if groups < 0 else []) + (pool[: abs(blocks)] if blocks < 0 else [])))
-        return [item for item in chosen if id(item) not in moved_out] + moved_in
+        first = _move(add[KV_GROUP], drop[KV_GROUP], groups)
+        then = _move(add[FFN], drop[FFN], round((left - first.cost) / block)) if first else None
+        if first and then and abs(left - first.cost - then.cost) <= slack:
+            gone = set(map(id, first.gone + then.gone))
+            return [item for item in chosen if id(item) not in gone] + first.come + then.come
     return None
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Items that come in and items that go, and what that adds to the cost."""
+
+    come: list[_Item]
+    gone: list[_Item]
+
+    @property
+    def cost(self) -> int:
+        return sum(item.cost for item in self.come) - sum(item.cost for item in self.gone)
+
+
+def _move(add: list[_Item], drop: list[_Item], number: int) -> _Move | None:
+    """The first ``number`` of ``add`` come, or as many of ``drop`` go when it is negative; None where they are too few."""
+    if number > len(add) or -number > len(drop):
+        return None
+    return _Move(add[: max(0, number)], drop[: max(0, -number)])
 
 
 def _give_back(chosen: list[_Item], fixed: int, left: float) -> tuple[list[_Item], float]:
