@@ -170,7 +170,7 @@ def test_hard_masks_and_lora_aware_masks_give_other_losses(bench: Bench, tmp_pat
 def test_distillation_changes_the_loss_only_with_a_weight(bench: Bench, tmp_path: Path) -> None:
     runs = {
         "plain": {},
-        "off": {"distill__weight": 0.0, "distill__recover": True},
+        "off": {"distill__weight": 0.0, "distill__temperature": 3.0},
         "search": {"distill__weight": 1.0},
         "recover": {"distill__weight": 1.0, "distill__recover": True},
         "warm": {"distill__weight": 1.0, "distill__temperature": 3.0},
