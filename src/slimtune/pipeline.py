@@ -36,7 +36,7 @@ from slimtune.models.load import (
 )
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
-from slimtune.prune.solve import solve
+from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
 from slimtune.runtime import Metrics, RunFolder, forget_peak, machine, peak_memory, pick_dtype, rank, seed_everything
@@ -108,8 +108,7 @@ class _Run:
         check_target(self.folder / "model")
         check_model(self.folder, recipe)
         if recipe.method == "atp":
-            zeros = {site: torch.zeros(self.structure.layers[site[0]].units[site[1]]) for site in self.structure.sites()}
-            solve(zeros, self.structure, recipe.budget)
+            check_budget(self.structure, recipe.budget)
         check_attention(recipe.model, str(self.accelerator.device))
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)

@@ -202,7 +202,9 @@ def test_keeping_everything_is_the_uncut_plan(of: str, layout: str) -> None:
 def test_what_can_be_met_before_the_search_can_be_met_after_it(
     seed: int, keep: float, multiple: int, layout: str, by_axis: float
 ) -> None:
-    budget = BudgetConfig(keep=keep, ffn_multiple=multiple, layout=layout)
+    # equal widths of whole blocks move the ratio by up to 5% at once: at the default tolerance few budgets could be met
+    tolerance = 0.01 if layout == "uniform" else 0.002
+    budget = BudgetConfig(keep=keep, ffn_multiple=multiple, layout=layout, tolerance=tolerance)
 
     def feasible(scores: dict[Site, Tensor]) -> bool:
         try:

@@ -14,7 +14,7 @@ from slimtune.errors import UserError
 from slimtune.estimate.cost import Job, Phase, memory, phases
 from slimtune.models.load import load_config, structure_of
 from slimtune.prune.generator import Generator
-from slimtune.prune.solve import MULTIPLES, smallest_ratio, solve
+from slimtune.prune.solve import MULTIPLES, check_budget, smallest_ratio
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
 
@@ -133,9 +133,8 @@ def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size, str | None
 
 def _refusal(recipe: Recipe, structure: Structure) -> str | None:
     """What ``tune`` would say to the budget before it starts: rounding, layout and tolerance counted."""
-    scores = {(layer, axis): torch.zeros(structure.layers[layer].units[axis]) for layer, axis in structure.sites()}
     try:
-        solve(scores, structure, recipe.budget)
+        check_budget(structure, recipe.budget)
     except UserError as error:
         return str(error)
     return None

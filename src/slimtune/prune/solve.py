@@ -73,6 +73,11 @@ def solve(scores: Mapping[Site, Tensor], structure: Structure, budget: BudgetCon
     )
 
 
+def check_budget(structure: Structure, budget: BudgetConfig) -> None:
+    """Raise UserError where no Plan meets the budget, whatever a search will find."""
+    solve({site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}, structure, budget)
+
+
 def smallest_ratio(structure: Structure, of: str, multiple: int) -> float:
     """The ratio with one KV group and one rounding block in every layer."""
     least = sum(
