@@ -6,7 +6,8 @@
 A variant is ``name: key=value ...``. The variant called ``dense_lora`` supplies ``dense_value`` for the same seed. Rows are
 ``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine}``; a failed run is a row
 whose metric is ``failed``. A run that an earlier call finished with the same words is taken as it is (delete ``--runs`` when
-the program has changed). With more ``--jobs`` than GPUs runs share a device: figures stay, seconds do not compare.
+the program has changed). ``--add`` keeps the rows that the file has and this call does not make, so that a table can be made in
+several calls. With more ``--jobs`` than GPUs runs share a device: figures stay, seconds do not compare.
 """
 
 from __future__ import annotations
@@ -72,8 +73,7 @@ def run(recipe: str, job: Job, runs: Path, threads: int) -> tuple[str, int, dict
 
 
 def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str) -> list[Row]:
-    """Flat rows, dense_value joined by seed."""
-    dense = {seed: summary["result"] for name, seed, summary in done if name == "dense_lora" and "result" in summary}
+    """Flat rows, ``dense_value`` joined by seed."""
     rows: list[Row] = []
     for name, seed, summary in done:
         common = {"base": base, "domain": domain, "method": name, "seed": seed}
@@ -92,14 +92,23 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
                         "value": result[key],
                         "se": result.get(f"{key}_se"),
                         "base_value": summary["base"].get(key),
-                        "dense_value": dense.get(seed, {}).get(key),
+                        "dense_value": None,
                         "tokens": sum(summary["tokens"].values()),
                         "gpu_seconds": result["seconds"],
                         "leak": summary["leak"],
                         "machine": summary["machine"],
                     }
                 )
-    return rows
+    return joined([], rows)
+
+
+def joined(kept: list[Row], new: list[Row]) -> list[Row]:
+    """``kept`` with the runs in ``new`` put in place of theirs (same method and seed); ``dense_value`` joined over all rows."""
+    made = {(row["method"], row["seed"]) for row in new}
+    rows = [row for row in kept if (row["method"], row["seed"]) not in made] + new
+    rows.sort(key=lambda row: (row["method"], row["seed"]))
+    dense = {(row["seed"], row["metric"]): row["value"] for row in rows if row["method"] == "dense_lora"}
+    return [{**row, "dense_value": dense.get((row["seed"], row["metric"]))} if "dense_value" in row else row for row in rows]
 
 
 def print_table(rows: list[Row]) -> None:
@@ -134,6 +143,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4)
     parser.add_argument("--rows", type=Path, required=True)
     parser.add_argument("--runs", type=Path, default=Path("runs/grid"))
+    parser.add_argument("--add", action="store_true", help="keep the other rows of --rows")
     parser.add_argument("--base", default="base-44m")
     parser.add_argument("--domain", default="")
     args = parser.parse_intermixed_args()
@@ -142,6 +152,7 @@ def main() -> None:
         return
     domain = args.domain or Path(args.recipe).stem
     args.rows.parent.mkdir(parents=True, exist_ok=True)
+    kept = json.loads(args.rows.read_text()) if args.add and args.rows.exists() else []
     gpus = itertools.cycle(args.gpus.split(","))
     work = []
     for seed in args.seeds.split(","):
@@ -153,7 +164,7 @@ def main() -> None:
         done = []
         for future in as_completed(futures):  # rows are written as they come: an interrupted grid keeps what it has
             done.append(future.result())
-            rows = rows_of(sorted(done, key=lambda item: (item[0], item[1])), args.base, domain)
+            rows = joined(kept, rows_of(done, args.base, domain))
             args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     print_table(rows)
 

@@ -59,6 +59,17 @@ def test_rows_are_joined_to_dense_lora_by_seed(capsys: pytest.CaptureFixture[str
     assert "| broken | failed |" in table
 
 
+def test_rows_of_several_calls_make_one_table() -> None:
+    grid = script("grid")
+    first = grid.rows_of([("atp", 0, {"failed": "no"}), ("atp", 1, summary(22.0))], "tiny", "somewhere")
+    second = grid.rows_of([("dense_lora", 1, summary(20.0, "finetune")), ("atp", 0, summary(21.0))], "tiny", "somewhere")
+    found = {(row["method"], row["seed"], row["metric"]): row for row in grid.joined(first, second)}
+    assert len(found) == 6
+    assert found["atp", 1, "domain_ppl"]["dense_value"] == 20.0
+    assert found["atp", 0, "domain_ppl"]["dense_value"] is None
+    assert ("atp", 0, "failed") not in found
+
+
 def test_a_finished_run_is_taken_as_it_is_until_its_words_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     grid, calls = script("grid"), []
 
