@@ -58,6 +58,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
             r"recipe: budget\.ffn_multiple='foo' is not valid: Input should be a valid integer.* or .*'auto'$",
         ),
         ({"data": {"train": [{"path": "x", "rows": 0}]}}, r"recipe: data\.train\.0\.rows=0 is not valid"),
+        ({"budget": 0.6}, r"budget=0\.6 is not valid: it is a section with keys keep, of, "),
+        ({"data": {"train": [["x"]]}}, r"data\.train\.0=\['x'\] is not valid: it is a section with keys path, "),
         ({"trackers": [{}]}, r"recipe: trackers\.0=\{\} is not valid"),
         ({"train": {"batch": 2.5}}, r"train.batch=2.5 is not valid"),
         ({"lora": {"semantics": "soft"}}, r"lora.semantics='soft' is not valid: .*'hard' or 'lora_aware'"),

@@ -151,7 +151,8 @@ def _supported(model: Path) -> None:
 
     file = model / "config.json"
     if not file.is_file():
-        raise UserError(f"{str(model)!r} has no config.json; give a Hugging Face model folder")
+        remedy = "give a Hugging Face model folder (a hub id: slimtune estimate RECIPE model.path=org/name)"
+        raise UserError(f"{str(model)!r} has no config.json; {remedy}")
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -249,9 +249,9 @@ class _Run:
         differences: list[float] = []
         if rank() == 0:
             self.progress.say(f"writing {escape(str(target))} ...")
-            model, source = without_flash(model.cpu()).eval(), recipe.model.tokenizer or recipe.model.path
+            model = without_flash(model.cpu()).eval()
             check = (lambda written: differences.append(self._verify(model, written))) if recipe.export.verify else None
-            huggingface.save(model, source, plan, target, dtype, self._facts(counts.total, {}, None), check)
+            huggingface.save(model, recipe.model, plan, target, dtype, self._facts(counts.total, {}, None), check)
         difference = differences[0] if differences else None
         self.accelerator.wait_for_everyone()
         measured = pick_dtype(recipe.model.dtype, str(self.accelerator.device))  # as the base was

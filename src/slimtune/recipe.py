@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from slimtune.errors import UserError, nearest
 from slimtune.sections import (
@@ -45,7 +45,7 @@ class Recipe(Section):
     """Of everything random."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``."""
-    trackers: tuple[str, ...] = ()
+    trackers: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
     """accelerate trackers to feed besides metrics.jsonl, e.g. ``[tensorboard]``."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
@@ -157,6 +157,9 @@ def _explain(error: ValidationError) -> str:
         return f"recipe: unknown key {where!r}.{hint}"
     if first["type"] == "value_error" and not where:
         return f"recipe: {first['ctx']['error']}"
+    inside = _keys_at(loc)
+    if inside and not isinstance(first["input"], Mapping):
+        return f"recipe: {where}={first['input']!r} is not valid: it is a section with keys {', '.join(inside)}"
     reasons = dict.fromkeys(item["msg"] for item in (first, *others) if _keys(item["loc"]) == loc)  # one a union's member
     return f"recipe: {where}={first['input']!r} is not valid: {' or '.join(reasons)}"
 

@@ -184,8 +184,10 @@ def quiet_libraries() -> None:
     """Keep the run's own lines readable: no loading bars and deprecation notes of the libraries underneath."""
     import warnings
 
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # an unreachable hub is told once, by our error, not with every retry
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")

@@ -65,13 +65,19 @@ class ModelConfig(Section):
     tokenizer: str | None = None
     """Folder or hub id of the tokenizer; default: ``path``."""
     revision: str | None = None
-    """Revision of a hub model."""
+    """Revision of the hub model ``path`` (and of its tokenizer, unless ``tokenizer`` is another one)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base weights while training. ``auto``: bfloat16 on a GPU, float32 on CPU."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation. ``auto``: what transformers chooses for the family."""
     checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
     """Activation (gradient) checkpointing."""
+
+    @property
+    def tokenizer_source(self) -> tuple[str, str | None]:
+        """Where the tokenizer is, and the revision that holds there."""
+        path = self.tokenizer or self.path
+        return path, self.revision if path == self.path else None
 
 
 class DataConfig(Section):

@@ -18,6 +18,7 @@ from slimtune.errors import UserError
 from slimtune.export import huggingface
 from slimtune.export.huggingface import save
 from slimtune.models.per_layer import register
+from slimtune.sections import ModelConfig
 from slimtune.structure.plan import Plan
 
 
@@ -188,18 +189,48 @@ def test_tokenizer_files_are_copied_unchanged(tmp_path: Path) -> None:
     (base / "config.json").write_text("{}")
     (base / "model.safetensors").write_text("old weights")
     model, plan = cut_model("llama", UNEVEN)
-    folder = save(model, base, plan, tmp_path / "out", None, {})
+    folder = save(model, ModelConfig(path=str(base)), plan, tmp_path / "out", None, {})
     for name in names:
         assert (folder / name).read_bytes() == (base / name).read_bytes()
     assert stored(folder)
     assert config_of(folder)["model_type"] == "slimtune_llama"
 
 
+def test_generation_settings_are_the_base_s_not_the_tokenizer_s(tmp_path: Path) -> None:
+    for name in ("base", "tokenizer"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(name)
+        (tmp_path / name / "generation_config.json").write_text(f'{{"from": "{name}"}}')
+    model, plan = cut_model("llama", UNEVEN)
+    origin = ModelConfig(path=str(tmp_path / "base"), tokenizer=str(tmp_path / "tokenizer"))
+    folder = save(model, origin, plan, tmp_path / "out", None, {})
+    assert (folder / "tokenizer.json").read_text() == "tokenizer"
+    assert json.loads((folder / "generation_config.json").read_text()) == {"from": "base"}
+
+
+@pytest.mark.parametrize(("tokenizer", "revision"), [(None, "v1"), ("org/other", None)])
+def test_files_of_a_hub_model_are_those_of_its_revision(
+    tokenizer: str | None, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {}
+
+    def fetched(location: str, revision: str | None, allow_patterns: list[str]) -> str:
+        for pattern in allow_patterns:
+            asked[pattern] = (location, revision)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface, "snapshot_download", fetched)
+    model, plan = cut_model("llama", UNEVEN)
+    save(model, ModelConfig(path="org/base", revision="v1", tokenizer=tokenizer), plan, tmp_path / "out", None, {})
+    assert asked["tokenizer*"] == (tokenizer or "org/base", revision)
+    assert asked["generation_config.json"] == ("org/base", "v1")
+
+
 def test_the_base_is_never_replaced(tmp_path: Path) -> None:
     model, plan = cut_model("llama", UNEVEN)
     save(model, None, plan, tmp_path / "base", None, {})
     with pytest.raises(UserError, match="its own base"):
-        save(model, tmp_path / "base", plan, tmp_path / "base", None, {})
+        save(model, ModelConfig(path=str(tmp_path / "base")), plan, tmp_path / "base", None, {})
 
 
 def test_a_model_that_does_not_fit_its_plan_is_refused(tmp_path: Path) -> None:

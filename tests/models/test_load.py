@@ -10,7 +10,15 @@ import torch
 from bases import Bench
 from slimtune.errors import UserError
 from slimtune.models import load
-from slimtune.models.load import attach_lora, check_attention, load_model, locate, structure_of, without_flash
+from slimtune.models.load import (
+    attach_lora,
+    check_attention,
+    load_model,
+    load_tokenizer,
+    locate,
+    structure_of,
+    without_flash,
+)
 from slimtune.sections import LoraConfig, ModelConfig
 
 
@@ -20,6 +28,26 @@ def test_a_mistyped_path_beside_a_folder_never_reaches_the_network(tmp_path: Pat
     (tmp_path / "models").mkdir()
     with pytest.raises(UserError, match=r"model.path='models/nope' does not exist; give a model folder"):
         locate("models/nope")
+
+
+def test_a_folder_without_a_tokenizer_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match=r"has no tokenizer files; .*model\.tokenizer="):
+        load_tokenizer(ModelConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(("tokenizer", "expected"), [(None, ("org/base", "v1")), ("org/other", ("org/other", None))])
+def test_a_revision_is_that_of_the_model_it_stands_beside(
+    tokenizer: str | None, expected: tuple[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def from_pretrained(location: str, *, revision: str | None, **_: object) -> None:
+        asked.append((location, revision))
+
+    monkeypatch.setattr(load.AutoTokenizer, "from_pretrained", from_pretrained)
+    load_tokenizer(ModelConfig(path="org/base", revision="v1", tokenizer=tokenizer))
+    assert asked == [expected]
 
 
 @pytest.mark.parametrize(("device", "installed"), [("cpu", True), ("cuda:0", False)])

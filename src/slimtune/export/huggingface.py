@@ -7,7 +7,7 @@ are compared with the model's. That catches every trap of the stock classes (val
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import copyfile
@@ -23,24 +23,13 @@ from slimtune.errors import UserError
 from slimtune.export import card
 from slimtune.export.folder import replacing
 from slimtune.models import per_layer
-from slimtune.models.load import locate
+from slimtune.models.load import TOKENIZER_FILES, locate
+from slimtune.sections import ModelConfig
 from slimtune.structure.axes import AXES
 from slimtune.structure.plan import Plan
 
 MAX_SHARD = "4GB"
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "tokenization_*.py",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "generation_config.json",
-)
-"""Files of a base folder that go into the export unchanged."""
+_GENERATION = "generation_config.json"
 _SPARE_BYTES = 1 << 20
 _NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "per_layer_config")
 
@@ -68,7 +57,7 @@ _TWINS = {
 
 def save(
     model: PreTrainedModel,
-    tokenizer_source: Path | str | None,
+    origin: ModelConfig | None,
     plan: Plan,
     folder: Path,
     dtype: torch.dtype | None,
@@ -79,7 +68,8 @@ def save(
 
     Args:
         model: a stock causal LM, cut by ``plan``, LoRA merged; ``model.config`` is still that of the base. Not changed.
-        tokenizer_source: folder or hub id whose tokenizer files are copied byte for byte; None: none are written.
+        origin: where the base and its tokenizer are; the tokenizer's files and the base's generation_config.json are
+            copied byte for byte. None: there is no tokenizer.
         plan: the decision; also written, as plan.json.
         folder: the target; ``folder.replacing`` says what it may hold.
         dtype: of the written weights; None: as they are.
@@ -89,8 +79,8 @@ def save(
     Raises:
         UserError: the model does not fit the plan, the disk is full, or the folder may not be replaced.
     """
-    source = _tokenizer_folder(tokenizer_source)
-    if source and source.resolve() == Path(folder).resolve():
+    carried = _carried_files(origin)
+    if any(file.resolve().parent == Path(folder).resolve() for file in carried):
         raise UserError(f"the export would replace its own base {str(folder)!r}; choose another folder")
     weights = dict(model.named_parameters())  # tied ones once
     config = config_for(model.config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
@@ -101,17 +91,17 @@ def save(
         config.save_pretrained(partial)
         converted = {name: _converted(tensor, dtype) for name, tensor in weights.items()}
         save_torch_state_dict(converted, partial, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
-        _write_rest(partial, source, model, plan)
+        _write_rest(partial, carried, model, plan)
         card.write(partial, {"parameters_after": sum(map(Tensor.numel, weights.values())), **facts}, plan)
         if check:
             check(partial)
     return Path(folder)
 
 
-def _write_rest(partial: Path, source: Path | None, model: PreTrainedModel, plan: Plan) -> None:
-    for file in _tokenizer_files(source):
+def _write_rest(partial: Path, carried: Iterable[Path], model: PreTrainedModel, plan: Plan) -> None:
+    for file in carried:
         copyfile(file, partial / file.name)
-    if not (partial / "generation_config.json").exists():
+    if not (partial / _GENERATION).exists():
         model.generation_config.save_pretrained(partial)
     (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
 
@@ -176,23 +166,26 @@ def _converted(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return detached.to(dtype) if dtype and detached.is_floating_point() else detached
 
 
-def _tokenizer_folder(source: Path | str | None) -> Path | None:
-    if source is None:
-        return None
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    location, local = locate(str(source), "model.tokenizer")
-    if local:
-        return Path(location)
+def _carried_files(origin: ModelConfig | None) -> list[Path]:
+    """The tokenizer's files, and the base's own word on generation."""
+    if origin is None:
+        return []
+    tokenizer, revision = origin.tokenizer_source
+    found = _files_of(tokenizer, revision, TOKENIZER_FILES)
+    return found + (_files_of(origin.path, origin.revision, [_GENERATION]) if origin.path else [])
+
+
+def _files_of(source: str, revision: str | None, patterns: Iterable[str]) -> list[Path]:
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        location, local = locate(source)
+        folder = Path(location) if local else _fetched(location, revision, patterns)
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def _fetched(location: str, revision: str | None, patterns: Iterable[str]) -> Path:
     try:
-        return Path(snapshot_download(location, allow_patterns=list(TOKENIZER_FILES)))
+        return Path(snapshot_download(location, revision=revision, allow_patterns=list(patterns)))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"tokenizer files of {location!r} cannot be fetched ({reason}); give a local folder") from error
-
-
-def _tokenizer_files(source: Path | None) -> list[Path]:
-    if source is None:
-        return []
-    return sorted({file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()})
+        raise UserError(f"{', '.join(patterns)} of {location!r} cannot be fetched ({reason}); give a local folder") from error

@@ -33,6 +33,18 @@ from slimtune.structure.axes import Structure
 from slimtune.structure.families import describe, family_of
 
 BUILTIN = "builtin:"
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "tokenization_*.py",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+"""Names of the files that make up a tokenizer."""
 _BAD_FILES = (OSError, ValueError, StrictDataclassError)
 """What transformers raises for files that are absent, broken or of a kind it does not know."""
 
@@ -142,14 +154,16 @@ def check_length(config: PreTrainedConfig, max_length: int) -> None:
 
 def load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer, exactly as it is (no token added, no setting changed)."""
-    path = config.tokenizer or config.path
+    path, revision = config.tokenizer_source
     if not path:
         raise UserError("model.tokenizer is empty: give a folder or hub id with a tokenizer")
     if config.tokenizer and Path(path).expanduser().is_dir():
         location, local = str(Path(path).expanduser()), True
     else:
         location, local = locate(path, "model.tokenizer" if config.tokenizer else "model.path")
-    return _hub(AutoTokenizer.from_pretrained, location, local, "model.tokenizer", _BAD_FILES, revision=config.revision)
+    if local and not any(file for name in TOKENIZER_FILES for file in Path(location).glob(name)):
+        raise UserError(f"{path!r} has no tokenizer files; give a folder or hub id that has them: model.tokenizer=...")
+    return _hub(AutoTokenizer.from_pretrained, location, local, "model.tokenizer", _BAD_FILES, revision=revision)
 
 
 def meta_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
