@@ -125,7 +125,7 @@ def test_the_tokenizer_is_the_bases_byte_for_byte(bench: Bench, finished: tuple[
 def test_the_card_tells_the_figures(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
     card = (out / "model" / "README.md").read_text()
-    for name, figures in (("base, test", "base"), ("dense LoRA, test", "dense_lora"), ("this model, test", "result")):
+    for name, figures in (("base", "base"), ("dense LoRA", "dense_lora"), ("this model", "result")):
         assert f"| {name} | {round(summary[figures]['ppl'], 3):.4g} |" in card
     assert "fresh process" in card
 

@@ -8,8 +8,9 @@ import yaml
 
 import slimtune
 from cuts import UNEVEN, cut_model, even
-from slimtune.export.card import render, write
+from slimtune.export.card import facts, render, write
 from slimtune.export.huggingface import save
+from slimtune.recipe import parse
 
 FACTS = {
     "base": "org/base-1b",
@@ -18,7 +19,7 @@ FACTS = {
     "budget": "0.6 of total parameters",
     "parameters_before": 1_000_000,
     "parameters_after": 601_234,
-    "perplexities": {"base": 21.532, "this model": 9.1},
+    "figures": {"base": {"perplexity": 21.532}, "this model": {"perplexity": 9.1, "accuracy": 0.625}},
     "data": ["builtin:python-docs", "notes | pipes.jsonl"],
     "reload_difference": 1.2e-6,
     "seed": 3,
@@ -36,8 +37,9 @@ def test_every_given_fact_is_shown() -> None:
         "org/base-1b",
         "1,000,000",
         "601,234",
-        "21.53",
-        "9.1",
+        "| model | perplexity | accuracy |",
+        "| base | 21.53 |  |",
+        "| this model | 9.1 | 0.625 |",
         "builtin:python-docs",
         "1.2e-06",
         "| seed | 3 |",
@@ -49,7 +51,7 @@ def test_every_given_fact_is_shown() -> None:
     assert "import slimtune" in text
     meta = yaml.safe_load(text.split("---")[1])
     assert (meta["base_model"], meta["license"]) == ("org/base-1b", "apache-2.0")
-    assert "tokens" not in text.split("## Perplexity")[0].replace("tokenizer", "")
+    assert "tokens" not in text.split("## Figures")[0].replace("tokenizer", "")
 
 
 def test_nothing_is_invented() -> None:
@@ -57,7 +59,7 @@ def test_nothing_is_invented() -> None:
     assert "licence of the base is not known" in text
     meta = yaml.safe_load(text.split("---")[1])
     assert not {"license", "base_model"} & set(meta)
-    for absent in ("## Perplexity", "## Data", "budget", "parameters", "None", "trust_remote_code", "difference"):
+    for absent in ("## Figures", "## Data", "budget", "parameters", "None", "trust_remote_code", "difference"):
         assert absent not in text
     assert "LlamaForCausalLM" in text
 
@@ -65,6 +67,18 @@ def test_nothing_is_invented() -> None:
 def test_a_folder_is_no_hub_id(tmp_path: Path) -> None:
     text = render({"base": str(tmp_path)}, plan_of(UNEVEN), {})
     assert "base_model" not in text
+
+
+def test_paths_of_the_author_s_machine_are_not_told(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    (tmp_path / "base").mkdir()
+    data = {"train": [str(tmp_path / "rows.jsonl"), "org/rows", "builtin:python-docs"]}
+    recipe = parse({"model": {"path": str(tmp_path / "base")}, "data": data})
+    known = facts(recipe, 10, 6, {"result": {"ppl": 3.0, "majority": 0.5}, "base": {}}, None)
+    assert known["base"] == "base"
+    assert known["data"] == ["rows.jsonl", "org/rows", "builtin:python-docs"]
+    assert known["figures"] == {"this model": {"perplexity": 3.0, "accuracy of the most frequent answer": 0.5}}
+    assert str(tmp_path) not in render(known, plan_of(UNEVEN), {})
 
 
 def test_the_card_can_be_written_again_with_more_facts(tmp_path: Path) -> None:

@@ -41,14 +41,14 @@ A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with sl
 {%- for name, value in rows %}
 | {{ name }} | {{ value }} |
 {%- endfor %}
-{%- if perplexities %}
+{%- if figures %}
 
-## Perplexity
+## Figures on the test split
 
-| text | perplexity |
-| --- | --- |
-{%- for name, value in perplexities %}
-| {{ name }} | {{ value }} |
+| model | {{ metrics | join(" | ") }} |
+| --- | {{ (["---"] * (metrics | length)) | join(" | ") }} |
+{%- for name, cells in figures %}
+| {{ name }} | {{ cells | join(" | ") }} |
 {%- endfor %}
 {%- endif %}
 {%- if data %}
@@ -116,7 +116,8 @@ _LABELS = {
     "parameters_after": "parameters after",
     "reload_difference": "largest logit difference after a reload in a fresh process",
 }
-_ELSEWHERE = ("title", "license", "perplexities", "data")
+_ELSEWHERE = ("title", "license", "figures", "data")
+_METRICS = {"ppl": "perplexity", "accuracy": "accuracy", "majority": "accuracy of the most frequent answer"}
 
 
 def facts(
@@ -131,18 +132,27 @@ def facts(
         figures: of ``base``, ``dense_lora`` and ``result``, as far as they were taken.
         difference: of the logits after a reload.
     """
-    names = {"base": "base, test", "dense_lora": "dense LoRA, test", "result": "this model, test"}
+    names = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}
     return {
-        "base": recipe.model.path or "random weights",
+        "base": _public(recipe.model.path) or "random weights",
         "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) else None,
         "method": recipe.method,
         "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
         "parameters_before": before,
         "parameters_after": after,
-        "perplexities": {names[name]: round(values["ppl"], 3) for name, values in figures.items() if values},
-        "data": [source.path for source in recipe.data.train],
+        "figures": {
+            names[name]: {_METRICS[key]: round(values[key], 3) for key in _METRICS if key in values}
+            for name, values in figures.items()
+            if values
+        },
+        "data": [_public(source.path) for source in recipe.data.train],
         "reload_difference": difference,
     }
+
+
+def _public(path: str) -> str:
+    """What a path says to others: of a file or folder of the author's machine its name alone."""
+    return Path(path).expanduser().resolve().name if path and Path(path).expanduser().exists() else path
 
 
 def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> str:
@@ -150,7 +160,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
 
     Args:
         facts: all optional: ``title``, ``base``, ``license`` (of the base), ``method``, ``budget``,
-            ``parameters_before``, ``parameters_after``, ``perplexities`` ({name: value}), ``data`` (list of sources),
+            ``parameters_before``, ``parameters_after``, ``figures`` ({model: {metric: value}}), ``data`` (list of sources),
             ``reload_difference``. Other keys become rows of the table under their own name. Absent facts (or None) are
             not mentioned; only an unknown licence is said to be unknown.
         plan: the decision, for the table of widths.
@@ -162,6 +172,8 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     rows = [(_LABELS.get(key, key.replace("_", " ")), _text(known[key])) for key in order]
     rows.append(("weights", str(config.get("dtype"))))
     cut = any(len(kept[axis]) < full[axis] for kept, full in zip(plan.kept, plan.full, strict=True) for axis in kept)
+    figures = {name: dict(values) for name, values in dict(known.get("figures", {})).items()}
+    metrics = list(dict.fromkeys(metric for values in figures.values() for metric in values))
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(_TEMPLATE).render(
         title=known.get("title", "Pruned model" if cut else "Tuned model"),
@@ -172,7 +184,8 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         license=known.get("license"),
         version=__version__,
         rows=rows,
-        perplexities=[(name, _text(value)) for name, value in dict(known.get("perplexities", {})).items()],
+        metrics=metrics,
+        figures=[(name, [_text(row.get(metric, "")) for metric in metrics]) for name, row in figures.items()],
         data=[_text(source) for source in known.get("data", ())],
         per_layer="per_layer_config" in config,
         architecture=(config.get("architectures") or ["?"])[0],

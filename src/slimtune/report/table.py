@@ -62,6 +62,7 @@ _ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
     ("kept of the blocks", "block_ratio", _ratio),
     ("perplexity, test", "ppl", _perplexity),
     ("accuracy, test", "accuracy", _accuracy),
+    ("most frequent answer", "majority", _ratio),
     ("on disk", "bytes", _bytes),
     ("training time", "seconds", _seconds),
     ("peak memory, GPU", "memory", _bytes),
