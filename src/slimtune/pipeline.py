@@ -76,7 +76,7 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     run = _Run(recipe, folder, resume)
     run.check()
     summary = run.execute()
-    summary["seconds"] = round(time.perf_counter() - started, 1)
+    summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
     folder.write_json("summary.json", summary)
     if rank() == 0:
         run.progress.console.print(render(summary))
@@ -97,6 +97,7 @@ class _Run:
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         self.metrics = Metrics(folder)
+        self.resumed = False
         self.stages: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.splits: Splits
@@ -154,7 +155,7 @@ class _Run:
     def _start_or_resume(self) -> None:
         stages = self.folder / "stages.json"
         if self.resume and stages.is_file():
-            self.stages = json.loads(stages.read_text(encoding="utf-8"))
+            self.stages, self.resumed = json.loads(stages.read_text(encoding="utf-8")), True
         data = self.splits.fingerprint
         if self.stages.setdefault("data", data) != data:
             raise UserError("--resume: the data are not those the run began with; restore them or start anew with --overwrite")

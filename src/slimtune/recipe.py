@@ -59,6 +59,12 @@ class Recipe(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
 
+    @property
+    def settle_steps(self) -> int:
+        """Steps between the decision and the cut (``lora.settle``)."""
+        settle = round(self.lora.settle * self.search.steps) if self.lora.semantics == "lora_aware" else 0
+        return min(settle, self.recover.steps)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.generator.width % self.generator.heads:

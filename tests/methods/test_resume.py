@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bases import Bench, metrics
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
 from slimtune.recipe import Recipe
+from slimtune.report.table import render
 from slimtune.train import checkpoint, loop
 from slimtune.train.loop import Phase
 from slimtune.train.session import Session
@@ -84,10 +86,19 @@ def weights(out: Path) -> bytes:
     return (out / "model" / "model.safetensors").read_bytes()
 
 
-def assert_same(out: Path, summary: dict[str, Any], whole: tuple[Path, dict[str, Any]]) -> None:
+def render_text(summary: dict[str, Any]) -> str:
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render(summary))
+    return capture.get()
+
+
+def assert_same(out: Path, summary: dict[str, Any], whole: tuple[Path, dict[str, Any]], resumed: bool = True) -> None:
     reference, expected = whole
     assert metrics(out) == metrics(reference)
     assert weights(out) == weights(reference)
+    assert (summary["resumed"], expected["resumed"]) == (resumed, False)
+    assert ("s since --resume on" in render_text(summary)) == resumed
     for key in ("plan", "tokens", "leak", "base"):
         assert summary[key] == expected[key], key
     for key in ("dense_lora", "result"):
@@ -228,7 +239,7 @@ def test_an_interrupt_loses_no_more_than_a_hundred_steps_by_default(bench: Bench
 
 
 def test_resuming_what_never_began_begins(bench: Bench, whole: Any, tmp_path: Path) -> None:
-    assert_same(tmp_path, tune(variant(bench, "finetune", tmp_path), resume=True), whole("finetune"))
+    assert_same(tmp_path, tune(variant(bench, "finetune", tmp_path), resume=True), whole("finetune"), resumed=False)
 
 
 def test_a_damaged_checkpoint_is_named(bench: Bench, tmp_path: Path) -> None:

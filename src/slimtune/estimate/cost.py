@@ -112,8 +112,7 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     decides = -(-search // recipe.search.decide_every)
     turns = [(search, job.adapt() + teacher), (small * decides, decide), (small * prior, decide)]
-    aware = recipe.lora.semantics == "lora_aware"
-    settle = min(round(recipe.lora.settle * search), recover) if aware else 0
+    settle = recipe.settle_steps
     recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
     rows = [phase("search", search, turns)]
     if settle:  # on the uncut model, out of the recovery's steps

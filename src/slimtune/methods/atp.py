@@ -43,8 +43,7 @@ class _Atp:
         self.session, self.recipe, self.structure = session, session.recipe, session.structure
         recipe = self.recipe
         self.aware = recipe.lora.semantics == "lora_aware"
-        settle = round(recipe.lora.settle * recipe.search.steps) if self.aware else 0
-        self.settle_steps = min(settle, recipe.recover.steps)
+        self.settle_steps = recipe.settle_steps
         self.recover_steps = recipe.recover.steps - self.settle_steps
         torch.manual_seed(hash_seed(recipe.seed, "weights"))  # of init: config; the same ones in a resumed run
         base = load_model(recipe.model, str(session.device), pick_dtype(recipe.model.dtype, str(session.device)))

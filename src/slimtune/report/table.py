@@ -77,5 +77,6 @@ def _footer(summary: Summary) -> str:
         lines.append(f"leak       {summary['leak']:.1e} before the cut")
     tokens = ", ".join(f"{name} {count:,}" for name, count in summary["tokens"].items() if count)
     lines.append(f"tokens     {tokens}")
-    lines.append(f"time       {summary['seconds']:,.0f} s on {summary['machine']}")
+    since = " since --resume" if summary["resumed"] else ""
+    lines.append(f"time       {summary['seconds']:,.0f} s{since} on {summary['machine']}")
     return "\n".join(lines)
