@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_the_folder_holds_everything_and_nothing_else(bench: Bench, finished: tu
         "checkpoint-main.pt",
         "metrics.jsonl",
         "model",
+        "plan.json",
         "recipe.yaml",
         "stages.json",
         "summary.json",
@@ -482,6 +484,37 @@ def test_a_full_disk_at_the_export_loses_nothing(bench: Bench, tmp_path: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_run_step", full)  # training is done
         assert tune(recipe, resume=True)["result"]["ppl"] > 1
+
+
+def test_a_full_disk_at_the_last_write_keeps_the_card(bench: Bench, tmp_path: Path) -> None:
+    recipe, real = bench.recipe(tmp_path), Path.write_text
+
+    def write_text(self: Path, text: str, **kwargs: Any) -> int:
+        if "README" in self.name and "| this model |" in text:  # the card with the figures
+            real(self, text[:100], **kwargs)
+            full()
+        return real(self, text, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", write_text)
+        with pytest.raises(UserError, match=r"README\.md' cannot be written \(No space left.*continue with --resume"):
+            tune(recipe)
+    model = tmp_path / "model"
+    assert not list(model.glob("*.partial"))
+    assert "## Widths" in (model / "README.md").read_text()  # the card without the figures, whole
+    assert tune(recipe, resume=True)["result"]["ppl"] > 1
+    assert "| this model |" in (model / "README.md").read_text()
+
+
+def test_a_full_disk_at_the_very_first_write(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(UserError, match=r"recipe\.yaml' cannot be written \(No space left.*continue with --resume"):
+            tune(recipe)
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "recipe.yaml.partial").write_text("of a kill")
+    assert tune(recipe, resume=True)["result"]["ppl"] > 1
 
 
 def test_an_export_that_computes_something_else_replaces_nothing(

@@ -39,7 +39,17 @@ from slimtune.models.surgery import merge_lora
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
-from slimtune.runtime import Metrics, RunFolder, forget_peak, machine, peak_memory, pick_dtype, rank, seed_everything
+from slimtune.runtime import (
+    Metrics,
+    RunFolder,
+    forget_peak,
+    machine,
+    peak_memory,
+    pick_dtype,
+    rank,
+    seed_everything,
+    writing,
+)
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
@@ -253,6 +263,7 @@ class _Run:
             model = without_flash(model.cpu()).eval()
             check = (lambda written: differences.append(self._verify(model, written))) if recipe.export.verify else None
             huggingface.save(model, recipe.model, plan, target, dtype, self._facts(counts.total, {}, None), check)
+        self.folder.write_text("plan.json", plan.to_json())
         difference = differences[0] if differences else None
         self.accelerator.wait_for_everyone()
         measured = pick_dtype(recipe.model.dtype, str(self.accelerator.device))  # as the base was
@@ -265,7 +276,8 @@ class _Run:
             "bytes": _weight_bytes(target),
         }
         if rank() == 0:
-            card.write(target, self._facts(counts.total, {**figures, "result": result}, difference), plan)
+            with writing(target / "README.md"):
+                card.write(target, self._facts(counts.total, {**figures, "result": result}, difference), plan)
         return result, difference
 
     def _facts(self, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import math
 import os
 import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def seed_everything(seed: int) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """A full or read-only disk is the user's to mend."""
     try:
         yield
@@ -113,6 +113,18 @@ def _writing(path: Path) -> Iterator[None]:
             f"{str(path)!r} cannot be written ({error.strerror}); free some disk space or allow writing there, then continue "
             "with --resume"
         ) from error
+
+
+def write_atomically(target: Path, text: str) -> None:
+    """Write a text file whole or not at all. Raises OSError."""
+    partial = target.with_name(target.name + ".partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, target)
+    except OSError:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise
 
 
 class RunFolder:
@@ -132,10 +144,8 @@ class RunFolder:
         """Write a file atomically."""
         target = self.path / name
         if rank() == 0:
-            partial = target.with_name(target.name + ".partial")
-            with _writing(target):
-                partial.write_text(text, encoding="utf-8")
-                os.replace(partial, target)
+            with writing(target):
+                write_atomically(target, text)
         return target
 
     def write_json(self, name: str, value: Any) -> Path:
@@ -158,17 +168,15 @@ class Metrics:
         for number, line in enumerate(lines):
             if before is not None and line.endswith("\n") and json.loads(line).get("checkpoint") == list(before):
                 keep = number + 1
-        partial = self.path.with_name("metrics.jsonl.partial")
-        with _writing(self.path):
-            partial.write_text("".join(lines[:keep]), encoding="utf-8")
-            os.replace(partial, self.path)
+        with writing(self.path):
+            write_atomically(self.path, "".join(lines[:keep]))
 
     def write(self, **values: Any) -> None:
         """Append one row; tensors and numpy scalars become numbers, non-finite numbers text."""
         if rank() != 0:
             return
         clean = {key: _plain(value) for key, value in values.items()}
-        with _writing(self.path), self.path.open("a", encoding="utf-8") as file:
+        with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,6 +79,21 @@ def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path: Path, monkeypa
     assert loaded["step"] == 1
     checkpoint.save(path, state(3))  # over what the kill left behind
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(("free", "reason"), [(100, "No space left on device"), (10**9, "unexpected pos")])
+def test_what_torch_says_of_a_full_disk_is_put_in_words(
+    free: int, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free))
+    with pytest.raises(UserError, match=reason) as error:
+        checkpoint.save(tmp_path / "checkpoint-main.pt", state(1))
+    assert "previous" not in str(error.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_that_is_gone(tmp_path: Path) -> None:

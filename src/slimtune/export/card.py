@@ -12,6 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from slimtune.models.load import BUILTIN
 from slimtune.recipe import Recipe
+from slimtune.runtime import write_atomically
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
 from slimtune.version import __version__
@@ -197,7 +198,7 @@ def write(folder: Path, facts: Mapping[str, Any], plan: Plan) -> Path:
     """Write README.md into an exported folder (again, when more facts are known)."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     file = folder / "README.md"
-    file.write_text(render(facts, plan, config), encoding="utf-8")
+    write_atomically(file, render(facts, plan, config))
     return file
 
 

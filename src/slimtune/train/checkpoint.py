@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,9 @@ from torch import nn
 
 from slimtune.errors import UserError
 from slimtune.runtime import rank
+
+_ROOM = 1 << 16
+"""A disk with less than this free is full."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
@@ -29,11 +35,20 @@ def save(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
+        reason = _reason(error, path.parent)  # before the half-written file gives its space back
         partial.unlink(missing_ok=True)
+        before = " (the previous checkpoint is untouched)" if path.is_file() else ""
         raise UserError(
-            f"checkpoint {str(path)!r} cannot be written ({error}); free some disk space and continue with --resume "
-            "(the previous checkpoint is untouched)"
+            f"checkpoint {str(path)!r} cannot be written ({reason}); free some disk space and continue with --resume{before}"
         ) from error
+
+
+def _reason(error: Exception, folder: Path) -> str:
+    """torch's writer does not say that a disk is full, only that its own books do not balance."""
+    with suppress(OSError):
+        if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < _ROOM:
+            return os.strerror(errno.ENOSPC)
+    return " ".join(str(error).split())
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any] | None:

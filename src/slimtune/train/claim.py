@@ -12,13 +12,13 @@ from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, rank
 
 _RECIPE = "recipe.yaml"
-_FILES = ("summary.json", "stages.json", "metrics.jsonl", "checkpoint-main.pt", "checkpoint-dense_lora.pt")
+_FILES = ("summary.json", "stages.json", "plan.json", "metrics.jsonl", "checkpoint-main.pt", "checkpoint-dense_lora.pt")
 """What a run leaves beside ``recipe.yaml`` and ``model``. By full name: a pattern would catch the files of others."""
 
 FREE_ON_RESUME = frozenset(
     {"out", "trackers", "train.checkpoint_every", "train.threads", "evaluate.batch", "export.verify", "export.dtype"}
 )
-"""Keys that may be others on a resume: none of them changes what is learned."""
+"""Keys that may be others on a resume: none of them changes what is learned (other threads: but for the last bits)."""
 
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
@@ -31,7 +31,8 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
     folder = Path(recipe.out)
     stored = _stored(folder)
     if stored is None:
-        foreign = [path.name for path in _of_one_run(folder)]
+        # recipe.yaml is what a run writes first: half of one is all that a full disk or a kill then leaves
+        foreign = [path.name for path in _of_one_run(folder) if path.name != f"{_RECIPE}.partial"]
         if (folder / _RECIPE).exists():
             foreign.append(_RECIPE)
         _refuse(recipe, foreign)
