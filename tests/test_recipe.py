@@ -48,6 +48,8 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
             r"unknown key 'data.train.0.promt'. Did you mean 'prompt'\?",
         ),
         ({"keep": 0.5}, r"unknown key 'keep'. Did you mean 'budget.keep'\?"),
+        ({"data": {"train": [{"path": "x", "zzz": 1}]}}, r"unknown key 'data.train.0.zzz'. Known: path, name, split, "),
+        ({"zzz": 1}, r"unknown key 'zzz'. Known: method, out, "),
         ({"out": ""}, r"out='' is not valid"),
         ({"model": {"config": {"hidden_size": 8}}}, r"add model.init=config"),
         ({"distill": {"recover": True}}, r"no effect without distill.weight"),

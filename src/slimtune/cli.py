@@ -107,7 +107,9 @@ def estimate(
     loaded = load(recipe, overrides or [])
     from slimtune.estimate import estimate as build
     from slimtune.estimate import render
+    from slimtune.runtime import quiet_libraries
 
+    quiet_libraries()
     result = build(loaded)
     if os.environ.get("RANK", "0") == "0":
         if as_json:

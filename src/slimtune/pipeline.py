@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
+from slimtune.estimate import estimate
 from slimtune.evaluate.figures import Measure
 from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
@@ -100,7 +101,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, resume: bool):
         self.recipe, self.folder, self.resume = recipe, folder, resume
-        self.progress = Progress()
+        self.progress = Progress(costs=_costs(recipe))
         self.config = load_config(recipe.model)
         self.structure: Structure = structure_of(self.config)
         self.accelerator = make_accelerator(recipe)
@@ -269,7 +270,14 @@ class _Run:
         measured = pick_dtype(recipe.model.dtype, str(self.accelerator.device))  # as the base was
         how = attention_of(recipe.model, self.config)
         loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
+        kind = type(loaded).__name__
+        if recipe.budget.layout == "uniform" and not type(loaded).__module__.startswith("transformers."):
+            self.progress.say(
+                f"[yellow]no stock class takes these equal widths, so the model is a {kind}, which the folder carries; "
+                "another budget.keep or a wider budget.tolerance may give head counts that one takes[/yellow]"
+            )
         result = {
+            "class": kind,
             **self.figures.test(loaded.to(self.accelerator.device)),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "block_ratio": counts.block_ratio,
@@ -303,6 +311,13 @@ class _Run:
             )
         self.progress.say(f"reload: logits of a fresh process differ by {difference:.1e}")
         return difference
+
+
+def _costs(recipe: Recipe) -> dict[str, float]:
+    """Floating-point operations of the phases, in the order in which they come."""
+    flops = {phase.name: phase.flops for phase in estimate(recipe, measure=False).phases}
+    reference = flops.pop("dense LoRA", None)
+    return {"tune": reference, **flops} if reference else flops
 
 
 def _weight_bytes(folder: Path) -> int:

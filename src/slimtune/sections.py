@@ -119,7 +119,8 @@ class BudgetConfig(Section):
     tolerance: Annotated[float, Field(gt=0.0, lt=0.1)] = 0.002
     """Largest allowed distance of the final ratio from ``keep``: 0.002 is 0.2% of the whole (of ``of``)."""
     layout: Literal["per-layer", "uniform"] = "per-layer"
-    """``uniform``: equal widths in all layers, so the export is the stock class; ``per-layer``: free widths."""
+    """``uniform``: equal widths in all layers, so the export is the stock class (the run says when none takes them);
+    ``per-layer``: free widths."""
     ffn_multiple: Positive | Literal["auto"] = "auto"
     """Round MLP widths to this. ``auto``: the largest of 128, 64, 32, 16, 8, 4 that meets ``tolerance``."""
 

@@ -124,6 +124,11 @@ def test_rows_limits_what_is_read(tmp_path: Path) -> None:
         ({"text": 3}, {}, "field 'text' must be a string, found int"),
         ([1], {}, "a row must be an object .* found list"),
         ({"question": "x"}, {"text": "{qestion}"}, "no field 'qestion'.*Did you mean 'question'"),
+        (
+            {"text": "x"},
+            {"text": "{zzz}"},
+            r"no field 'zzz'; its fields are \['text'\].* Name one of them in the source's templ",
+        ),
         ({"a": {"b": ["x"]}}, {"text": "{a}"}, r"found dict|not dict; reach inside, e.g. \{a\[b\]\}"),
         ({"a": None}, {"text": "{a}"}, "not NoneType"),
         ({"a": "x"}, {"text": "{a"}, "template '{a' is not valid"),

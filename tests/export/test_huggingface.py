@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from cuts import UNEVEN, Kept, cut_model, even, generate, logits_of, reference_logits, sample_ids
 from families import FAMILY_NAMES
@@ -19,6 +20,7 @@ from slimtune.export import huggingface
 from slimtune.export.huggingface import save
 from slimtune.models.per_layer import register
 from slimtune.sections import ModelConfig
+from slimtune.structure.families import FAMILIES
 from slimtune.structure.plan import Plan
 
 
@@ -103,6 +105,16 @@ def test_head_counts_that_do_not_divide_the_width(name: str, expected: str, tmp_
         assert config["sliding_window"] is None
         assert not {"attention_bias", "mlp_bias", "pretraining_tp"} & set(config)
     assert_same(model, folder)
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_the_table_says_which_stock_configs_refuse_head_counts(name: str) -> None:
+    keys = {"hidden_size": 64, "num_attention_heads": 5, "num_key_value_heads": 5, "num_hidden_layers": 2, "head_dim": 16}
+    if FAMILIES[name].whole_heads or name == "llama":  # mistral stands in for llama
+        with pytest.raises(StrictDataclassError, match="hidden size"):
+            AutoConfig.for_model(name, **keys)
+    else:
+        AutoConfig.for_model(name, **keys)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi", "granite"])

@@ -26,6 +26,8 @@ def test_a_mistyped_path_beside_a_folder_never_reaches_the_network(tmp_path: Pat
     monkeypatch.chdir(tmp_path)
     assert locate("models/nope") == ("models/nope", False)
     (tmp_path / "models").mkdir()
+    with pytest.raises(UserError, match=r"model.path='builtin:nope' is not shipped .* it has builtin:base-10m"):
+        locate("builtin:nope")
     with pytest.raises(UserError, match=r"model.path='models/nope' does not exist; give a model folder"):
         locate("models/nope")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,17 @@ def test_uniform_plans_have_equal_widths(seed: int, part: float, of: str) -> Non
     assert plan.is_uniform
     assert abs(ratio_of(counts, of) - keep) <= 0.002
     check_plan(plan, counts, scores, SMALL, 4)
+
+
+def test_uniform_plans_prefer_head_counts_that_the_stock_config_takes() -> None:
+    picky = replace(SMALL, family=replace(SMALL.family, whole_heads=True), hidden=50, group=1)
+    chosen = []
+    for seed in range(20):
+        scores = random_scores(SMALL, seed, by_site=1.0)
+        plans = [solve(scores, each, BudgetConfig(keep=0.6, layout="uniform", tolerance=0.02))[0] for each in (SMALL, picky)]
+        chosen.append([len(plan.kept[0]["kv_group"]) for plan in plans])
+    assert all(50 % groups == 0 for _, groups in chosen)
+    assert any(50 % groups for groups, _ in chosen)
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 64, 128])
@@ -238,7 +250,7 @@ def test_a_rounding_too_coarse_says_so(layout: str) -> None:
 
 def test_uniform_needs_layers_that_are_alike() -> None:
     layers = (*TINY.layers[:2], tiny_structure(ffn=40).layers[0])
-    uneven = Structure(TINY.family, TINY.head_dim, TINY.group, layers, TINY.total_params - 8 * 48)
+    uneven = Structure(TINY.family, TINY.head_dim, TINY.group, layers, TINY.total_params - 8 * 48, TINY.hidden)
     scores = random_scores(uneven, 0)
     with pytest.raises(UserError, match="layout=uniform needs"):
         solve(scores, uneven, BudgetConfig(keep=0.6, layout="uniform"))

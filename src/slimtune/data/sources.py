@@ -198,7 +198,10 @@ def _message(item: Any, origin: str) -> dict[str, Any]:
 def _field(name: str, fields: Mapping[str, Any], origin: str) -> Any:
     if name not in fields:
         known = sorted(map(str, fields))
-        raise UserError(f"{origin}: no field {name!r}; its fields are {known}.{nearest(name, known)}")
+        raise UserError(
+            f"{origin}: no field {name!r}; its fields are {known}.{nearest(name, known)} Name one of them in the source's "
+            "template (text, prompt, completion, choices or messages)"
+        )
     return fields[name]
 
 

@@ -58,7 +58,8 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
     if path.startswith(BUILTIN):
         folder = Path(str(files("slimtune"))) / "assets" / path.removeprefix(BUILTIN)
         if not (folder / "config.json").is_file():
-            raise UserError(f"{what}={path!r} is not shipped with this package")
+            shipped = ", ".join(sorted(BUILTIN + each.parent.name for each in folder.parent.glob("*/config.json")))
+            raise UserError(f"{what}={path!r} is not shipped with this package; it has {shipped}")
         return str(folder), True
     folder = Path(path).expanduser()
     if folder.is_dir():

@@ -201,7 +201,7 @@ def _fill_uniform(
 ) -> Plan | None:
     """Equal widths: for each head count the width nearest to the budget; the pair that keeps the highest scores.
 
-    Pairs within ``slack`` go before those that rounding merely allows.
+    Pairs within ``slack`` go before those that rounding merely allows, then head counts that the stock config takes.
     """
     first = structure.layers[0]
     if any(layer.units != first.units for layer in structure.layers):
@@ -209,7 +209,7 @@ def _fill_uniform(
     order = {site: torch.sort(scores[site].detach().double().cpu(), descending=True, stable=True) for site in structure.sites()}
     per_layer = allowance(structure, keep, of) / len(structure.layers)
     whole = structure.total_params if of == "total" else structure.prunable_params
-    best: tuple[bool, float, int, int] | None = None
+    best: tuple[bool, bool, float, int, int] | None = None
     for groups in range(1, first.units[KV_GROUP] + 1):
         channels = (per_layer - groups * first.unit_params[KV_GROUP]) / first.unit_params[FFN]
         width = min(first.units[FFN], round(channels / multiple) * multiple)
@@ -226,11 +226,11 @@ def _fill_uniform(
             for axis, n in ((KV_GROUP, groups), (FFN, width))
         )
         meets = abs(cost - per_layer) * len(structure.layers) <= slack * whole
-        if best is None or (meets, value) > best[:2]:
-            best = meets, value, groups, width
+        if best is None or (meets, structure.stock(groups), value) > best[:3]:
+            best = meets, structure.stock(groups), value, groups, width
     if best is None:
         return None
-    widths = {KV_GROUP: best[2], FFN: best[3]}
+    widths = {KV_GROUP: best[3], FFN: best[4]}
     kept = [
         {axis: order[layer, axis].indices[: widths[axis]].tolist() for axis in AXES} for layer in range(len(structure.layers))
     ]

@@ -70,7 +70,7 @@ _ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
 
 
 def _footer(summary: Summary) -> str:
-    lines = [f"model      {summary['model']}"]
+    lines = [f"model      {summary['model']} ({summary['result']['class']})"]
     if summary.get("reload_difference") is not None:
         lines.append(f"reload     logits of a fresh process differ by {summary['reload_difference']:.1e}")
     if summary.get("leak") is not None:

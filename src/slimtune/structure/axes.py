@@ -56,6 +56,8 @@ class Family:
     linears: tuple[Linear, ...]
     blocks: str = "model.layers"
     note: str = ""
+    whole_heads: bool = False
+    """The stock config refuses a number of query heads that does not divide the hidden size, ``head_dim`` or not."""
 
     def consumer(self, axis: str) -> Linear:
         """The linear whose *input* lies on ``axis``: the gate is placed before it."""
@@ -83,6 +85,7 @@ class Structure:
         group: query heads of a KV group.
         layers: widths and unit costs, by layer.
         total_params: all parameters, tied ones once.
+        hidden: width of the residual stream.
     """
 
     family: Family
@@ -90,6 +93,11 @@ class Structure:
     group: int
     layers: tuple[LayerWidths, ...]
     total_params: int
+    hidden: int
+
+    def stock(self, groups: int) -> bool:
+        """Whether the stock config takes ``groups`` KV groups in every layer."""
+        return not self.family.whole_heads or self.hidden % (groups * self.group) == 0
 
     @property
     def prunable_params(self) -> int:
@@ -124,15 +132,16 @@ def measure(family: Family, shapes: Mapping[str, Sequence[int]], head_dim: int) 
         UserError: a block holds a linear that the family's table does not list, or a shape that does not divide.
     """
     layers: list[LayerWidths] = []
-    group = 0
+    group = hidden = 0
     by_block = _by_block(family, shapes)
     for index, block in enumerate(by_block):
         _check_listed(family, index, block)
         units = {axis: _units(family, axis, block, head_dim) for axis in AXES}
         query = family.producers(KV_GROUP)[0]
-        group = block[f"{query.path}.weight"][0] // (units[KV_GROUP] * head_dim)
+        rows, hidden = block[f"{query.path}.weight"]
+        group = rows // (units[KV_GROUP] * head_dim)
         layers.append(LayerWidths(units, {axis: _unit_params(family, axis, block, units[axis]) for axis in AXES}))
-    structure = Structure(family, head_dim, group, tuple(layers), sum(prod(shape) for shape in shapes.values()))
+    structure = Structure(family, head_dim, group, tuple(layers), sum(prod(shape) for shape in shapes.values()), hidden)
     _check_shapes(structure, by_block)
     return structure
 

@@ -36,8 +36,8 @@ FAMILIES: Mapping[str, Family] = {
         Family("qwen3", _GATED, note="per-head q/k norm"),
         Family("phi", _PLAIN, note="parallel block, LayerNorm, biases, partial rotary"),
         Family("gemma", _GATED, note="tied head; one KV head in 2B: only the MLP is cut there"),
-        Family("gemma2", _GATED, note="post-norms, soft caps (eager attention)"),
-        Family("gemma3_text", _GATED, note="post-norms, per-head q/k norm"),
+        Family("gemma2", _GATED, note="post-norms, soft caps (eager attention)", whole_heads=True),
+        Family("gemma3_text", _GATED, note="post-norms, per-head q/k norm", whole_heads=True),
         Family("granite", _GATED, note="scaled residuals and logits"),
     )
 }

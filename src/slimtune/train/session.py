@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,11 +25,12 @@ Figures = dict[str, float]
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate for device, autocast, DDP/FSDP and trackers.
+    """accelerate for device, autocast, DDP and trackers.
 
     Raises:
-        UserError: the device is absent, a tracker is unknown or its package is not installed.
+        UserError: the device is absent, the launcher asks for sharding, a tracker is unknown or its package not installed.
     """
+    _check_launcher()
     _check_trackers(recipe.trackers)
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.train.precision, device)
@@ -49,6 +51,16 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 def figures_in_bf16(accelerator: Accelerator) -> bool:
     """Whether figures are taken under autocast: on a GPU as training is; on CPU never, whatever it can multiply."""
     return accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
+
+
+def _check_launcher() -> None:
+    """``accelerate launch`` speaks through the environment, and would be taken at its word without one of ours."""
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
+            raise UserError(
+                f"accelerate was launched for {name} (ACCELERATE_USE_{name}), but a model that is sharded cannot be cut yet; "
+                "start it with torchrun, which gives every process the whole model (DDP)"
+            )
 
 
 def _check_trackers(wanted: Sequence[str]) -> None:

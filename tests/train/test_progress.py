@@ -1,0 +1,69 @@
+"""What is seen of a run: phase, step, kept ratio, loss, time left here and in the whole run."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from bases import Bench
+from slimtune import pipeline
+from slimtune.train import progress
+from slimtune.train.progress import Progress
+
+
+class Clock:
+    """Every look takes no time; a step takes what the test says."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, costs: dict[str, float] | None, first: int = 0) -> str:
+    clock, file = Clock(), io.StringIO()
+    monkeypatch.setattr(progress, "time", clock)
+    bar = Progress(Console(file=file, width=120, force_terminal=terminal), costs)
+    bar.start("search", first, 4)
+    for step in range(first, 4):
+        clock.now += 30.0
+        bar.step("search", step, 2.5, 0.75)
+    bar.stop()
+    return file.getvalue()
+
+
+COSTS = {"tune": 7.0, "search": 2.0, "recover": 3.0}
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, False, COSTS).splitlines() == [
+        "search   1/4  kept  75.0%  loss 2.500  left 0:01:30 (run 0:04:30)",
+        "search   2/4  kept  75.0%  loss 2.500  left 0:01:00 (run 0:04:00)",
+        "search   3/4  kept  75.0%  loss 2.500  left 0:00:30 (run 0:03:30)",
+        "search   4/4  kept  75.0%  loss 2.500  left 0:00:00 (run 0:03:00)",
+    ]
+
+
+def test_a_resumed_phase_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shown(monkeypatch, False, None, first=2).splitlines()[0] == "search   3/4  kept  75.0%  loss 2.500  left 0:00:30"
+
+
+def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = shown(monkeypatch, True, COSTS)
+    for part in ("search", "4/4", "kept  75.0%  loss 2.500", "left 0:00:00 (run 0:03:00)"):
+        assert part in text
+
+
+def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert shown(monkeypatch, True, COSTS) == shown(monkeypatch, False, COSTS) == ""
+
+
+def test_the_phases_of_a_run_are_known_in_their_order(bench: Bench) -> None:
+    aware = {"lora__semantics": "lora_aware", "lora__settle": 0.5}
+    costs = pipeline._costs(bench.recipe("out", evaluate__dense_lora=True, **aware))
+    assert list(costs) == ["tune", "search", "settle", "recover"]
+    assert min(costs.values()) > 0
