@@ -31,9 +31,11 @@ golden: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 0 tests/golden --record
 	git diff --stat -- tests/golden
 
-bench:
-	@echo 'Run one with: $(BIN)/python benchmarks/NAME.py --help'
-	@ls -1 benchmarks 2>/dev/null || echo 'benchmarks/ is empty'
+# The published tables, from their raw rows. What makes new rows stands beside each table in docs/RESULTS.md.
+bench: setup
+	@for rows in $(filter-out %dry-run.json,$(wildcard docs/results/*.json)); do \
+	  echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows; done
+	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 
 # Caches and builds; .venv and runs/ stay.
 clean:

@@ -4,7 +4,8 @@
         "atp:" "aware: lora.semantics=lora_aware" "dense_lora: method=finetune train.steps=1000"
 
 A variant is ``name: key=value ...``. The variant called ``dense_lora`` supplies ``dense_value`` for the same seed. Rows are
-``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine}``; a failed run is a row
+``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine, commit, ...}``
+(``gpu_seconds``: of training, on whatever ``machine`` is); a failed run is a row
 whose metric is ``failed``. A run that an earlier call finished with the same words is taken as it is (delete ``--runs`` when
 the program has changed). ``--add`` keeps the rows that the file has and this call does not make, so that a table can be made in
 several calls. With more ``--jobs`` than GPUs runs share a device: figures stay, seconds do not compare.
@@ -25,6 +26,19 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+
+
+def _commit() -> str | None:
+    """Of the program that runs, with a mark where files differ from it. ``COMMIT`` where there is no repository."""
+    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        found = ""
+    return found or os.environ.get("COMMIT")
+
+
+COMMIT = _commit()
 
 
 @dataclass(frozen=True)
@@ -96,6 +110,11 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
                         "tokens": sum(summary["tokens"].values()),
                         "gpu_seconds": result["seconds"],
                         "leak": summary["leak"],
+                        "reload_difference": summary["reload_difference"],
+                        "plan": summary["plan"],
+                        "version": summary["version"],
+                        "torch": summary["torch"],
+                        "commit": COMMIT,
                         "machine": summary["machine"],
                     }
                 )

@@ -33,6 +33,10 @@ def summary(ppl: float, method: str = "atp") -> dict[str, Any]:
         "result": {"ppl": ppl, "ppl_se": 0.5, "parameters": 60, "seconds": 3.0},
         "tokens": {"adapt": 10, "decide": 5},
         "leak": None,
+        "reload_difference": 1e-6,
+        "plan": "abc",
+        "version": "0",
+        "torch": "2",
         "machine": "somewhere",
     }
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from slimtune.data import sources
 from slimtune.estimate import estimate
 from slimtune.recipe import load
 
@@ -24,6 +25,55 @@ def test_a_recipe_is_short_and_valid(path: Path, monkeypatch: pytest.MonkeyPatch
     recipe = load(path)
     assert recipe.data.train
     assert recipe.out == f"runs/{path.stem}"
+
+
+HUB_ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
+    (
+        "llama-2-7b-pubmedqa",
+        "test",
+        {
+            "pubid": 1,
+            "question": "Is it so?",
+            "context": {"contexts": ["First {part}.", "Second."], "labels": ["A", "B"], "meshes": ["M"]},
+            "long_answer": "It may be.",
+            "final_decision": "maybe",
+        },
+        {
+            "prompt": "Abstract: First {part}. Second.\nQuestion: Is it so?\nAnswer (yes, no or maybe):",
+            "completion": " maybe",
+            "choices": (" yes", " no", " maybe"),
+            "label": 2,
+        },
+    ),
+    (
+        "llama-3-8b-casehold",
+        "train",
+        {"context": "The court (<HOLDING>).", "endings": ["a", "b", "c", "d", "e"], "label": 3},
+        {
+            "prompt": "The court (<HOLDING>).\n(0) a\n(1) b\n(2) c\n(3) d\n(4) e\nHolding:",
+            "completion": " 3",
+            "choices": (" 0", " 1", " 2", " 3", " 4"),
+            "label": 3,
+        },
+    ),
+    (
+        "qwen3-1.7b-billsum",
+        "train",
+        {"text": "SECTION 1.", "summary": "Amends.", "title": "An act"},
+        {"prompt": "SECTION 1.\n\nSummary:", "completion": " Amends.", "choices": None, "label": None},
+    ),
+]
+"""A row each with the fields and types that the data sets' pages on the hub give, and what the recipe makes of it."""
+
+
+@pytest.mark.parametrize(("name", "split", "fields", "expected"), HUB_ROWS, ids=[row[0] for row in HUB_ROWS])
+def test_the_templates_of_a_hub_recipe(
+    name: str, split: str, fields: dict[str, Any], expected: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = getattr(load(FOLDER / f"{name}.yaml").data, split)[0]
+    monkeypatch.setattr(sources, "records", lambda asked: iter([(asked.path, fields)]))
+    (row,) = sources.read(source)
+    assert {key: getattr(row, key) for key in expected} == expected
 
 
 @pytest.mark.parametrize(
