@@ -14,9 +14,9 @@ from rich.markup import escape
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from slimtune.data.batches import Splits, load_splits
+from slimtune import preflight
+from slimtune.data.batches import Splits
 from slimtune.errors import UserError
-from slimtune.estimate import estimate
 from slimtune.evaluate.figures import Measure
 from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
@@ -102,7 +102,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, resume: bool):
         self.recipe, self.folder, self.resume = recipe, folder, resume
-        self.progress = Progress(costs=_costs(recipe))
+        self.progress = Progress(costs=preflight.costs(recipe))
         self.config = load_config(recipe.model)
         self.structure: Structure = structure_of(self.config)
         self.accelerator = make_accelerator(recipe)
@@ -125,17 +125,8 @@ class _Run:
         check_attention(recipe.model, str(self.accelerator.device))
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
-        self.progress.say("reading and tokenising data ...")
-        need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
-        self.splits = load_splits(recipe.data, self.tokenizer, need)
+        self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
         self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator)
-        self._check_vocabulary()
-        sizes = ", ".join(f"{name} {count:,} rows" for name, count in self.splits.rows.items())
-        self.progress.say(f"data: {sizes}")
-        if self.splits.notes:
-            left_out = ", ".join(f"{name.replace('.', ' ')} {count:,}" for name, count in sorted(self.splits.notes.items()))
-            self.progress.say(f"[yellow]rows left out or cut: {left_out}[/yellow]")
-        self._check_held_out()
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)
@@ -145,24 +136,6 @@ class _Run:
         claim(self.folder, recipe, self.resume)
         self._start_or_resume()
         self.accelerator.wait_for_everyone()
-
-    def _check_vocabulary(self) -> None:
-        # by the ids that occur: some tokenizers hold tokens for other models of their family beyond the vocabulary
-        windows = (self.splits.train, self.splits.decision, self.splits.valid, self.splits.test)
-        largest = max(int(part.ids.max()) for part in windows if len(part.ids))
-        if largest >= self.config.vocab_size:
-            raise UserError(
-                f"the data holds token id {largest} (the tokenizer has {len(self.tokenizer)} tokens) but the model's "
-                f"vocab_size is {self.config.vocab_size}; give the tokenizer that belongs to the model (model.tokenizer)"
-            )
-
-    def _check_held_out(self) -> None:
-        for name in ("valid", "test") if self.recipe.evaluate.every else ("test",):
-            if not getattr(self.splits, name).targets:
-                raise UserError(
-                    f"data.{name} has no token to measure ({self.splits.rows[name]} rows); give it a file of its own, "
-                    f"more rows in data.train, or raise data.{name}_fraction"
-                )
 
     def _start_or_resume(self) -> None:
         stages = self.folder / "stages.json"
@@ -314,13 +287,6 @@ class _Run:
         note = f"reload: logits of a fresh process differ by {difference:.1e}"
         self.progress.say(note if difference <= RELOAD_LIMIT else f"[yellow]{note}[/yellow]")
         return difference
-
-
-def _costs(recipe: Recipe) -> dict[str, float]:
-    """Floating-point operations of the phases, in the order in which they come."""
-    flops = {phase.name: phase.flops for phase in estimate(recipe, measure=False).phases}
-    reference = flops.pop("dense LoRA", None)
-    return {"tune": reference, **flops} if reference else flops
 
 
 def _weight_bytes(folder: Path) -> int:

@@ -1,0 +1,60 @@
+"""What a run reads and expects before its first step: its data, checked against the model, and what its phases will cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slimtune.data.batches import Splits, load_splits
+from slimtune.errors import UserError
+from slimtune.estimate import estimate
+from slimtune.recipe import Recipe
+from slimtune.train.progress import Progress
+
+
+def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) -> Splits:
+    """The splits of a recipe, tokenised; what was left out is told.
+
+    Args:
+        vocabulary: rows of the model's embedding.
+
+    Raises:
+        UserError: the data cannot be read, do not fit the model, or leave nothing to measure.
+    """
+    progress.say("reading and tokenising data ...")
+    need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
+    splits = load_splits(recipe.data, tokenizer, need)
+    _check_vocabulary(splits, vocabulary, tokenizer)
+    sizes = ", ".join(f"{name} {count:,} rows" for name, count in splits.rows.items())
+    progress.say(f"data: {sizes}")
+    if splits.notes:
+        left_out = ", ".join(f"{name.replace('.', ' ')} {count:,}" for name, count in sorted(splits.notes.items()))
+        progress.say(f"[yellow]rows left out or cut: {left_out}[/yellow]")
+    _check_held_out(splits, recipe)
+    return splits
+
+
+def _check_vocabulary(splits: Splits, vocabulary: int, tokenizer: Any) -> None:
+    # by the ids that occur: some tokenizers hold tokens for other models of their family beyond the vocabulary
+    windows = (splits.train, splits.decision, splits.valid, splits.test)
+    largest = max(int(part.ids.max()) for part in windows if len(part.ids))
+    if largest >= vocabulary:
+        raise UserError(
+            f"the data holds token id {largest} (the tokenizer has {len(tokenizer)} tokens) but the model's "
+            f"vocab_size is {vocabulary}; give the tokenizer that belongs to the model (model.tokenizer)"
+        )
+
+
+def _check_held_out(splits: Splits, recipe: Recipe) -> None:
+    for name in ("valid", "test") if recipe.evaluate.every else ("test",):
+        if not getattr(splits, name).targets:
+            raise UserError(
+                f"data.{name} has no token to measure ({splits.rows[name]} rows); give it a file of its own, "
+                f"more rows in data.train, or raise data.{name}_fraction"
+            )
+
+
+def costs(recipe: Recipe) -> dict[str, float]:
+    """Floating-point operations of the phases, in the order in which they come."""
+    flops = {phase.name: phase.flops for phase in estimate(recipe, measure=False).phases}
+    reference = flops.pop("dense LoRA", None)
+    return {"tune": reference, **flops} if reference else flops
