@@ -26,7 +26,7 @@ class Clock:
 def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, costs: dict[str, float] | None, first: int = 0) -> str:
     clock, file = Clock(), io.StringIO()
     monkeypatch.setattr(progress, "time", clock)
-    bar = Progress(Console(file=file, width=120, force_terminal=terminal), costs)
+    bar = Progress(Console(file=file, width=80, force_terminal=terminal), costs)
     bar.start("search", first, 4)
     for step in range(first, 4):
         clock.now += 30.0
@@ -40,20 +40,25 @@ COSTS = {"tune": 7.0, "search": 2.0, "recover": 3.0}
 
 def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, False, COSTS).splitlines() == [
-        "search   1/4  kept  75.0%  loss 2.500  left 0:01:30 (run 0:04:30)",
-        "search   2/4  kept  75.0%  loss 2.500  left 0:01:00 (run 0:04:00)",
-        "search   3/4  kept  75.0%  loss 2.500  left 0:00:30 (run 0:03:30)",
-        "search   4/4  kept  75.0%  loss 2.500  left 0:00:00 (run 0:03:00)",
+        "search   1/4  kept  75.0%  loss 2.500  left 01:30 (run 04:30)",
+        "search   2/4  kept  75.0%  loss 2.500  left 01:00 (run 04:00)",
+        "search   3/4  kept  75.0%  loss 2.500  left 00:30 (run 03:30)",
+        "search   4/4  kept  75.0%  loss 2.500  left 00:00 (run 03:00)",
     ]
 
 
+def test_hours_are_told_where_there_are_any() -> None:
+    assert [progress._clock(seconds) for seconds in (5.4, 754, 3605, 90_000)] == ["00:05", "12:34", "1:00:05", "25:00:00"]
+
+
 def test_a_resumed_phase_counts_its_own_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shown(monkeypatch, False, None, first=2).splitlines()[0] == "search   3/4  kept  75.0%  loss 2.500  left 0:00:30"
+    assert shown(monkeypatch, False, None, first=2).splitlines()[0] == "search   3/4  kept  75.0%  loss 2.500  left 00:30"
 
 
 def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     text = shown(monkeypatch, True, COSTS)
-    for part in ("search", "4/4", "kept  75.0%  loss 2.500", "left 0:00:00 (run 0:03:00)"):
+    assert "…" not in text
+    for part in ("search", "4/4", "kept  75.0%  loss 2.500", "left 00:00 (run 03:00)"):
         assert part in text
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from slimtune.runtime import rank
 
 LINE_EVERY_S = 10.0
+_BAR_WIDTH = 16
+"""So that a line has room in 80 columns."""
 
 
 class Progress:
@@ -43,10 +44,9 @@ class Progress:
             return
         self._bar = RichProgress(
             TextColumn("[bold]{task.description:<8}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=_BAR_WIDTH),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeElapsedColumn(),
             TextColumn("{task.fields[left]}"),
             console=self.console,
         )
@@ -83,4 +83,6 @@ class Progress:
 
 
 def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
