@@ -34,7 +34,7 @@ golden: setup
 # The published tables, from their raw rows. What makes new rows stands beside each table in docs/RESULTS.md.
 bench: setup
 	@for rows in $(filter-out %dry-run.json,$(wildcard docs/results/*.json)); do \
-	  echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows; done
+	  echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done
 	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 
 # Caches and builds; .venv and runs/ stay.

@@ -28,17 +28,18 @@ from typing import Any
 Row = dict[str, Any]
 
 
-def _commit() -> str | None:
-    """Of the program that runs, with a mark where files differ from it. ``COMMIT`` where there is no repository."""
-    git = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+def commit() -> str | None:
+    """Of the program, with a mark where its files differ from it; the variable ``COMMIT`` where there is no repository."""
+    home = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", *words], cwd=home, text=True, stderr=subprocess.DEVNULL).strip()
+
     try:
-        found = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
-    except OSError:
-        found = ""
-    return found or os.environ.get("COMMIT")
-
-
-COMMIT = _commit()
+        changed = git("status", "--porcelain", "-uno", "--", "src", "benchmarks", "recipes")
+        return git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return os.environ.get("COMMIT")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def run(recipe: str, job: Job, runs: Path, threads: int) -> tuple[str, int, dict
     summary_file, words, log = out / "summary.json", out.with_suffix(".words"), out.with_suffix(".log")
     if words.exists() and words.read_text() == " ".join(command) and summary_file.exists():
         return job.name, job.seed, json.loads(summary_file.read_text())
+    made_by = commit()
     summary_file.unlink(missing_ok=True)
     words.write_text(" ".join(command))
     with log.open("w") as file:
@@ -79,7 +81,8 @@ def run(recipe: str, job: Job, runs: Path, threads: int) -> tuple[str, int, dict
     if code:
         print(f"{job.name} seed {job.seed}: failed, see {log}", flush=True)
         return job.name, job.seed, {"failed": log.read_text()[-400:]}
-    summary: dict[str, Any] = json.loads(summary_file.read_text())
+    summary: dict[str, Any] = {**json.loads(summary_file.read_text()), "commit": made_by}
+    summary_file.write_text(json.dumps(summary))
     print(
         f"{job.name} seed {job.seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True
     )
@@ -113,8 +116,8 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
                         "reload_difference": summary["reload_difference"],
                         "plan": summary["plan"],
                         "version": summary["version"],
-                        "torch": summary["torch"],
-                        "commit": COMMIT,
+                        "torch": summary.get("torch"),
+                        "commit": summary.get("commit"),
                         "machine": summary["machine"],
                     }
                 )

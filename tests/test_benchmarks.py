@@ -83,12 +83,12 @@ def test_a_finished_run_is_taken_as_it_is_until_its_words_change(tmp_path: Path,
         (out / "summary.json").write_text(json.dumps(summary(20.0 + len(calls))))
         return type("Done", (), {"returncode": 0})
 
+    commits = iter(["one", "two", "three"])
+    monkeypatch.setattr(grid, "commit", lambda: next(commits))
     monkeypatch.setattr(grid.subprocess, "run", tune)
-    found = [
-        grid.run("demo.yaml", grid.Job("atp", [f"search.steps={steps}"], 0, ""), tmp_path, 1)[2]["result"]["ppl"]
-        for steps in (3, 3, 4, 3)
-    ]
-    assert found == [21.0, 21.0, 22.0, 23.0]
+    done = [grid.run("demo.yaml", grid.Job("atp", [f"search.steps={steps}"], 0, ""), tmp_path, 1) for steps in (3, 3, 4, 3)]
+    found = [(summary["result"]["ppl"], summary["commit"]) for _, _, summary in done]
+    assert found == [(21.0, "one"), (21.0, "one"), (22.0, "two"), (23.0, "three")]
     assert "--overwrite" in calls[0]
 
 

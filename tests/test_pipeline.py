@@ -517,6 +517,22 @@ def test_a_full_disk_at_the_very_first_write(bench: Bench, tmp_path: Path) -> No
     assert tune(recipe, resume=True)["result"]["ppl"] > 1
 
 
+def test_a_full_disk_at_the_first_write_of_a_replacement_keeps_the_earlier_run(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path))
+    before = contents(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(UserError, match=r"recipe\.yaml' cannot be written"):
+            tune(bench.recipe(tmp_path, budget__keep=0.8), overwrite=True)
+    assert contents(tmp_path) == before
+
+
+def test_no_file_of_the_export_tells_where_its_base_was(bench: Bench, finished: tuple[Path, dict[str, Any]]) -> None:
+    files = [path for path in (finished[0] / "model").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path.name for path in files if str(bench.base).encode() in path.read_bytes()]
+
+
 def test_an_export_that_computes_something_else_replaces_nothing(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,7 +56,7 @@ from slimtune.structure.plan import count
 from slimtune.train import checkpoint
 from slimtune.train.claim import check_model, claim, open_folder
 from slimtune.train.progress import Progress
-from slimtune.train.session import Figures, Session, make_accelerator
+from slimtune.train.session import Figures, Session, check_launcher, make_accelerator
 from slimtune.version import __version__
 
 RELOAD_LIMIT = 1e-4
@@ -83,6 +83,7 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
         UserError: anything the user can mend.
     """
     started = time.perf_counter()
+    check_launcher()
     folder = open_folder(recipe, resume, overwrite)
     seed_everything(recipe.seed)
     run = _Run(recipe, folder, resume)
@@ -228,7 +229,7 @@ class _Run:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
         recipe, target, dtype = self.recipe, self.folder / "model", self._export_dtype()
         counts = count(self.structure, outcome.plan)
-        notes = {"base": recipe.model.path, "seed": recipe.seed, "total_ratio": counts.total_ratio}
+        notes = {"base": card.public(recipe.model.path), "seed": recipe.seed, "total_ratio": counts.total_ratio}
         plan = replace(outcome.plan, notes=notes)
         model: Any = merge_lora(outcome.model.float())
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32

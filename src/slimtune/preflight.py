@@ -54,7 +54,7 @@ def _check_held_out(splits: Splits, recipe: Recipe) -> None:
 
 
 def costs(recipe: Recipe) -> dict[str, float]:
-    """Floating-point operations of the phases, in the order in which they come."""
-    flops = {phase.name: phase.flops for phase in estimate(recipe, measure=False).phases}
+    """Floating-point operations of the steps of all phases, in the order in which they come."""
+    flops = {phase.name: phase.step_flops for phase in estimate(recipe, measure=False).phases}
     reference = flops.pop("dense LoRA", None)
     return {"tune": reference, **flops} if reference else flops

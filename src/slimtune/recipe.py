@@ -159,7 +159,7 @@ def _explain(error: ValidationError) -> str:
     where = ".".join(loc)
     if first["type"] == "extra_forbidden":
         homes = [name for name in Recipe.model_fields if loc[-1] in _keys_at([name])] if len(loc) == 1 else []
-        known = _keys_at(loc[:-1]) if len(loc) > 1 else list(Recipe.model_fields)
+        known = _keys_at(loc[:-1])
         hint = f" Did you mean {homes[0] + '.' + where!r}?" if homes else nearest(loc[-1], known)
         hint = hint or f" Known: {', '.join(known)}"
         return f"recipe: unknown key {where!r}.{hint}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from bases import Bench
@@ -10,7 +12,10 @@ from slimtune.pipeline import tune
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
-def test_a_launch_that_shards_the_model_is_refused(bench: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_that_shards_the_model_is_refused(
+    bench: Bench, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
     with pytest.raises(UserError, match=rf"launched for {name} .* start it with torchrun"):
-        tune(bench.recipe("never"))
+        tune(bench.recipe(tmp_path / "never"))
+    assert not list(tmp_path.iterdir())

@@ -29,13 +29,17 @@ from slimtune.structure.axes import FFN, KV_GROUP, Side, Structure
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase: steps, tokens of all turns, floating-point operations, seconds (None without a measured rate)."""
+    """One phase: steps, tokens of all turns, floating-point operations, seconds (None without a measured rate).
+
+    ``step_flops`` leaves out what comes before the first step (the prior).
+    """
 
     name: str
     steps: int
     tokens: int
     flops: float
     seconds: float | None
+    step_flops: float
 
 
 @dataclass(frozen=True)
@@ -97,11 +101,12 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     recipe = job.recipe
     step_tokens = recipe.train.batch * recipe.data.max_length
 
-    def phase(name: str, steps: int, turns: list[tuple[float, float]]) -> Phase:
-        """``turns``: (steps of ``train.batch`` windows, operations a token)."""
-        flops = sum(count * step_tokens * cost for count, cost in turns)
-        tokens = round(sum(count for count, _ in turns) * step_tokens)
-        return Phase(name, steps, tokens, flops, flops / speed if speed else None)
+    def phase(name: str, steps: int, turns: list[tuple[float, float]], first: list[tuple[float, float]] | None = None) -> Phase:
+        """``turns`` (and those before the first step): (steps of ``train.batch`` windows, operations a token)."""
+        whole = [*turns, *(first or [])]
+        flops, of_steps = (sum(count * step_tokens * cost for count, cost in each) for each in (whole, turns))
+        tokens = round(sum(count for count, _ in whole) * step_tokens)
+        return Phase(name, steps, tokens, flops, flops / speed if speed else None, of_steps)
 
     if recipe.method == "finetune":
         return [phase("tune", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
@@ -111,10 +116,10 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (small * step_tokens)
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     decides = -(-search // recipe.search.decide_every)
-    turns = [(search, job.adapt() + teacher), (small * decides, decide), (small * prior, decide)]
+    turns = [(search, job.adapt() + teacher), (small * decides, decide)]
     settle = recipe.settle_steps
     recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
-    rows = [phase("search", search, turns)]
+    rows = [phase("search", search, turns, first=[(small * prior, decide)])]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
     rows.append(phase("recover", recover - settle, [(recover - settle, recovering)]))

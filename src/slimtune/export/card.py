@@ -135,7 +135,7 @@ def facts(
     """
     names = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}
     return {
-        "base": _public(recipe.model.path) or "random weights",
+        "base": public(recipe.model.path) or "random weights",
         "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) else None,
         "method": recipe.method,
         "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
@@ -146,12 +146,12 @@ def facts(
             for name, values in figures.items()
             if values
         },
-        "data": [_public(source.path) for source in recipe.data.train],
+        "data": [public(source.path) for source in recipe.data.train],
         "reload_difference": difference,
     }
 
 
-def _public(path: str) -> str:
+def public(path: str) -> str:
     """What a path says to others: of a file or folder of the author's machine its name alone."""
     return Path(path).expanduser().resolve().name if path and Path(path).expanduser().exists() else path
 

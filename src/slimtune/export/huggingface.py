@@ -80,7 +80,8 @@ def save(
         UserError: the model does not fit the plan, the disk is full, or the folder may not be replaced.
     """
     carried = _carried_files(origin)
-    if any(file.resolve().parent == Path(folder).resolve() for file in carried):
+    sources = [Path(path).expanduser().resolve() for path in ((origin.path, origin.tokenizer) if origin else ()) if path]
+    if Path(folder).resolve() in sources:
         raise UserError(f"the export would replace its own base {str(folder)!r}; choose another folder")
     weights = dict(model.named_parameters())  # tied ones once
     config = config_for(model.config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
@@ -171,14 +172,14 @@ def _carried_files(origin: ModelConfig | None) -> list[Path]:
     if origin is None:
         return []
     tokenizer, revision = origin.tokenizer_source
-    found = _files_of(tokenizer, revision, TOKENIZER_FILES)
-    return found + (_files_of(origin.path, origin.revision, [_GENERATION]) if origin.path else [])
+    found = _files_of(tokenizer, "model.tokenizer", revision, TOKENIZER_FILES)
+    return found + (_files_of(origin.path, "model.path", origin.revision, [_GENERATION]) if origin.path else [])
 
 
-def _files_of(source: str, revision: str | None, patterns: Iterable[str]) -> list[Path]:
+def _files_of(source: str, what: str, revision: str | None, patterns: Iterable[str]) -> list[Path]:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        location, local = locate(source)
+        location, local = locate(source, what)
         folder = Path(location) if local else _fetched(location, revision, patterns)
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 

@@ -85,10 +85,11 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     """
     if rank() != 0:
         return
-    if not (resume and (folder / _RECIPE).is_file()):
+    resumed = resume and (folder / _RECIPE).is_file()
+    folder.write_text(_RECIPE, recipe.to_yaml())  # first: should the disk be full, the earlier run is still whole
+    if not resumed:
         for path in _of_one_run(folder.path):
             path.unlink()
-    folder.write_text(_RECIPE, recipe.to_yaml())
 
 
 def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:

@@ -30,7 +30,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     Raises:
         UserError: the device is absent, the launcher asks for sharding, a tracker is unknown or its package not installed.
     """
-    _check_launcher()
     _check_trackers(recipe.trackers)
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.train.precision, device)
@@ -53,7 +52,7 @@ def figures_in_bf16(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
 
 
-def _check_launcher() -> None:
+def check_launcher() -> None:
     """``accelerate launch`` speaks through the environment, and would be taken at its word without one of ours."""
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
