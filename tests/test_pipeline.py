@@ -517,6 +517,20 @@ def test_a_full_disk_at_the_very_first_write(bench: Bench, tmp_path: Path) -> No
     assert tune(recipe, resume=True)["result"]["ppl"] > 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"), [({"model_type": "llama"}, False), ({"model_type": "phi", "qk_layernorm": True}, True)]
+)
+def test_equal_widths_that_no_stock_class_takes_are_told(
+    kind: dict[str, Any], told: bool, bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {**TINY, **kind}  # phi's norm of a head is as wide as hidden / heads, so fewer heads are another class
+    budget = {"keep": 0.4, "of": "block", "layout": "uniform", "tolerance": 0.05}
+    model = {"init": "config", "path": "", "config": own, "tokenizer": bench.base}
+    summary = tune(bench.recipe(tmp_path, model=model, budget=budget))
+    assert ("no stock class takes" in " ".join(capsys.readouterr().err.split())) == told
+    assert summary["result"]["class"].startswith("Slimtune") == told
+
+
 def test_a_full_disk_at_the_first_write_of_a_replacement_keeps_the_earlier_run(bench: Bench, tmp_path: Path) -> None:
     tune(bench.recipe(tmp_path))
     before = contents(tmp_path)

@@ -57,7 +57,8 @@ class Family:
     blocks: str = "model.layers"
     note: str = ""
     whole_heads: bool = False
-    """The stock config refuses a number of query heads that does not divide the hidden size, ``head_dim`` or not."""
+    """The stock config refuses a number of query heads that does not divide the hidden size, ``head_dim`` or not. Llama's does
+    too, but another stock class stands in for it unless there are biases (see ``export.huggingface``)."""
 
     def consumer(self, axis: str) -> Linear:
         """The linear whose *input* lies on ``axis``: the gate is placed before it."""
