@@ -23,10 +23,11 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from bases import TINY, Bench, losses, metrics, sentences, write_base, write_rows
-from slimtune import pipeline
+from slimtune import pipeline, preflight
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import huggingface
+from slimtune.models.load import load_config, structure_of
 from slimtune.pipeline import tune
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
@@ -122,6 +123,23 @@ def test_the_tokenizer_is_the_bases_byte_for_byte(bench: Bench, finished: tuple[
     assert names == ["tokenizer.json", "tokenizer_config.json"]
     for name in names:
         assert (out / "model" / name).read_bytes() == (Path(bench.base) / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({"evaluate__dense_lora": True, "lora__semantics": "lora_aware", "lora__settle": 0.5}, 4),
+        ({"method": "finetune"}, 1),
+    ],
+)
+def test_the_time_left_knows_the_phases_of_a_run(changed: dict[str, Any], expected: int, bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path, **changed)
+    tune(recipe)
+    config = load_config(recipe.model)
+    costs = preflight.costs(recipe, config, structure_of(config))
+    assert list(costs) == list(dict.fromkeys(row["phase"] for row in metrics(tmp_path) if "phase" in row))
+    assert len(costs) == expected
+    assert min(costs.values()) > 0
 
 
 def test_the_card_tells_the_figures(finished: tuple[Path, dict[str, Any]]) -> None:

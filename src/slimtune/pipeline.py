@@ -103,9 +103,9 @@ class _Run:
 
     def __init__(self, recipe: Recipe, folder: RunFolder, resume: bool):
         self.recipe, self.folder, self.resume = recipe, folder, resume
-        self.progress = Progress(costs=preflight.costs(recipe))
         self.config = load_config(recipe.model)
         self.structure: Structure = structure_of(self.config)
+        self.progress = Progress(costs=preflight.costs(recipe, self.config, self.structure))
         self.accelerator = make_accelerator(recipe)
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})

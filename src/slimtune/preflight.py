@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
+
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
-from slimtune.estimate import estimate
+from slimtune.estimate import job_of, phases
 from slimtune.recipe import Recipe
+from slimtune.structure.axes import Structure
 from slimtune.train.progress import Progress
 
 
@@ -53,8 +56,8 @@ def _check_held_out(splits: Splits, recipe: Recipe) -> None:
             )
 
 
-def costs(recipe: Recipe) -> dict[str, float]:
+def costs(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> dict[str, float]:
     """Floating-point operations of the steps of all phases, in the order in which they come."""
-    flops = {phase.name: phase.step_flops for phase in estimate(recipe, measure=False).phases}
+    flops = {phase.name: phase.step_flops for phase in phases(job_of(recipe, config, structure), None)}
     reference = flops.pop("dense LoRA", None)
     return {"tune": reference, **flops} if reference else flops

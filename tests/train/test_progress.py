@@ -7,8 +7,6 @@ import io
 import pytest
 from rich.console import Console
 
-from bases import Bench
-from slimtune import preflight
 from slimtune.train import progress
 from slimtune.train.progress import Progress
 
@@ -65,10 +63,3 @@ def test_the_bar_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_rank_0_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert shown(monkeypatch, True, COSTS) == shown(monkeypatch, False, COSTS) == ""
-
-
-def test_the_phases_of_a_run_are_known_in_their_order(bench: Bench) -> None:
-    aware = {"lora__semantics": "lora_aware", "lora__settle": 0.5}
-    costs = preflight.costs(bench.recipe("out", evaluate__dense_lora=True, **aware))
-    assert list(costs) == ["tune", "search", "settle", "recover"]
-    assert min(costs.values()) > 0

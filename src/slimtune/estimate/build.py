@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from slimtune import runtime
 from slimtune.errors import UserError
@@ -76,12 +77,10 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     """
     config = load_config(recipe.model)
     structure = structure_of(config)
-    smallest, after, problem = _sizes(recipe, structure)
+    smallest, after = _sizes(recipe, structure)
     kind = _device_kind(recipe.device)
     dtype = runtime.pick_precision(recipe.train.precision, kind)
-    whole = recipe.method == "finetune" and recipe.model.init == "config"
-    generator = _generator_params(recipe, structure) if recipe.method == "atp" else 0
-    job = Job(recipe, config, structure, after.block_ratio, whole, generator, dtype.itemsize)
+    job = job_of(recipe, config, structure)
     rate = _matmul_rate(kind, dtype) if measure and (kind == "cpu" or torch.cuda.is_available()) else None
     return Estimate(
         model_type=structure.family.model_type,
@@ -91,15 +90,23 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         smallest=smallest,
         lora_params=job.lora(),
         lora_params_after=job.lora(job.part),
-        generator_params=generator,
+        generator_params=job.generator,
         phases=tuple(phases(job, rate and rate * EFFICIENCY[kind] * runtime.world_size())),
         memory=memory(job, kind),
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
         matmul_flops=rate,
         efficiency=EFFICIENCY[kind],
-        problem=problem,
+        problem=_problem(recipe, structure, smallest),
     )
+
+
+def job_of(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Job:
+    """What the formulas of ``cost`` need to know of a run."""
+    dtype = runtime.pick_precision(recipe.train.precision, _device_kind(recipe.device))
+    whole = recipe.method == "finetune" and recipe.model.init == "config"
+    generator = _generator_params(recipe, structure) if recipe.method == "atp" else 0
+    return Job(recipe, config, structure, _sizes(recipe, structure)[1].block_ratio, whole, generator, dtype.itemsize)
 
 
 def _device_kind(device: str) -> str:
@@ -107,8 +114,8 @@ def _device_kind(device: str) -> str:
     return "cuda" if device.startswith("cuda") else runtime.pick_device(device).partition(":")[0]
 
 
-def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size, str | None]:
-    """The smallest possible size, the target's, and why the target cannot be met."""
+def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size]:
+    """The smallest possible size, and the target's (or the smallest, where that is more)."""
 
     def size(block: float) -> Size:
         total = structure.constant_params + block
@@ -118,21 +125,26 @@ def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size, str | None
     multiple = min(MULTIPLES) if budget.ffn_multiple == "auto" else budget.ffn_multiple
     smallest = size(smallest_ratio(structure, "block", multiple) * whole)
     if recipe.method != "atp":
-        return smallest, size(whole), None
-    of_total = budget.of == "total"
-    wanted = budget.keep * structure.total_params - structure.constant_params if of_total else budget.keep * whole
-    least = smallest.total_ratio if of_total else smallest.block_ratio
-    if budget.keep >= least:
-        return smallest, size(wanted), _refusal(recipe, structure)
-    problem = (
-        f"budget.keep={budget.keep} of {budget.of} cannot be met: embeddings, norms and the least every layer "
-        f"must keep are already {least:.3f}; ask for more than that{', or use budget.of=block' if of_total else ''}"
-    )
-    return smallest, smallest, problem
+        return smallest, size(whole)
+    wanted = budget.keep * structure.total_params - structure.constant_params if budget.of == "total" else budget.keep * whole
+    return smallest, smallest if budget.keep < _least(recipe, smallest) else size(wanted)
 
 
-def _refusal(recipe: Recipe, structure: Structure) -> str | None:
+def _least(recipe: Recipe, smallest: Size) -> float:
+    return smallest.total_ratio if recipe.budget.of == "total" else smallest.block_ratio
+
+
+def _problem(recipe: Recipe, structure: Structure, smallest: Size) -> str | None:
     """What ``tune`` would say to the budget before it starts: rounding, layout and tolerance counted."""
+    budget, least = recipe.budget, _least(recipe, smallest)
+    if recipe.method != "atp":
+        return None
+    if budget.keep < least:
+        other = ", or use budget.of=block" if budget.of == "total" else ""
+        return (
+            f"budget.keep={budget.keep} of {budget.of} cannot be met: embeddings, norms and the least every layer "
+            f"must keep are already {least:.3f}; ask for more than that{other}"
+        )
     try:
         check_budget(structure, recipe.budget)
     except UserError as error:
