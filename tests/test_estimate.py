@@ -150,7 +150,9 @@ def test_steps_and_tokens_by_phase() -> None:
     halved = cost(config, **{**sections, "search": {**sections["search"], "batch": 1}}).phases[0]
     assert halved.tokens == 10 * 64 + 4 * 32
     assert halved.flops < phases[0].flops
-    assert cost(config, **sections, generator={"prior": "taylor"}).phases[0].tokens == (10 + 4 + 16) * 64
+    primed = cost(config, **sections, generator={"prior": "taylor"}).phases[0]
+    assert primed.tokens == (10 + 4 + 16) * 64
+    assert primed.step_flops == phases[0].step_flops == phases[0].flops < primed.flops
     assert phases[1].flops / 5 < phases[2].flops / 15  # the smaller model's step is cheaper
 
 

@@ -28,7 +28,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     """accelerate for device, autocast, DDP and trackers.
 
     Raises:
-        UserError: the device is absent, the launcher asks for sharding, a tracker is unknown or its package not installed.
+        UserError: the device is absent, a tracker is unknown or its package is not installed.
     """
     _check_trackers(recipe.trackers)
     device = pick_device(recipe.device)
