@@ -3,7 +3,8 @@
     python benchmarks/grid.py recipes/health-docs.yaml --seeds 0,1,2 --jobs 3 --rows docs/results/x.json \
         "atp:" "aware: lora.semantics=lora_aware" "dense_lora: method=finetune train.steps=1000"
 
-A variant is ``name: key=value ...``. The variant called ``dense_lora`` supplies ``dense_value`` for the same seed. Rows are
+A variant is ``name: key=value ...``. Dense LoRA supplies ``dense_value`` for the same seed: the reference inside a run
+(``evaluate.dense_lora=true``: on the very rows and windows of its adapt turns), or a variant called ``dense_lora``. Rows are
 ``{base, domain, method, keep, seed, metric, value, se, dense_value, tokens, gpu_seconds, machine, commit, ...}``
 (``gpu_seconds``: of training, on whatever ``machine`` is); a failed run is a row
 whose metric is ``failed``. A run that an earlier call finished with the same words is taken as it is (delete ``--runs`` when
@@ -93,41 +94,46 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
     """Flat rows, ``dense_value`` joined by seed."""
     rows: list[Row] = []
     for name, seed, summary in done:
-        common = {"base": base, "domain": domain, "method": name, "seed": seed}
         if "failed" in summary:
-            rows.append({**common, "metric": "failed", "value": summary["failed"]})
+            where = {"base": base, "domain": domain, "method": name, "seed": seed}
+            rows.append({**where, "metric": "failed", "value": summary["failed"]})
             continue
-        result = summary["result"]
-        for metric, key in (("domain_ppl", "ppl"), ("accuracy", "accuracy"), ("parameters", "parameters")):
-            if key in result:
-                rows.append(
-                    {
-                        **common,
-                        "keep": summary["keep"] if summary["method"] != "finetune" else 1.0,
-                        "of": summary["of"],
-                        "metric": metric,
-                        "value": result[key],
-                        "se": result.get(f"{key}_se"),
-                        "base_value": summary["base"].get(key),
-                        "dense_value": None,
-                        "tokens": sum(summary["tokens"].values()),
-                        "gpu_seconds": result["seconds"],
-                        "leak": summary["leak"],
-                        "reload_difference": summary["reload_difference"],
-                        "plan": summary["plan"],
-                        "version": summary["version"],
-                        "torch": summary.get("torch"),
-                        "commit": summary.get("commit"),
-                        "machine": summary["machine"],
-                    }
-                )
+        common = {"base": base, "domain": domain, "seed": seed, **_common(summary)}
+        own = {"method": name, "keep": summary["keep"], "tokens": sum(summary["tokens"].values()), "leak": summary["leak"]}
+        own |= {"reload_difference": summary["reload_difference"], "plan": summary["plan"]}
+        rows += _rows({**common, **own}, summary["result"], summary["base"])
+        if reference := summary.get("dense_lora"):
+            own = {"method": "dense_lora", "keep": 1.0, "tokens": reference["tuning_tokens"]}
+            rows += _rows({**common, **own}, reference, summary["base"])
     return joined([], rows)
+
+
+def _common(summary: dict[str, Any]) -> Row:
+    return {**{key: summary[key] for key in ("of", "version", "machine")}, **{key: summary.get(key) for key in ("torch", "commit")}}
+
+
+def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
+    return [
+        {
+            "gpu_seconds": figures["seconds"],
+            **common,
+            "metric": metric,
+            "value": figures[key],
+            "se": figures.get(f"{key}_se"),
+            "base_value": base.get(key),
+            "dense_value": None,
+        }
+        for metric, key in (("domain_ppl", "ppl"), ("accuracy", "accuracy"), ("parameters", "parameters"))
+        if key in figures
+    ]
 
 
 def joined(kept: list[Row], new: list[Row]) -> list[Row]:
     """``kept`` with the runs in ``new`` put in place of theirs (same method and seed); ``dense_value`` joined over all rows."""
     made = {(row["method"], row["seed"]) for row in new}
-    rows = [row for row in kept if (row["method"], row["seed"]) not in made] + new
+    rows = [row for row in kept if (row["method"], row["seed"]) not in made]
+    # two runs of a seed may both hold the dense reference: the same figures, once
+    rows += {(row["method"], row["seed"], row["metric"]): row for row in new}.values()
     rows.sort(key=lambda row: (row["method"], row["seed"]))
     dense = {(row["seed"], row["metric"]): row["value"] for row in rows if row["method"] == "dense_lora"}
     return [{**row, "dense_value": dense.get((row["seed"], row["metric"]))} if "dense_value" in row else row for row in rows]

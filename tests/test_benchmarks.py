@@ -27,7 +27,7 @@ def script(name: str) -> ModuleType:
 def summary(ppl: float, method: str = "atp") -> dict[str, Any]:
     return {
         "method": method,
-        "keep": 0.6,
+        "keep": 0.6 if method == "atp" else 1.0,
         "of": "total",
         "base": {"ppl": 40.0, "parameters": 100},
         "result": {"ppl": ppl, "ppl_se": 0.5, "parameters": 60, "seconds": 3.0},
@@ -61,6 +61,16 @@ def test_rows_are_joined_to_dense_lora_by_seed(capsys: pytest.CaptureFixture[str
     table = capsys.readouterr().out
     assert "| atp | 60 | 21.00 ± 1.41 | 1.550 ± 0.636 | 15 | 0, 1 |" in table
     assert "| broken | failed |" in table
+
+
+def test_the_reference_inside_a_run_is_a_row_of_dense_lora() -> None:
+    grid = script("grid")
+    dense = {"ppl": 16.0, "ppl_se": 0.4, "parameters": 100, "seconds": 2.0, "tokens": 7, "tuning_tokens": 10}
+    with_reference = {**summary(20.0), "dense_lora": dense}
+    rows = grid.rows_of([("atp", 3, with_reference), ("aware", 3, with_reference)], "tiny", "somewhere")
+    found = [row for row in rows if row["method"] == "dense_lora" and row["metric"] == "domain_ppl"]
+    assert [(row["value"], row["tokens"], row["keep"], row["dense_value"]) for row in found] == [(16.0, 10, 1.0, 16.0)]
+    assert {row["dense_value"] for row in rows if row["metric"] == "domain_ppl"} == {16.0}
 
 
 def test_rows_of_several_calls_make_one_table() -> None:

@@ -107,6 +107,7 @@ def test_the_summary_is_what_can_be_counted(bench: Bench, finished: tuple[Path, 
         assert figures["ppl"] == pytest.approx(math.exp(figures["loss"]))
         assert 0 < figures["ppl_se"] < figures["ppl"]
     assert summary["dense_lora"]["ppl"] < base["ppl"]
+    assert summary["dense_lora"]["tuning_tokens"] == summary["tokens"]["adapt"]  # the same rows, by number of turns
     assert 0 < result["seconds"] <= summary["seconds"]
     assert {key: summary[key] for key in ("method", "seed", "keep", "of", "leak")} == {
         "method": "atp",

@@ -223,7 +223,7 @@ class _Run:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
         outcome, cost = self._train(finetune.run, "dense_lora")
         size = {"parameters": self.structure.total_params, "block_ratio": 1.0}
-        return {**self.figures.test(outcome.model), **size, **cost}
+        return {**self.figures.test(outcome.model), **size, **cost, "tuning_tokens": sum(outcome.tokens.values())}
 
     def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""

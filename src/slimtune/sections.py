@@ -175,9 +175,9 @@ class GeneratorConfig(Section):
     same followed through the search (a moving average over the decide turns, free of extra passes)."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
-    prior_scale: Annotated[float, Field(ge=0.0)] = 12.0
-    """Standard deviation of the prior's logits. The sampling noise has one of 1.8, so at 12 it explores the units near the
-    border and leaves the rest alone; without ``calibrate`` use 2."""
+    prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    """Standard deviation of the prior's logits. The sampling noise has one of 1.8: the larger the scale, the nearer to the
+    border are the units that it explores. A search of a few dozen turns wants more (12); without ``calibrate`` use 2."""
     prior_steps: Positive = 16
     """Decision batches read for the prior; they count as search tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
