@@ -109,7 +109,10 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
 
 
 def _common(summary: dict[str, Any]) -> Row:
-    return {**{key: summary[key] for key in ("of", "version", "machine")}, **{key: summary.get(key) for key in ("torch", "commit")}}
+    return {
+        **{key: summary[key] for key in ("of", "version", "machine")},
+        **{key: summary.get(key) for key in ("torch", "commit")},
+    }
 
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:

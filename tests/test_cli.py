@@ -76,12 +76,6 @@ def test_tune_passes_recipe_overrides_and_flags_on(file: str, calls: list[Any]) 
     assert calls[1][1:] == (False, True)
 
 
-def test_resume_and_overwrite_exclude_each_other(file: str, calls: list[Any]) -> None:
-    result = run(app, ["tune", file, "--resume", "--overwrite"])
-    assert (result.exit_code, calls) == (2, [])
-    assert "exclude each other" in result.stderr
-
-
 def test_a_user_error_is_one_line_on_stderr(file: str, calls: list[Any]) -> None:
     calls.append(UserError("data.train=[] has\n  no rows; give some"))
     result = run(app, ["tune", file])

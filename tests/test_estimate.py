@@ -96,7 +96,7 @@ def test_llama_3_8b_from_an_inline_config() -> None:
 @pytest.mark.parametrize("method", ["lora", "whole", "forward"])
 def test_operations_agree_with_a_flop_counter(method: str) -> None:
     config, model = tiny(**WIDE, attn_implementation="eager")  # the counter does not see inside the CPU's fused attention
-    kind: dict[str, Any] = {"lora": RANK, "search": {"steps": 0}, "budget": {"keep": 1.0}}
+    kind: dict[str, Any] = {"lora": RANK, "search": {"steps": 0}, "budget": {"keep": 1.0}, "generator": {"prior": "taylor"}}
     if method == "whole":
         kind["method"] = "finetune"
     result = cost(config, **kind, train={"batch": 2, "steps": 1}, recover={"steps": 1})

@@ -293,6 +293,15 @@ def _drawn(config: dict[str, Any]) -> Make:
     return lambda bench, tmp_path: {"model": {"init": "config", "config": config, "tokenizer": bench.base}}
 
 
+def _drawn_with(keys: dict[str, Any]) -> Make:
+    return lambda bench, tmp_path: {"model": {"path": bench.base, "init": "config", "config": keys}}
+
+
+def _other_roles(bench: Bench, tmp_path: Path) -> dict[str, Any]:
+    chats = [[{"role": "User", "content": text}, {"role": "Model", "content": "yes"}] for text in sentences(90)]
+    return _rows(tmp_path, [{"messages": chat} for chat in chats]) | {"data__max_length": 64}
+
+
 Make = Callable[[Bench, Path], dict[str, Any]]
 BAD: dict[str, tuple[Make, list[str]]] = {
     "missing model": (lambda b, t: {"model__path": str(t / "nowhere")}, ["nowhere", "does not exist", "give a model folder"]),
@@ -306,6 +315,8 @@ BAD: dict[str, tuple[Make, list[str]]] = {
         ["hiden_size", "mean 'hidden_size'?"],
     ),
     "drawn with a wrong value": (_drawn({"model_type": "llama", "hidden_size": "big"}), ["hidden_size", "correct the values"]),
+    "heads that do not divide the width": (_drawn_with({"hidden_size": 65}), ["hidden_size", "correct the values"]),
+    "roles of another kind": (_other_roles, ["role 'assistant'", "['Model', 'User']", "Rename"]),
     "unknown family": (_unknown_family, ["gpt2", "llama"]),
     "budget too small": (lambda b, t: {"budget__keep": 0.05}, ["budget.keep=0.05", "cannot be met", "0."]),
     "budget too coarse": (
@@ -396,6 +407,24 @@ def test_a_damaged_base_is_named_and_may_be_mended(bench: Bench, tmp_path: Path,
         tune(recipe)
     shutil.copyfile(Path(bench.base) / "model.safetensors", file)
     assert tune(recipe, resume=True)["result"]["ppl"] > 1
+
+
+def test_a_base_of_no_numbers_is_not_blamed_on_the_learning_rate(bench: Bench, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bench.base, base)
+    weights = tensors(base)
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"loss of model\.path='.*base' on the test data is nan before any training"):
+        tune(bench.recipe(tmp_path / "run", model={"path": str(base)}))
+
+
+def test_resume_and_overwrite_exclude_each_other(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        tune(bench.recipe(tmp_path / "run"), resume=True, overwrite=True)
+    with pytest.raises(UserError, match=r"tune needs a Recipe, not dict: slimtune\.load_recipe"):
+        tune({"out": "x"})  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_key_names_the_nearest(bench: Bench, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from slimtune.errors import UserError
 from slimtune.recipe import Recipe, load, parse
+from slimtune.sections import ModelConfig
 
 
 @pytest.fixture
@@ -111,6 +112,28 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLIM_TEST_FOLDER")
     with pytest.raises(UserError, match=r"SLIM_TEST_FOLDER is not set; export SLIM_TEST_FOLDER="):
         parse(raw)
+
+
+def test_a_recipe_made_in_python_keeps_the_promises_of_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FOLDER", "/somewhere")
+    data: Any = {"train": [Path("${FOLDER}/rows.jsonl"), {"path": "${FOLDER}/more.jsonl"}]}
+    recipe = Recipe(out=Path("runs/x"), data=data, model=ModelConfig(path=Path("${FOLDER}/base")))  # type: ignore[arg-type]
+    assert [source.path for source in recipe.data.train] == ["/somewhere/rows.jsonl", "/somewhere/more.jsonl"]
+    assert (recipe.out, recipe.model.path) == ("runs/x", "/somewhere/base")
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"bugdet": {}}, "unknown key 'bugdet'. Did you mean 'budget'?"),
+        ({"budget": {"keep": 2}}, "budget.keep=2 is not valid: Input should be less than or equal to 1"),
+        ({"search": {"steps": 0}, "generator": {"prior": "none"}}, "nothing to decide by; set generator.prior=taylor"),
+        ({"out": "${NO_SUCH}/x"}, "NO_SUCH is not set"),
+    ]
+    for keys, message in wrong:
+        with pytest.raises(UserError) as caught:
+            Recipe(**keys)
+        assert message in str(caught.value)
+
+
+def test_one_override_may_stand_alone(file: Path) -> None:
+    assert load(file, "budget.keep=0.5").budget.keep == 0.5
 
 
 def test_frozen() -> None:

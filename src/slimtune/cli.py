@@ -85,8 +85,6 @@ def tune(
     """Tune and prune a model as a recipe says."""
     from slimtune.recipe import load
 
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite exclude each other; give one of them")
     loaded = load(recipe, overrides or [])
     from slimtune import pipeline
     from slimtune.runtime import quiet_libraries

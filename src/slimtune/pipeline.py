@@ -23,6 +23,7 @@ from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
 from slimtune.methods import atp, finetune
 from slimtune.methods.outcome import Method, Outcome
+from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
     attention_of,
     check_attention,
@@ -54,7 +55,7 @@ from slimtune.runtime import (
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
-from slimtune.train.claim import check_model, claim, open_folder
+from slimtune.train.claim import check_model, claim, open_folder, same_input
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator
 from slimtune.version import __version__
@@ -83,6 +84,10 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
         UserError: anything the user can mend.
     """
     started = time.perf_counter()
+    if not isinstance(recipe, Recipe):
+        raise UserError(f"tune needs a Recipe, not {type(recipe).__name__}: slimtune.load_recipe(file), slimtune.Recipe(...)")
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite exclude each other; give one of them")
     check_launcher()
     folder = open_folder(recipe, resume, overwrite)
     seed_everything(recipe.seed)
@@ -142,10 +147,11 @@ class _Run:
         stages = self.folder / "stages.json"
         if self.resume and stages.is_file():
             self.stages, self.resumed = json.loads(stages.read_text(encoding="utf-8")), True
-        data = self.splits.fingerprint
-        if self.stages.setdefault("data", data) != data:
-            raise UserError("--resume: the data are not those the run began with; restore them or start anew with --overwrite")
+        same_input(self.stages, "data", self.splits.fingerprint, "data")
         self.folder.write_json("stages.json", self.stages)
+        # written with the first figure of theirs: weights that cannot be read may still be mended
+        weights = fingerprint(self.recipe.model, self.config)
+        same_input(self.stages, "weights", weights, f"weights of model.path={self.recipe.model.path!r}")
         before = None
         for stage in ("main", "dense_lora"):
             state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None
@@ -216,8 +222,10 @@ class _Run:
         device = str(self.accelerator.device)
         model = load_model(self.recipe.model, device, pick_dtype(self.recipe.model.dtype, device))
         location, local = locate(self.recipe.model.path)
-        size = {"bytes": _weight_bytes(Path(location))} if local else {}
-        return {**self.figures.test(model), "parameters": self.structure.total_params, "block_ratio": 1.0, **size}
+        size = {"bytes": weight_bytes(Path(location))} if local else {}
+        found = self.figures.test(model)
+        preflight.check_base(found["loss"], self.recipe)
+        return {**found, "parameters": self.structure.total_params, "block_ratio": 1.0, **size}
 
     def _measure_dense(self) -> Figures:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
@@ -257,7 +265,7 @@ class _Run:
             **self.figures.test(loaded.to(self.accelerator.device)),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "block_ratio": counts.block_ratio,
-            "bytes": _weight_bytes(target),
+            "bytes": weight_bytes(target),
         }
         if rank() == 0:
             with writing(target / "README.md"):
@@ -288,7 +296,3 @@ class _Run:
         note = f"reload: logits of a fresh process differ by {difference:.1e}"
         self.progress.say(note if difference <= RELOAD_LIMIT else f"[yellow]{note}[/yellow]")
         return difference
-
-
-def _weight_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))

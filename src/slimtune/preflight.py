@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -54,6 +55,15 @@ def _check_held_out(splits: Splits, recipe: Recipe) -> None:
                 f"data.{name} has no token to measure ({splits.rows[name]} rows); give it a file of its own, "
                 f"more rows in data.train, or raise data.{name}_fraction"
             )
+
+
+def check_base(loss: float, recipe: Recipe) -> None:
+    """Raise UserError where the base's own loss is no number: no training would mend that."""
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss of model.path={recipe.model.path!r} on the test data is {loss} before any training: its weights hold "
+            "values that are no numbers, or overflow; check the folder's files, or set train.precision=float32"
+        )
 
 
 def costs(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> dict[str, float]:

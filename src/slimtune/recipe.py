@@ -6,19 +6,18 @@ that name.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from slimtune.errors import UserError, nearest
+from slimtune.section import Section
 from slimtune.sections import (
     BudgetConfig,
-    Count,
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -28,7 +27,6 @@ from slimtune.sections import (
     ModelConfig,
     RecoverConfig,
     SearchConfig,
-    Section,
     Source,
     TrainConfig,
 )
@@ -41,7 +39,7 @@ class Recipe(Section):
     """``atp``: tune and prune in one stage; ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
     out: Annotated[str, Field(min_length=1)] = "runs/run"
     """Output folder."""
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     """Of everything random."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``."""
@@ -75,7 +73,18 @@ class Recipe(Section):
             raise ValueError("model.config only describes a model to be drawn at random; add model.init=config or leave it out")
         if self.distill.recover and not self.distill.weight:
             raise ValueError("distill.recover=true has no effect without distill.weight, e.g. distill.weight=1")
+        if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
+            raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
         return self
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _told(cls, raw: Any, validate: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        """One clear error, however a recipe is made. The last validator, so that it holds the others."""
+        try:
+            return validate(raw)
+        except ValidationError as error:
+            raise UserError(_explain(error)) from error
 
     def to_yaml(self) -> str:
         """The resolved recipe, every default written out."""
@@ -83,6 +92,17 @@ class Recipe(Section):
         legible: str = yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
         # PyYAML writes these line breaks unescaped and reads them back as another one
         return yaml.safe_dump(raw, sort_keys=False) if re.search("[\x85\u2028\u2029]", legible) else legible
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant: a key that stands twice in a mapping is an error, not the last of them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for (key, _), name in zip(node.value, keys, strict=True):
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands there twice", key.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -95,22 +115,19 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not file.is_file():
         raise UserError(f"recipe {str(path)!r} does not exist; give the path of a YAML file, e.g. recipes/demo.yaml")
     try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values, not {type(raw).__name__}")
-    for override in overrides:
+    for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(raw, override)
     return parse(raw)
 
 
 def parse(raw: Mapping[str, Any]) -> Recipe:
-    """Validate a mapping into a Recipe (variables expanded). Raises UserError with the first problem."""
-    try:
-        return Recipe.model_validate(_expand(dict(raw)))
-    except ValidationError as error:
-        raise UserError(_explain(error)) from error
+    """Validate a mapping into a Recipe. Raises UserError with the first problem."""
+    return Recipe.model_validate(dict(raw))
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -126,9 +143,18 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     for name in parents:
         child = node.setdefault(name, {})
         if not isinstance(child, dict):
-            raise UserError(f"override {override!r}: {name!r} is not a section of the recipe")
+            raise UserError(
+                f"override {override!r}: {name!r} is not a section of the recipe; give {_whole(parents, leaf, text)}"
+            )
         node = child
     node[leaf] = _number(value)
+
+
+def _whole(parents: Sequence[str], leaf: str, text: str) -> str:
+    """How to say it instead: a source's keys only as a list of whole sources."""
+    if parents[:1] == ["data"] and len(parents) == 2:
+        return f"the whole source, e.g. {'.'.join(parents)}='[{{path: ..., {leaf}: {text}}}]'"
+    return f"{'.'.join(parents)} itself a value"
 
 
 def _number(value: Any) -> Any:
@@ -136,21 +162,6 @@ def _number(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value):
         return float(value)
     return value
-
-
-def _expand(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _expand(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_expand(item) for item in value]
-    return re.sub(r"\$\{(\w+)\}", _variable, value) if isinstance(value, str) else value
-
-
-def _variable(match: re.Match[str]) -> str:
-    name = match.group(1)
-    if name not in os.environ:
-        raise UserError(f"the recipe uses ${{{name}}} but the environment variable {name} is not set; export {name}=...")
-    return os.environ[name]
 
 
 def _explain(error: ValidationError) -> str:

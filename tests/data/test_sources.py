@@ -185,12 +185,19 @@ def test_a_folder_is_refused_and_hides_the_hub(tmp_path: Path, monkeypatch: pyte
 def test_a_hub_id_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[Any, ...]] = []
 
+    class HubError(Exception):
+        pass
+
     class Hub:
+        exceptions = type("exceptions", (), {"DatasetsError": HubError})
+
         @staticmethod
         def load_dataset(path: str, name: str | None, split: str) -> list[dict[str, str]]:
             calls.append((path, name, split))
             if path == "org/gone":
                 raise FileNotFoundError("404")
+            if path == "org/torn":
+                raise HubError("an error occurred while generating")
             return [{"text": "a"}, {"text": "b"}]
 
     monkeypatch.setitem(sys.modules, "datasets", Hub)  # type: ignore[arg-type]
@@ -199,6 +206,8 @@ def test_a_hub_id_goes_to_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert rows == [Row(text="a", origin="org/name[test]:0")]
     with pytest.raises(UserError, match=r"'org/gone' .*cannot be loaded from the hub: 404; check the id"):
         read(Source(path="org/gone"))
+    with pytest.raises(UserError, match=r"'org/torn' .*cannot be loaded from the hub: an error occurred while generating"):
+        read(Source(path="org/torn"))
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match="needs datasets: pip install"):
         read(Source(path="org/name"))

@@ -27,6 +27,13 @@ FACTS = {
 }
 
 
+def test_random_weights_are_no_version_of_a_model() -> None:
+    drawn = {"path": "builtin:base-10m", "init": "config"}
+    known = facts(parse({"model": drawn, "method": "finetune"}), 10, 10, {}, None)
+    assert (known["base"], known["license"]) == ("random weights of the shape of builtin:base-10m", None)
+    assert facts(parse({"model": {"path": "builtin:base-10m"}}), 10, 6, {}, None)["base"] == "builtin:base-10m"
+
+
 def plan_of(kept: object) -> object:
     return cut_model("llama", kept)[1]  # type: ignore[arg-type]
 

@@ -56,7 +56,7 @@ def stored_shapes(out: Path) -> dict[str, tuple[int, ...]]:
         {"lora__semantics": "lora_aware", "model__checkpointing": "reentrant"},
         {"lora__semantics": "lora_aware", "lora__lasso": "loss"},
         {"recover__steps": 0},
-        {"search__steps": 0},
+        {"search__steps": 0, "generator__prior": "taylor", "generator__prior_steps": 2},
         {"budget": {"keep": 1.0}},
     ],
     ids=str,

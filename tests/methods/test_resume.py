@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from bases import Bench, metrics
 from slimtune.errors import UserError
@@ -267,6 +269,22 @@ def test_other_data_do_not_slip_into_a_resumed_run(bench: Bench, tmp_path: Path)
     with pytest.raises(UserError, match="the data are not those the run began with"):
         tune(recipe, resume=True)
     texts.write_text("".join(lines), encoding="utf-8")
+    assert tune(recipe, resume=True)["result"]["ppl"] > 1
+
+
+def test_another_base_does_not_slip_into_a_resumed_run(bench: Bench, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(bench.base, base)
+    recipe = bench.recipe(tmp_path / "run", model={"path": str(base)}, train__checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "recover", 1)
+        with pytest.raises(Killed):
+            tune(recipe)
+    weights = load_file(base / "model.safetensors")
+    save_file({name: value + 0.5 for name, value in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"the weights of model.path='.*base' are not those the run began with; restore them"):
+        tune(recipe, resume=True)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     assert tune(recipe, resume=True)["result"]["ppl"] > 1
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slimtune.data.prompts import Encoded, encode_examples, encode_texts, pad_id
+from slimtune.data.prompts import ASSISTANT, Encoded, encode_examples, encode_texts, pad_id
 from slimtune.data.sources import Row, read_counted
 from slimtune.data.windows import Windows
 from slimtune.errors import UserError
@@ -72,6 +72,7 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
     windows = {name: _windows(name, rows[name] if name in need else [], config, tokenizer, notes) for name in SPLITS}
     for name in ("train", "decision"):
         if name in need and not windows[name].targets:
+            _check_roles(name, rows[name])
             raise UserError(
                 f"data.{name} has no token to learn from ({len(rows[name])} rows"
                 + "".join(f", {key} {count}" for key, count in notes.items() if key.startswith(name))
@@ -85,6 +86,15 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
         choice_rows=[row for row in rows["test"] if row.choices is not None and row.label is not None],
         notes=dict(notes),
     )
+
+
+def _check_roles(name: str, rows: Sequence[Row]) -> None:
+    roles = {message["role"] for row in rows for message in row.messages or ()}
+    if roles and ASSISTANT not in roles:
+        raise UserError(
+            f"data.{name}: no message has the role {ASSISTANT!r}, whose words are learned; found {sorted(roles)}. "
+            "Rename the role of the answers"
+        )
 
 
 def divide(config: DataConfig, need: frozenset[str], notes: Counter[str]) -> dict[str, list[Row]]:

@@ -172,7 +172,7 @@ def _hub_records(source: Source) -> Iterator[Record]:
         raise UserError(f"data source {source.path!r} is a hub id and needs datasets: {_HUB_EXTRA}") from error
     try:
         rows = datasets.load_dataset(source.path, source.name, split=source.split)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise UserError(
             f"data source {source.path!r} (name={source.name!r}, split={source.split!r}) cannot be loaded from "
             f"the hub: {error}; check the id, name and split, or give a local file"

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from slimtune import runtime
 from slimtune.errors import UserError
 from slimtune.estimate.cost import Job, Phase, memory, phases
-from slimtune.models.load import load_config, structure_of
+from slimtune.models.load import check_length, load_config, structure_of
 from slimtune.prune.generator import Generator
 from slimtune.prune.solve import MULTIPLES, check_budget, smallest_ratio
 from slimtune.recipe import Recipe
@@ -41,7 +41,7 @@ class Estimate:
         units: (layers, units by axis), equal neighbours together.
         memory: bytes of one process, by item.
         matmul_flops: measured operations a second of a plain matmul, or None.
-        problem: why the budget cannot be met, or None.
+        problem: why ``tune`` would refuse the run (its budget, its windows), or None.
     """
 
     model_type: str
@@ -97,7 +97,7 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         dtype=str(dtype).removeprefix("torch."),
         matmul_flops=rate,
         efficiency=EFFICIENCY[kind],
-        problem=_problem(recipe, structure, smallest),
+        problem=_problem(recipe, config, structure, smallest),
     )
 
 
@@ -134,9 +134,13 @@ def _least(recipe: Recipe, smallest: Size) -> float:
     return smallest.total_ratio if recipe.budget.of == "total" else smallest.block_ratio
 
 
-def _problem(recipe: Recipe, structure: Structure, smallest: Size) -> str | None:
-    """What ``tune`` would say to the budget before it starts: rounding, layout and tolerance counted."""
+def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, smallest: Size) -> str | None:
+    """What ``tune`` would say before it starts: to the windows, and to the budget with rounding, layout and tolerance."""
     budget, least = recipe.budget, _least(recipe, smallest)
+    try:
+        check_length(config, recipe.data.max_length)
+    except UserError as error:
+        return str(error)
     if recipe.method != "atp":
         return None
     if budget.keep < least:

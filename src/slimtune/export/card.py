@@ -133,10 +133,11 @@ def facts(
         figures: of ``base``, ``dense_lora`` and ``result``, as far as they were taken.
         difference: of the logits after a reload.
     """
+    base, drawn = public(recipe.model.path), recipe.model.init == "config"
     names = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}
     return {
-        "base": public(recipe.model.path) or "random weights",
-        "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) else None,
+        "base": base if not drawn else f"random weights of the shape of {base}" if base else "random weights",
+        "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) and not drawn else None,
         "method": recipe.method,
         "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
         "parameters_before": before,

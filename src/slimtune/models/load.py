@@ -110,9 +110,13 @@ def _configured(base: PreTrainedConfig, keys: Mapping[str, Any], make: Callable[
 
 
 def _with(config: PreTrainedConfig, keys: Mapping[str, Any]) -> PreTrainedConfig:
-    for key, value in keys.items():
-        setattr(config, key, value)
-    return config
+    """``config`` with other values, made anew: transformers checks a config only as it is made."""
+    if not keys:
+        return config
+    raw = config.to_dict()
+    if "num_hidden_layers" in keys:
+        raw.pop("layer_types", None)  # one an earlier layer: made again from the pattern
+    return type(config)(**{**raw, **{config.attribute_map.get(key, key): value for key, value in keys.items()}})
 
 
 def _refuse_unknown(location: str, local: bool, revision: str | None) -> None:

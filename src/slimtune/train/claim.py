@@ -92,6 +92,12 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
             path.unlink()
 
 
+def same_input(stages: dict[str, Any], name: str, now: str, what: str) -> None:
+    """Raise UserError where ``what`` a run reads is not what it began with; ``stages`` remembers its fingerprint."""
+    if stages.setdefault(name, now) != now:
+        raise UserError(f"--resume: the {what} are not those the run began with; restore them or start anew with --overwrite")
+
+
 def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
     before, now = _flat(stored), _flat(yaml.safe_load(recipe.to_yaml()))
     for key in sorted((set(before) | set(now)) - FREE_ON_RESUME):
