@@ -206,7 +206,7 @@ def test_keeping_everything_is_the_uncut_plan(of: str, layout: str) -> None:
 @given(
     seed=st.integers(0, 10**6),
     keep=st.floats(0.35, 0.95),
-    multiple=st.sampled_from([64, 128]),
+    multiple=st.sampled_from([64, 128, 256]),
     layout=st.sampled_from(["per-layer", "uniform"]),
     by_axis=st.sampled_from([0.0, 4.0, -4.0]),
 )
@@ -228,6 +228,19 @@ def test_what_can_be_met_before_the_search_can_be_met_after_it(
     zeros = {site: torch.zeros(n) for site, n in sizes(SMALL).items()}
     if feasible(zeros):
         assert feasible(random_scores(SMALL, seed, by_axis=by_axis))
+
+
+@pytest.mark.parametrize(("seed", "by_axis"), [(0, 4.0), (3, 4.0), (4, -4.0), (6, -4.0)])
+def test_a_few_kv_groups_are_traded_where_wide_blocks_would_miss_the_budget(
+    seed: int, by_axis: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = random_scores(SMALL, seed, by_axis=by_axis)
+    budget = BudgetConfig(keep=0.6, ffn_multiple=256)
+    _, counts = solve(scores, SMALL, budget)
+    assert abs(counts.total_ratio - 0.6) <= 0.002
+    monkeypatch.setattr("slimtune.prune.solve._trade", lambda *_: None)
+    with pytest.raises(UserError, match=r"cannot be met within budget\.tolerance"):
+        solve(scores, SMALL, budget)
 
 
 # --- what cannot be met ----------------------------------------------------------------------------------------------
