@@ -353,7 +353,10 @@ def test_the_lasso_ramps_up_over_the_search(bench: Bench, tmp_path: Path, monkey
     assert seen == pytest.approx([0.2 * part for part in (0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0)])
 
 
-def test_lora_is_merged_in_fp32_and_rounded_once(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_lora_is_merged_in_fp32_and_rounded_once(
+    dtype: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected: dict[str, torch.Tensor] = {}
     real = pipeline.merge_lora
 
@@ -362,13 +365,13 @@ def test_lora_is_merged_in_fp32_and_rounded_once(bench: Bench, tmp_path: Path, m
             if hasattr(module, "lora_A"):
                 a, b = (side["default"].weight.float() for side in (module.lora_A, module.lora_B))
                 whole = module.base_layer.weight.float() + module.scaling["default"] * (b @ a)
-                expected[f"{name}.weight"] = whole.to(torch.bfloat16)
+                expected[f"{name}.weight"] = whole.to(getattr(torch, dtype))
         return real(model)
 
     monkeypatch.setattr(pipeline, "merge_lora", spy)
     base = {"path": bench.base, "dtype": "bfloat16"}
-    tune(bench.recipe(tmp_path, model=base, export__dtype="bfloat16", train__lr=2e-2))
+    tune(bench.recipe(tmp_path, model=base, export__dtype=dtype, train__lr=2e-2))
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert len(expected) == 3 * 7
     for name, weight in expected.items():
-        assert torch.equal(written[name], weight), name
+        torch.testing.assert_close(written[name], weight, rtol=1e-6 if dtype == "float32" else 0, atol=1e-7)
