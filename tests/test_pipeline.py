@@ -305,6 +305,7 @@ def _other_roles(bench: Bench, tmp_path: Path) -> dict[str, Any]:
 Make = Callable[[Bench, Path], dict[str, Any]]
 BAD: dict[str, tuple[Make, list[str]]] = {
     "missing model": (lambda b, t: {"model__path": str(t / "nowhere")}, ["nowhere", "does not exist", "give a model folder"]),
+    "revision of a folder": (lambda b, t: {"model__revision": "v1"}, ["model.revision='v1'", "leave it out"]),
     "no config.json": (_no_config, ["empty", "no config.json"]),
     "weights cut short": (_cut_short, ["cannot be loaded", "base", "check the folder's files"]),
     "no weights": (_no_weights, ["no model.safetensors", "check the folder's files"]),
@@ -374,7 +375,7 @@ def test_bad_input_is_one_line_and_changes_nothing(name: str, bench: Bench, tmp_
         else:
             raw[section] = value
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(raw))
-    before = contents(tmp_path)
+    before, folders = contents(tmp_path), sorted(path for path in tmp_path.rglob("*") if path.is_dir())
     result = run_cli(app, ["tune", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 2, result.output
     message = result.stderr.splitlines()[-1]
@@ -382,6 +383,7 @@ def test_bad_input_is_one_line_and_changes_nothing(name: str, bench: Bench, tmp_
     for part in expected:
         assert part in message
     assert contents(tmp_path) == before  # so the mended recipe runs without --overwrite
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_dir()) == folders
 
 
 @pytest.mark.parametrize(

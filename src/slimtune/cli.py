@@ -53,10 +53,10 @@ app = typer.Typer(
     epilog="SLIMTUNE_DEBUG=1 shows the traceback of an error.",
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (YAML).", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file (YAML).", show_default=False)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, e.g. budget.keep=0.6 out=runs/x.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. budget.keep=0.6 out=runs/x.", show_default=False),
 ]
 
 
@@ -122,7 +122,7 @@ def estimate(
 
 @app.command()
 def families(
-    model: Annotated[Path | None, typer.Argument(metavar="[MODEL_FOLDER]", help="Say whether this model is supported.")] = None,
+    model: Annotated[Path | None, typer.Argument(metavar="MODEL_FOLDER", help="Say whether this model is supported.")] = None,
 ) -> None:
     """Model families: what is supported, what is refused and why."""
     from slimtune.structure.families import FAMILIES, REFUSED
@@ -202,7 +202,7 @@ def _keys(title: str, model: type[BaseModel], prefix: str, names: set[str]) -> T
     for name, field in model.model_fields.items():
         if name in names:
             default = "required" if field.is_required() else _yaml(field.default)
-            rows.append((prefix + name, _type(field), default, (field.description or "").replace("``", "`")))
+            rows.append((prefix + name, _type(field), default, " ".join((field.description or "").replace("``", "`").split())))
     return _table(f"{title}: {summary}", ["key", "type", "default", "meaning"], rows)
 
 

@@ -91,8 +91,9 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     check_launcher()
     folder = open_folder(recipe, resume, overwrite)
     seed_everything(recipe.seed)
-    run = _Run(recipe, folder, resume)
-    run.check()
+    with folder.on_trial():
+        run = _Run(recipe, folder, resume)
+        run.check()
     summary = run.execute()
     summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
     folder.write_json("summary.json", summary)

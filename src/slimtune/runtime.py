@@ -132,6 +132,7 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._new = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -139,6 +140,17 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @contextmanager
+    def on_trial(self) -> Iterator[None]:
+        """A folder that was made for this run goes again when the run fails in here before it has written anything."""
+        try:
+            yield
+        except BaseException:
+            if self._new and rank() == 0:
+                with suppress(OSError):  # not empty
+                    self.path.rmdir()
+            raise
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file atomically."""

@@ -91,6 +91,10 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
         model_type = family_of(str(keys.pop("model_type"))).model_type
         return _configured(AutoConfig.for_model(model_type), keys, lambda: AutoConfig.for_model(model_type, **keys))
     location, local = locate(config.path)
+    if local and config.revision:
+        raise UserError(
+            f"model.revision={config.revision!r} is for a hub id; model.path={config.path!r} is a folder: leave it out"
+        )
     _refuse_unknown(location, local, config.revision)
     loaded = _hub(AutoConfig.from_pretrained, location, local, "model.path", _BAD_FILES, revision=config.revision)
     return _configured(loaded, config.config, lambda: _with(loaded, config.config))
