@@ -156,7 +156,7 @@ class GeneratorConfig(Section):
     """The paper freezes the (orthogonal) layer embeddings: ``false``."""
     calibrate: bool = True
     """Shift the logits of every ``decide`` turn by one level so that the expected kept ratio is the present target: scores
-    and gradients are then taken on models of the size that is asked for. Off: the paper's form, in which ``offset`` and the
+    and gradients are then taken on models of the size that is asked for. Off: as in the paper, ``offset`` and the
     budget loss (``search.alpha``) alone lead there; on, neither has an effect."""
     offset: float = 3.0
     """Without ``calibrate``: added to every logit, so P(keep) at the start is sigmoid(offset) for logistic noise."""
