@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimtune.recipe import load
+
 Row = dict[str, Any]
 
 
@@ -103,7 +105,7 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
         own |= {"reload_difference": summary["reload_difference"], "plan": summary["plan"]}
         rows += _rows({**common, **own}, summary["result"], summary["base"])
         if reference := summary.get("dense_lora"):
-            own = {"method": "dense_lora", "keep": 1.0, "tokens": reference["tuning_tokens"]}
+            own = {"method": "dense_lora", "keep": 1.0, "tokens": reference.get("tuning_tokens")}
             rows += _rows({**common, **own}, reference, summary["base"])
     return joined([], rows)
 
@@ -134,12 +136,20 @@ def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Ro
 def joined(kept: list[Row], new: list[Row]) -> list[Row]:
     """``kept`` with the runs in ``new`` put in place of theirs (same method and seed); ``dense_value`` joined over all rows."""
     made = {(row["method"], row["seed"]) for row in new}
-    rows = [row for row in kept if (row["method"], row["seed"]) not in made]
-    # two runs of a seed may both hold the dense reference: the same figures, once
-    rows += {(row["method"], row["seed"], row["metric"]): row for row in new}.values()
+    rows = [row for row in kept if (row["method"], row["seed"]) not in made] + new
     rows.sort(key=lambda row: (row["method"], row["seed"]))
     dense = {(row["seed"], row["metric"]): row["value"] for row in rows if row["method"] == "dense_lora"}
     return [{**row, "dense_value": dense.get((row["seed"], row["metric"]))} if "dense_value" in row else row for row in rows]
+
+
+def references(recipe: str, variants: list[tuple[str, list[str]]]) -> list[str]:
+    """The variants that bring a dense LoRA: the one of that name, and those that take it as a reference inside the run."""
+    found = []
+    for name, overrides in variants:
+        loaded = load(recipe, overrides)
+        if name == "dense_lora" or (loaded.method != "finetune" and loaded.evaluate.dense_lora):
+            found.append(name)
+    return found
 
 
 def print_table(rows: list[Row]) -> None:
@@ -185,11 +195,11 @@ def main() -> None:
     args.rows.parent.mkdir(parents=True, exist_ok=True)
     kept = json.loads(args.rows.read_text()) if args.add and args.rows.exists() else []
     gpus = itertools.cycle(args.gpus.split(","))
-    work = []
-    for seed in args.seeds.split(","):
-        for variant in args.variants:
-            name, _, overrides = variant.partition(":")
-            work.append(Job(name.strip(), overrides.split(), int(seed), next(gpus)))
+    parts = [variant.partition(":") for variant in args.variants]
+    variants = [(name.strip(), overrides.split()) for name, _, overrides in parts]
+    if len(dense := references(args.recipe, variants)) > 1:  # which differ: in steps, in rows
+        parser.error(f"{', '.join(dense)} each bring a dense LoRA; leave one, with evaluate.dense_lora=false in the others")
+    work = [Job(name, overrides, int(seed), next(gpus)) for seed in args.seeds.split(",") for name, overrides in variants]
     with ThreadPoolExecutor(args.jobs) as pool:
         futures = [pool.submit(run, args.recipe, job, args.runs, args.threads) for job in work]
         done = []

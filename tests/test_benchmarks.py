@@ -67,10 +67,25 @@ def test_the_reference_inside_a_run_is_a_row_of_dense_lora() -> None:
     grid = script("grid")
     dense = {"ppl": 16.0, "ppl_se": 0.4, "parameters": 100, "seconds": 2.0, "tokens": 7, "tuning_tokens": 10}
     with_reference = {**summary(20.0), "dense_lora": dense}
-    rows = grid.rows_of([("atp", 3, with_reference), ("aware", 3, with_reference)], "tiny", "somewhere")
+    rows = grid.rows_of([("atp", 3, with_reference), ("aware", 3, summary(21.0))], "tiny", "somewhere")
     found = [row for row in rows if row["method"] == "dense_lora" and row["metric"] == "domain_ppl"]
     assert [(row["value"], row["tokens"], row["keep"], row["dense_value"]) for row in found] == [(16.0, 10, 1.0, 16.0)]
     assert {row["dense_value"] for row in rows if row["metric"] == "domain_ppl"} == {16.0}
+
+
+def test_only_one_variant_may_bring_a_dense_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grid, off = script("grid"), "evaluate.dense_lora=false"
+    demo = str(ROOT / "recipes" / "demo.yaml")  # which takes it
+    one = [("dense_lora", ["method=finetune"]), ("atp", [off])]
+    assert grid.references(demo, one) == ["dense_lora"]
+    assert grid.references(demo, [("atp", []), ("aware", [off])]) == ["atp"]
+    arguments = [demo, "atp:", "aware: lora.semantics=lora_aware", "--rows", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["grid.py", *arguments])
+    with pytest.raises(SystemExit):
+        grid.main()
+    assert "atp, aware each bring a dense LoRA" in capsys.readouterr().err
 
 
 def test_rows_of_several_calls_make_one_table() -> None:

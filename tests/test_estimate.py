@@ -207,3 +207,10 @@ def test_what_tune_refuses_is_a_problem_here() -> None:
     result = cost(LLAMA_3_8B, budget={"keep": 0.611, "layout": "uniform", "ffn_multiple": 2048})
     assert result.problem is not None
     assert "budget.layout=uniform" in result.problem
+
+
+def test_windows_beyond_the_model_are_a_problem_here_too() -> None:
+    config = {**WIDE, "model_type": "llama", "max_position_embeddings": 16}
+    problem = cost(config).problem
+    assert problem is not None
+    assert "data.max_length=32 exceeds the model's max_position_embeddings=16" in problem

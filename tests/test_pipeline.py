@@ -180,7 +180,16 @@ def test_choices_give_an_accuracy_in_summary_and_table(bench: Bench, tmp_path: P
     summary = tune(bench.recipe(tmp_path / "run", data=data))
     assert 0 <= summary["result"]["accuracy"] <= 1
     assert summary["base"]["rows"] > 10
+    assert "test.outside_accuracy" not in summary["rows"]
     assert "accuracy, test" in rendered(summary)
+
+
+def test_choices_without_a_right_one_are_told(bench: Bench, tmp_path: Path) -> None:
+    rows = [{"prompt": text, "completion": " maybe", "choices": ["yes", "no"]} for text in sentences(20, seed=5)]
+    data = bench.recipe("x").data.model_dump() | {"test": write_rows(tmp_path / "rows.jsonl", rows), "max_length": 48}
+    summary = tune(bench.recipe(tmp_path / "run", data=data, search__steps=1, recover__steps=1))
+    assert summary["rows"]["test.outside_accuracy"] == summary["rows"]["test"] == 20
+    assert "accuracy" not in summary["result"]
 
 
 def test_choices_are_taken_from_all_over(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

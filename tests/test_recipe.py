@@ -67,6 +67,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ({"train": {"batch": 2.5}}, r"train.batch=2.5 is not valid"),
         ({"lora": {"semantics": "soft"}}, r"lora.semantics='soft' is not valid: .*'hard' or 'lora_aware'"),
         ({"generator": {"heads": 3}}, r"generator.heads=3 must divide generator.width=64"),
+        ({"seed": 2**63}, r"seed=9223372036854775808 is not valid: Input should be less than"),
         ({"model": {"init": "config"}}, r"needs model.config or model.path"),
         ({"data": {"train": [{"text": "no path"}]}}, r"data.train.0.path"),
     ],
@@ -82,7 +83,13 @@ def test_what_is_refused(raw: dict[str, Any], message: str) -> None:
         ("budget.keep", r"'budget.keep' is not of the form section.key=value"),
         ("=1", r"not of the form"),
         ("budget.keep=[", r"not valid YAML"),
-        ("seed.x=1", r"'seed' is not a section"),
+        ("seed.x=1", r"'seed' is not a section of the recipe; give seed itself a value"),
+        (
+            "data.train.rows=5",
+            r"'train' is not a section .*; give the whole source, .*path: \.\.\., rows: 5",
+        ),
+        ("data.train.path=x", r"'train' is not a section .*; give data\.train=x$"),
+        ("budget={keep: 0.5, keep: 0.6}", r"key 'keep' stands there twice"),
         ("budget.kepp=0.5", r"Did you mean 'keep'\?"),
     ],
 )
@@ -91,7 +98,14 @@ def test_what_an_override_cannot_be(file: Path, override: str, message: str) -> 
         load(file, ["seed=1", override])
 
 
-@pytest.mark.parametrize(("text", "message"), [("a: [", "not valid YAML"), ("- a\n- b\n", "must be a mapping.*list")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "not valid YAML"),
+        ("- a\n- b\n", "must be a mapping.*list"),
+        ("seed: 1\nmodel: {path: a}\nseed: 2\n", "key 'seed' stands there twice\s+.*line 3"),
+    ],
+)
 def test_what_a_file_cannot_be(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)

@@ -148,11 +148,11 @@ class _Run:
         stages = self.folder / "stages.json"
         if self.resume and stages.is_file():
             self.stages, self.resumed = json.loads(stages.read_text(encoding="utf-8")), True
+        base = self.recipe.model
         same_input(self.stages, "data", self.splits.fingerprint, "data")
-        self.folder.write_json("stages.json", self.stages)
-        # written with the first figure of theirs: weights that cannot be read may still be mended
-        weights = fingerprint(self.recipe.model, self.config)
-        same_input(self.stages, "weights", weights, f"weights of model.path={self.recipe.model.path!r}")
+        same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
+        read = base.init == "config" or "base" in self.stages  # weights that cannot be read may still be mended
+        self.folder.write_json("stages.json", self.stages if read else {"data": self.stages["data"]})
         before = None
         for stage in ("main", "dense_lora"):
             state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None

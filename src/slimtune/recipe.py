@@ -80,7 +80,7 @@ class Recipe(Section):
     @model_validator(mode="wrap")
     @classmethod
     def _told(cls, raw: Any, validate: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """One clear error, however a recipe is made. The last validator, so that it holds the others."""
+        """One clear error, from a file or from Python; the last validator, so that it holds the others."""
         try:
             return validate(raw)
         except ValidationError as error:
@@ -98,10 +98,11 @@ class _Loader(yaml.SafeLoader):
     """YAML as it is meant: a key that stands twice in a mapping is an error, not the last of them."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        for (key, _), name in zip(node.value, keys, strict=True):
-            if keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} stands there twice", key.start_mark)
+        seen = set()
+        for key, _ in node.value:
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
+            seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
 
@@ -135,7 +136,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     if not sep or not key.strip():
         raise UserError(f"override {override!r} is not of the form section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
     *parents, leaf = key.strip().split(".")
@@ -153,7 +154,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 def _whole(parents: Sequence[str], leaf: str, text: str) -> str:
     """How to say it instead: a source's keys only as a list of whole sources."""
     if parents[:1] == ["data"] and len(parents) == 2:
-        return f"the whole source, e.g. {'.'.join(parents)}='[{{path: ..., {leaf}: {text}}}]'"
+        name = ".".join(parents)
+        return f"{name}={text}" if leaf == "path" else f"the whole source, e.g. {name}='[{{path: ..., {leaf}: {text}}}]'"
     return f"{'.'.join(parents)} itself a value"
 
 

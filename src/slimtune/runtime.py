@@ -147,8 +147,8 @@ class RunFolder:
         try:
             yield
         except BaseException:
-            if self._new and rank() == 0:
-                with suppress(OSError):  # not empty
+            if self._new:  # on any rank: each may have been the first, or have made it again
+                with suppress(OSError):  # not empty, or gone
                     self.path.rmdir()
             raise
 

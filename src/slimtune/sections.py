@@ -173,7 +173,7 @@ class GeneratorConfig(Section):
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
     """Standard deviation of the prior's logits. The sampling noise has one of 1.8: the larger the scale, the nearer to the
-    border are the units that it explores. A search of a few dozen turns wants more (12); without ``calibrate`` use 2."""
+    border are the units that it explores. Without ``calibrate`` use 2."""
     prior_steps: Positive = 16
     """Decision batches read for the prior; they count as search tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3

@@ -280,9 +280,19 @@ def test_another_base_does_not_slip_into_a_resumed_run(bench: Bench, tmp_path: P
         kill_at(patch, "main", "recover", 1)
         with pytest.raises(Killed):
             tune(recipe)
+    stages = tmp_path / "run" / "stages.json"
+    begun = json.loads(stages.read_text(encoding="utf-8"))
+    stages.write_text(json.dumps({key: value for key, value in begun.items() if key != "weights"}), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:  # begun by a version that did not look: from here on it is looked at
+        kill_at(patch, "main", "recover", 3)
+        with pytest.raises(Killed):
+            tune(recipe, resume=True)
+    assert json.loads(stages.read_text(encoding="utf-8")) == begun
     weights = load_file(base / "model.safetensors")
     save_file({name: value + 0.5 for name, value in weights.items()}, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"the weights of model.path='.*base' are not those the run began with; restore them"):
+    with pytest.raises(
+        UserError, match=r"the config or weights of model.path='.*base' are not those the run began with; restore them"
+    ):
         tune(recipe, resume=True)
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     assert tune(recipe, resume=True)["result"]["ppl"] > 1

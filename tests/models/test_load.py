@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from bases import Bench
+from bases import Bench, write_base
+from families import tiny_config
 from slimtune.errors import UserError
 from slimtune.models import load
+from slimtune.models.identity import fingerprint
 from slimtune.models.load import (
     attach_lora,
     check_attention,
+    load_config,
     load_model,
     load_tokenizer,
     locate,
@@ -94,3 +98,35 @@ def test_under_autocast_lora_computes_the_same_without_casting_its_inputs(bench:
     assert all(torch.equal(cast, uncast) for cast, uncast in zip(*found, strict=True))
     with pytest.raises(RuntimeError, match="dtype"):  # the flag did something: outside autocast the types clash
         tuned(input_ids=ids)
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(6, "ssffff"), (4, "ssff"), (8, "ssssssss")])
+def test_a_model_drawn_with_other_depth_keeps_the_kinds_of_its_layers(tmp_path: Path, layers: int, expected: str) -> None:
+    kinds = ["sliding_attention"] * 2 + ["full_attention"] * 4
+    config = tiny_config("gemma2", num_hidden_layers=6)
+    config.layer_types = kinds
+    config.save_pretrained(tmp_path)
+    drawn = load_config(ModelConfig(path=str(tmp_path), init="config", config={"num_hidden_layers": layers}))
+    found = "".join(kind[0] for kind in drawn.layer_types)
+    assert found == expected if layers <= 6 else (len(found), set(found)) == (8, {"s", "f"})
+    assert len(structure_of(drawn).layers) == layers
+
+
+def test_a_fingerprint_reads_weights_all_over(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", intermediate_size=4000)
+    model = ModelConfig(path=str(base))
+    file = base / "model.safetensors"
+    whole = file.read_bytes()
+    assert len(whole) > 2 * 1024 * 1024
+    first = fingerprint(model, load_config(model))
+    assert fingerprint(model, load_config(model)) == first
+    for start in (len(whole) // 3, 2 * len(whole) // 3):  # a tensor of 64 KiB
+        file.write_bytes(whole[:start] + bytes(2**16) + whole[start + 2**16 :])
+        assert fingerprint(model, load_config(model)) != first
+    file.write_bytes(whole)
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()), indent=7))  # the same model
+    (base / "training_args.bin").write_bytes(b"of a trainer")
+    assert fingerprint(model, load_config(model)) == first
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    assert fingerprint(model, load_config(model)) != first

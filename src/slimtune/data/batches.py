@@ -81,7 +81,7 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
                 + f", raise data.max_length={config.max_length} or change data.on_long/on_overlap"
             )
     unlabelled = sum(row.choices is not None and row.label is None for row in rows["test"])
-    notes.update({"test.no_label": unlabelled} if unlabelled else {})
+    notes.update({"test.outside_accuracy": unlabelled} if unlabelled else {})
     return Splits(
         **windows,
         rows={name: len(rows[name]) for name in SPLITS if name in need},

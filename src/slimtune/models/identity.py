@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import BinaryIO
 
@@ -14,19 +15,21 @@ from slimtune.sections import ModelConfig
 _SAMPLES = 256
 """Places in a weight file that are read: other weights differ nearly everywhere, and reading 16 GB takes a while."""
 _BYTES = 4096
+_NOT_THE_MODEL = {"_name_or_path", "transformers_version"}
 
 
 def fingerprint(model: ModelConfig, config: PreTrainedConfig) -> str:
-    """SHA-256 of a local base: its config.json, and size, ends and evenly spaced parts of each weight file.
+    """SHA-256 of a base: its config, and of a local one size, ends and evenly spaced parts of each weight file.
 
-    Of a hub model the commit, of random weights the empty string (the recipe and its seed say it all).
+    Of a hub model the commit, where it is known.
     """
+    described = {key: value for key, value in config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode())
     if model.init == "config":
-        return ""
+        return digest.hexdigest()
     location, local = locate(model.path)
     if not local:
         return str(getattr(config, "_commit_hash", "") or "")
-    digest = hashlib.sha256((Path(location) / "config.json").read_bytes())
     for path in _weight_files(Path(location)):
         digest.update(f"{path.name} {path.stat().st_size}".encode())
         with path.open("rb") as file:
@@ -40,7 +43,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+    return sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
 
 
 def _sample(file: BinaryIO, size: int, digest: hashlib._Hash) -> None:

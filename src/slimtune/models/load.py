@@ -108,7 +108,7 @@ def _configured(base: PreTrainedConfig, keys: Mapping[str, Any], make: Callable[
             raise UserError(f"model.config: {key!r} is no key of a {base.model_type} config.{nearest(key, sorted(known))}")
     try:
         return make()
-    except (StrictDataclassError, ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.config={dict(keys)!r} is refused by transformers ({reason}); correct the values") from error
 
@@ -118,8 +118,9 @@ def _with(config: PreTrainedConfig, keys: Mapping[str, Any]) -> PreTrainedConfig
     if not keys:
         return config
     raw = config.to_dict()
-    if "num_hidden_layers" in keys:
-        raw.pop("layer_types", None)  # one an earlier layer: made again from the pattern
+    layers, kinds = keys.get("num_hidden_layers"), raw.get("layer_types")
+    if kinds and isinstance(layers, int) and layers != len(kinds):  # fewer layers are the first ones; more follow the pattern
+        raw["layer_types"] = kinds[:layers] if layers < len(kinds) else None
     return type(config)(**{**raw, **{config.attribute_map.get(key, key): value for key, value in keys.items()}})
 
 
