@@ -103,7 +103,7 @@ def test_what_an_override_cannot_be(file: Path, override: str, message: str) -> 
     [
         ("a: [", "not valid YAML"),
         ("- a\n- b\n", "must be a mapping.*list"),
-        ("seed: 1\nmodel: {path: a}\nseed: 2\n", "key 'seed' stands there twice\s+.*line 3"),
+        ("seed: 1\nmodel: {path: a}\nseed: 2\n", r"key 'seed' stands there twice\s+.*line 3"),
     ],
 )
 def test_what_a_file_cannot_be(tmp_path: Path, text: str, message: str) -> None:
