@@ -100,7 +100,7 @@ def test_under_autocast_lora_computes_the_same_without_casting_its_inputs(bench:
         tuned(input_ids=ids)
 
 
-@pytest.mark.parametrize(("layers", "expected"), [(6, "ssffff"), (4, "ssff"), (8, "ssssssss")])
+@pytest.mark.parametrize(("layers", "expected"), [(6, "ssffff"), (4, "ssff"), (8, "sfsfsfsf")])
 def test_a_model_drawn_with_other_depth_keeps_the_kinds_of_its_layers(tmp_path: Path, layers: int, expected: str) -> None:
     kinds = ["sliding_attention"] * 2 + ["full_attention"] * 4
     config = tiny_config("gemma2", num_hidden_layers=6)
@@ -108,7 +108,7 @@ def test_a_model_drawn_with_other_depth_keeps_the_kinds_of_its_layers(tmp_path: 
     config.save_pretrained(tmp_path)
     drawn = load_config(ModelConfig(path=str(tmp_path), init="config", config={"num_hidden_layers": layers}))
     found = "".join(kind[0] for kind in drawn.layer_types)
-    assert found == expected if layers <= 6 else (len(found), set(found)) == (8, {"s", "f"})
+    assert found == expected  # more layers than were stored: the family's own pattern
     assert len(structure_of(drawn).layers) == layers
 
 
