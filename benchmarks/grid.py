@@ -84,12 +84,21 @@ def run(recipe: str, job: Job, runs: Path, threads: int) -> tuple[str, int, dict
     if code:
         print(f"{job.name} seed {job.seed}: failed, see {log}", flush=True)
         return job.name, job.seed, {"failed": log.read_text()[-400:]}
-    summary: dict[str, Any] = {**json.loads(summary_file.read_text()), "commit": made_by}
+    summary: dict[str, Any] = {
+        **json.loads(summary_file.read_text()),
+        "commit": made_by,
+        "kv_groups": kv_groups(out / "plan.json"),
+    }
     summary_file.write_text(json.dumps(summary))
     print(
         f"{job.name} seed {job.seed}: ppl {summary['result']['ppl']:.3f} (base {summary['base'].get('ppl', 0):.3f})", flush=True
     )
     return job.name, job.seed, summary
+
+
+def kv_groups(plan: Path) -> int:
+    """KV groups that stay, over all layers: what the KV cache holds."""
+    return sum(len(layer["kv_group"]) for layer in json.loads(plan.read_text())["plan"]["kept"])
 
 
 def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str) -> list[Row]:
@@ -103,6 +112,7 @@ def rows_of(done: list[tuple[str, int, dict[str, Any]]], base: str, domain: str)
         common = {"base": base, "domain": domain, "seed": seed, **_common(summary)}
         own = {"method": name, "keep": summary["keep"], "tokens": sum(summary["tokens"].values()), "leak": summary["leak"]}
         own |= {"reload_difference": summary["reload_difference"], "plan": summary["plan"]}
+        own |= {"block_ratio": summary["result"]["block_ratio"], "kv_groups": summary.get("kv_groups")}
         rows += _rows({**common, **own}, summary["result"], summary["base"])
         if reference := summary.get("dense_lora"):
             own = {"method": "dense_lora", "keep": 1.0, "tokens": reference.get("tuning_tokens")}

@@ -30,7 +30,7 @@ def summary(ppl: float, method: str = "atp") -> dict[str, Any]:
         "keep": 0.6 if method == "atp" else 1.0,
         "of": "total",
         "base": {"ppl": 40.0, "parameters": 100},
-        "result": {"ppl": ppl, "ppl_se": 0.5, "parameters": 60, "seconds": 3.0},
+        "result": {"ppl": ppl, "ppl_se": 0.5, "parameters": 60, "seconds": 3.0, "block_ratio": 0.5},
         "tokens": {"adapt": 10, "decide": 5},
         "leak": None,
         "reload_difference": 1e-6,
@@ -106,6 +106,7 @@ def test_a_finished_run_is_taken_as_it_is_until_its_words_change(tmp_path: Path,
         calls.append(command)
         out = Path(next(word for word in command if word.startswith("out=")).removeprefix("out="))
         (out / "summary.json").write_text(json.dumps(summary(20.0 + len(calls))))
+        (out / "plan.json").write_text(json.dumps({"plan": {"kept": [{"kv_group": [0, 2]}, {"kv_group": [1]}]}}))
         return type("Done", (), {"returncode": 0})
 
     commits = iter(["one", "two", "three"])
@@ -115,6 +116,8 @@ def test_a_finished_run_is_taken_as_it_is_until_its_words_change(tmp_path: Path,
     found = [(summary["result"]["ppl"], summary["commit"]) for _, _, summary in done]
     assert found == [(21.0, "one"), (21.0, "one"), (22.0, "two"), (23.0, "three")]
     assert "--overwrite" in calls[0]
+    rows = grid.rows_of(done[:1], "tiny", "somewhere")
+    assert {(row["kv_groups"], row["block_ratio"]) for row in rows} == {(3, 0.5)}
 
 
 def test_published_rows_are_flat_and_whole() -> None:
