@@ -63,6 +63,18 @@ class Recipe(Section):
         settle = round(self.lora.settle * self.search.steps) if self.lora.semantics == "lora_aware" else 0
         return min(settle, self.recover.steps)
 
+    @property
+    def decide_windows(self) -> int:
+        """Windows that ``atp`` reads for its decision: those of the prior and of all ``decide`` turns."""
+        turns = -(-self.search.steps // self.search.decide_every)
+        prior = self.generator.prior_steps if self.generator.prior != "none" else 0
+        return (turns + prior) * (self.search.batch or self.train.batch)
+
+    @property
+    def windows(self) -> int:
+        """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
+        return (self.search.steps + self.recover.steps) * self.train.batch + self.decide_windows
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.generator.width % self.generator.heads:
