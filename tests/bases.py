@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +17,7 @@ from slimtune.evaluate.perplexity import perplexity
 from slimtune.models.load import load_config, load_tokenizer, structure_of
 from slimtune.recipe import Recipe, parse
 from slimtune.runtime import Metrics, RunFolder
+from slimtune.structure.plan import Plan
 from slimtune.train.progress import Progress
 from slimtune.train.session import Session, make_accelerator
 
@@ -148,3 +150,14 @@ def session_of(bench: Bench, out: Path, **overrides: Any) -> Session:
     return Session(
         recipe, make_accelerator(recipe), structure, splits, folder, Metrics(folder), Progress(), valid_figures=figures
     )
+
+
+def plan_of(out: Path) -> Plan:
+    """The Plan of a run's exported model."""
+    return Plan.from_json((out / "model" / "plan.json").read_text(encoding="utf-8"))
+
+
+def stored_shapes(out: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the written weights."""
+    with safe_open(out / "model" / "model.safetensors", "pt") as file:
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

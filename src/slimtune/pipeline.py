@@ -21,7 +21,7 @@ from slimtune.evaluate.figures import Measure
 from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
-from slimtune.methods import atp, finetune
+from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
 from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
@@ -38,7 +38,6 @@ from slimtune.models.load import (
 )
 from slimtune.models.selfcheck import self_check
 from slimtune.models.surgery import merge_lora
-from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
 from slimtune.runtime import (
@@ -63,7 +62,7 @@ from slimtune.version import __version__
 RELOAD_LIMIT = 1e-4
 """Largest allowed difference of the reloaded model's logits, relative to the largest logit. A tighter, absolute one would
 throw away long runs for the rounding of fp32 sums, which grows with the logits; what is above it absolutely is told."""
-METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run}
+METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run, "twostage": twostage.run}
 
 Summary = dict[str, Any]
 
@@ -127,8 +126,7 @@ class _Run:
         recipe = self.recipe
         check_target(self.folder / "model")
         check_model(self.folder, recipe)
-        if recipe.method == "atp":
-            check_budget(self.structure, recipe.budget)
+        preflight.check_method(recipe, self.structure)
         check_attention(recipe.model, str(self.accelerator.device))
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
@@ -175,7 +173,7 @@ class _Run:
             "out": recipe.out,
             "model": str(self.folder / "model"),
             "seed": recipe.seed,
-            "keep": recipe.budget.keep if recipe.method == "atp" else 1.0,
+            "keep": recipe.budget.keep if recipe.prunes else 1.0,
             "of": recipe.budget.of,
             "base": base,
             "dense_lora": dense,

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
 from slimtune.estimate import job_of, phases
+from slimtune.prune.depth import drop_layers
+from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
+from slimtune.structure.families import check_biases
 from slimtune.train.progress import Progress
 
 
@@ -25,7 +29,7 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
         UserError: the data cannot be read, do not fit the model, or leave nothing to measure.
     """
     progress.say("reading and tokenising data ...")
-    need = frozenset({"train", "valid", "test", *(["decision"] if recipe.method == "atp" else [])})
+    need = frozenset({"train", "valid", "test", *(["decision"] if recipe.prunes else [])})
     splits = load_splits(recipe.data, tokenizer, need)
     _check_vocabulary(splits, vocabulary, tokenizer)
     sizes = ", ".join(f"{name} {count:,} rows" for name, count in splits.rows.items())
@@ -35,6 +39,18 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
         progress.say(f"[yellow]rows left out or cut: {left_out}[/yellow]")
     _check_held_out(splits, recipe)
     return splits
+
+
+def check_method(recipe: Recipe, structure: Structure) -> None:
+    """Raise UserError where no Plan meets the budget, or the family cannot carry what the method adds."""
+    scores = recipe.twostage.scores if recipe.method == "twostage" else None
+    if scores == "layer_drop":
+        level = {site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}
+        drop_layers([0.0] * len(structure.layers), level, structure, recipe.budget)
+    elif recipe.prunes:
+        check_budget(structure, recipe.budget)
+    if scores == "flap" and recipe.twostage.compensate:
+        check_biases(structure.family)
 
 
 def _check_vocabulary(splits: Splits, vocabulary: int, tokenizer: Any) -> None:

@@ -29,14 +29,16 @@ from slimtune.sections import (
     SearchConfig,
     Source,
     TrainConfig,
+    TwoStageConfig,
 )
 
 
 class Recipe(Section):
     """A run."""
 
-    method: Literal["atp", "finetune"] = "atp"
-    """``atp``: tune and prune in one stage; ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
+    method: Literal["atp", "finetune", "twostage"] = "atp"
+    """``atp``: tune and prune in one stage; ``twostage``: prune, then tune (the rivals, see ``twostage.scores``);
+    ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
     out: Annotated[str, Field(min_length=1)] = "runs/run"
     """Output folder."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
@@ -53,6 +55,7 @@ class Recipe(Section):
     search: SearchConfig = SearchConfig()
     recover: RecoverConfig = RecoverConfig()
     distill: DistillConfig = DistillConfig()
+    twostage: TwoStageConfig = TwoStageConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
@@ -75,6 +78,26 @@ class Recipe(Section):
         """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
         return (self.search.steps + self.recover.steps) * self.train.batch + self.decide_windows
 
+    @property
+    def prunes(self) -> bool:
+        """Whether the method removes anything."""
+        return self.method != "finetune"
+
+    @property
+    def scoring_windows(self) -> int:
+        """Windows that ``twostage`` reads before its cut."""
+        if self.twostage.scores == "generator":
+            return self.decide_windows
+        counted = self.twostage.scores not in ("random", "magnitude")
+        return self.twostage.batches * (self.search.batch or self.train.batch) if counted else 0
+
+    @property
+    def tuning_steps(self) -> int:
+        """Updates of the model's trainable weights; ``twostage`` makes as many as read the windows of ``atp`` in all."""
+        if self.method == "twostage":
+            return max(0, self.windows - self.scoring_windows) // self.train.batch
+        return self.train.steps if self.method == "finetune" else self.search.steps + self.recover.steps
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.generator.width % self.generator.heads:
@@ -87,6 +110,10 @@ class Recipe(Section):
             raise ValueError("distill.recover=true has no effect without distill.weight, e.g. distill.weight=1")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
+        if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:
+            raise ValueError("search.steps=0 leaves nothing to train the generator by; give it a number of steps")
+        if self.method == "twostage" and self.twostage.scores == "layer_drop" and self.budget.layout == "uniform":
+            raise ValueError("twostage.scores=layer_drop narrows one layer to meet the budget; use budget.layout=per-layer")
         return self
 
     @model_validator(mode="wrap")

@@ -219,6 +219,23 @@ class DistillConfig(Section):
     """Keep the uncut model in memory as the teacher of the recovery phase as well."""
 
 
+class TwoStageConfig(Section):
+    """Of ``method: twostage``: decide once on the untuned base, cut, tune; as many windows as ``atp`` reads in all."""
+
+    scores: Literal["random", "magnitude", "taylor", "wanda", "flap", "layer_drop", "generator"] = "taylor"
+    """What ranks the units. ``magnitude``: mean squared weight; ``taylor``: squared gradients of the gates (LLM-Pruner's
+    criterion in Fisher form); ``wanda``: weight times input norm; ``flap``: fluctuation of the input times weight;
+    ``layer_drop``: whole layers by how little they change the stream (ShortGPT); ``generator``: the generator of ``atp``
+    trained on the frozen base for ``search.steps`` (DISP-LLM)."""
+    ranking: Literal["auto", "global", "layer"] = "auto"
+    """``global``: over the whole model, by score per parameter; ``layer``: every layer keeps the same share. ``auto``: as
+    published (random, magnitude, wanda: layer; taylor: global). No effect on flap, layer_drop and generator."""
+    batches: Positive = 16
+    """Decision batches read for the scores; they count as search tokens."""
+    compensate: bool = True
+    """``flap``: add what was removed, on average, to the biases of o_proj and down_proj."""
+
+
 class TrainConfig(Section):
     """The loop."""
 

@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import slimtune  # noqa: F401  (teaches transformers per-layer models)
-from bases import Bench, losses, metrics, session_of
+from bases import Bench, losses, metrics, plan_of, session_of, stored_shapes
 from slimtune import pipeline
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.methods import atp
@@ -22,7 +21,7 @@ from slimtune.models.load import load_config, load_model, load_tokenizer, struct
 from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
 from slimtune.prune.solve import solve
-from slimtune.structure.plan import Plan, count
+from slimtune.structure.plan import count
 
 CPU = torch.device("cpu")
 AWARE: dict[str, Any] = {"lora__semantics": "lora_aware", "search__steps": 12, "recover__steps": 14, "lora__settle": 1.0}
@@ -34,20 +33,11 @@ def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
 
 
-def plan_of(out: Path) -> Plan:
-    return Plan.from_json((out / "model" / "plan.json").read_text(encoding="utf-8"))
-
-
 @torch.no_grad()
 def randomise_lora(run: Any) -> None:
     for name, parameter in run.model.named_parameters():
         if "lora_B" in name:
             parameter.normal_(std=0.05)
-
-
-def stored_shapes(out: Path) -> dict[str, tuple[int, ...]]:
-    with safe_open(out / "model" / "model.safetensors", "pt") as file:
-        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def job_of(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Jo
     """What the formulas of ``cost`` need to know of a run."""
     dtype = runtime.pick_precision(recipe.train.precision, _device_kind(recipe.device))
     whole = recipe.method == "finetune" and recipe.model.init == "config"
-    generator = _generator_params(recipe, structure) if recipe.method == "atp" else 0
+    generator = _generator_params(recipe, structure) if recipe.prunes else 0
     return Job(recipe, config, structure, _sizes(recipe, structure)[1].block_ratio, whole, generator, dtype.itemsize)
 
 
@@ -124,7 +124,7 @@ def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size]:
     budget, whole = recipe.budget, structure.prunable_params
     multiple = min(MULTIPLES) if budget.ffn_multiple == "auto" else budget.ffn_multiple
     smallest = size(smallest_ratio(structure, "block", multiple) * whole)
-    if recipe.method != "atp":
+    if not recipe.prunes:
         return smallest, size(whole)
     wanted = budget.keep * structure.total_params - structure.constant_params if budget.of == "total" else budget.keep * whole
     return smallest, smallest if budget.keep < _least(recipe, smallest) else size(wanted)
@@ -141,7 +141,7 @@ def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, sma
         check_length(config, recipe.data.max_length)
     except UserError as error:
         return str(error)
-    if recipe.method != "atp":
+    if not recipe.prunes:
         return None
     if budget.keep < least:
         other = ", or use budget.of=block" if budget.of == "total" else ""

@@ -115,17 +115,22 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     small = (recipe.search.batch or recipe.train.batch) / recipe.train.batch
     decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (small * step_tokens)
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
+    updates = search + recover
+    reference = [phase("dense LoRA", updates, [(updates, job.adapt())])] if recipe.evaluate.dense_lora else []
     decides = -(-search // recipe.search.decide_every)
     turns = [(search, job.adapt() + teacher), (small * decides, decide)]
+    if recipe.method == "twostage":
+        scoring = recipe.scoring_windows / recipe.train.batch
+        rows = [phase("decide", search if recipe.twostage.scores == "generator" else 0, [], first=[(scoring, decide)])]
+        rows.append(phase("recover", recipe.tuning_steps, [(recipe.tuning_steps, job.adapt(part))]))
+        return rows + reference
     settle = recipe.settle_steps
     recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
     rows = [phase("search", search, turns, first=[(small * prior, decide)])]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
     rows.append(phase("recover", recover - settle, [(recover - settle, recovering)]))
-    if recipe.evaluate.dense_lora:
-        rows.append(phase("dense LoRA", search + recover, [(search + recover, job.adapt())]))
-    return rows
+    return rows + reference
 
 
 def memory(job: Job, kind: str) -> dict[str, int]:

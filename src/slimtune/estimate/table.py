@@ -30,7 +30,7 @@ def _units(estimate: Estimate) -> Table:
 
 
 def _sizes(estimate: Estimate, recipe: Recipe) -> Table:
-    target = f"budget.keep={recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else "after (nothing is cut)"
+    target = f"budget.keep={recipe.budget.keep} of {recipe.budget.of}" if recipe.prunes else "after (nothing is cut)"
     table = Table("parameters", title="Size", title_justify="left")
     for name in ("before", target, "smallest possible"):
         table.add_column(name, justify="right")

@@ -138,8 +138,8 @@ def facts(
     return {
         "base": base if not drawn else f"random weights of the shape of {base}" if base else "random weights",
         "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) and not drawn else None,
-        "method": recipe.method,
-        "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.method == "atp" else None,
+        "method": f"twostage ({recipe.twostage.scores})" if recipe.method == "twostage" else recipe.method,
+        "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.prunes else None,
         "parameters_before": before,
         "parameters_after": after,
         "figures": {

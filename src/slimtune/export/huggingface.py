@@ -136,9 +136,9 @@ def _candidates(base: PreTrainedConfig, plan: Plan) -> Iterator[PreTrainedConfig
     # after the cut hidden_size / heads no longer is the size of a head
     keys["head_dim"] = keys.get("head_dim") or base.hidden_size // base.num_attention_heads
     if plan.is_uniform:
-        yield from _stock(base.model_type, {**keys, **plan.widths(0)})
+        yield from _stock(base.model_type, {**keys, **plan.widths(plan.layers[0])})
     per_layer.register()
-    widths = {str(layer): plan.widths(layer) for layer in range(len(plan.kept))}
+    widths = {str(index): plan.widths(layer) for index, layer in enumerate(plan.layers)}
     yield per_layer.CONFIGS[base.model_type](**keys, per_layer_config=widths)
 
 

@@ -99,19 +99,25 @@ class Decider:
         return value, leaves
 
     def set_prior(self) -> None:
-        """Starting logits from squared gradients of per-sample gates at one, on decision data."""
+        """Starting logits from Taylor scores of the open gates, on decision data."""
         config = self.recipe.generator
         self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
+        self.scores = self.taylor(config.prior_steps)
+        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale))
+
+    def taylor(self, batches: int) -> dict[Site, Tensor]:
+        """Mean over ``batches`` of the squared gradients of per-sample gates at one: {site: [units]}."""
+        scores: dict[Site, Any] = {}
         ones = {
             (layer, axis): torch.ones(self.structure.layers[layer].units[axis], device=self.session.device)
             for layer, axis in self.structure.sites()
         }
-        for step in range(config.prior_steps):
+        for step in range(batches):
             self.tokens["prior"] += self.batches.tokens(step)
             squares = squares_over_ranks(*self._backward_to_gates(self.batches.at(step), ones)[1])
-            self.scores = {site: self.scores.get(site, 0.0) + value / config.prior_steps for site, value in squares.items()}
+            scores = {site: scores.get(site, 0.0) + value / batches for site, value in squares.items()}
         self.bank.open()
-        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale))
+        return scores
 
     def _refresh_prior(self, leaves: list[dict[Site, Tensor]]) -> None:
         """Follow the scores as LoRA adapts and units go: pruned units have a gradient too."""

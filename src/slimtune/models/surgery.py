@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F], or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from slimtune.structure.axes import Linear, Side, Structure
+from slimtune.structure.families import check_biases
 from slimtune.structure.plan import Plan
 
 ReadMask = Callable[[int, str], Tensor | None]
@@ -106,6 +107,33 @@ def _spread(mask: Tensor, rows: int, like: Tensor) -> Tensor:
     return (mask if mask.ndim == 1 else mask[:, None, :]).to(like.dtype)
 
 
+@torch.no_grad()
+def compensate(model: nn.Module, structure: Structure, plan: Plan, means: Mapping[tuple[int, str], Tensor]) -> None:
+    """Before a cut: put what removed inputs add on average into the consumers' biases (FLAP, An et al. 2024, section 3.3).
+
+    Every linear gets a bias then, most of them zero, because the stock configs give all of a part's linears one or none.
+
+    Args:
+        means: {(layer, axis): mean of each entry of the consumer's input [units * rows]}.
+
+    Raises:
+        UserError: the family's config has no key for such biases.
+    """
+    check_biases(structure.family)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    for key in structure.family.bias_keys.values():
+        setattr(base.config, key, True)
+    for layer, row, module in linears_of(model, structure):
+        inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
+        if inner.bias is None:
+            inner.bias = nn.Parameter(torch.zeros_like(inner.weight[:, 0]), requires_grad=False)
+        if row.into:
+            kept = set(structure.indices(row.into, plan.kept[layer][row.into.axis]))
+            gone = [index for index in range(inner.in_features) if index not in kept]
+            mean = means[layer, row.into.axis][gone].to(inner.weight.device)
+            inner.bias += (inner.weight[:, gone].float() @ mean.float()).to(inner.bias.dtype)
+
+
 @dataclass(frozen=True)
 class Replaced:
     """A trainable parameter that a cut replaced, so that an optimiser can take its state along."""
@@ -118,7 +146,9 @@ class Replaced:
 
 @torch.no_grad()
 def cut(model: nn.Module, structure: Structure, plan: Plan) -> list[Replaced]:
-    """Delete what ``plan`` does not keep, in place: base weights, biases and LoRA factors. ``model.config`` stays the base's.
+    """Delete what ``plan`` does not keep, in place: base weights, biases and LoRA factors, whole layers where both axes go.
+
+    ``model.config`` stays the base's but for the number of layers and their types.
 
     Raises:
         UserError: the plan does not fit ``structure``.
@@ -126,12 +156,30 @@ def cut(model: nn.Module, structure: Structure, plan: Plan) -> list[Replaced]:
     plan.check(structure)
     replaced: list[Replaced] = []
     for layer, row, module in linears_of(model, structure):
-        for dim, side in ((0, row.out), (1, row.into)):
+        for dim, side in ((0, row.out), (1, row.into)) if layer in plan.layers else ():
             if side and len(plan.kept[layer][side.axis]) < structure.layers[layer].units[side.axis]:
                 replaced += _slice_linear(module, dim, structure.indices(side, plan.kept[layer][side.axis]))
     for index, block in enumerate(blocks_of(model, structure)):
         _set_head_counts(block, plan.widths(index))
+    _drop_layers(model, structure, plan)
     return replaced
+
+
+def _drop_layers(model: nn.Module, structure: Structure, plan: Plan) -> None:
+    """Take whole layers out; those that stay are counted anew, for the cache goes by ``layer_idx``."""
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    if len(plan.layers) == len(plan.kept):
+        return
+    parent, _, name = structure.family.blocks.rpartition(".")
+    blocks = [base.get_submodule(structure.family.blocks)[layer] for layer in plan.layers]
+    setattr(base.get_submodule(parent), name, nn.ModuleList(blocks))
+    for index, block in enumerate(blocks):
+        for module in block.modules():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = index
+    base.config.num_hidden_layers = len(blocks)
+    if getattr(base.config, "layer_types", None):
+        base.config.layer_types = [base.config.layer_types[layer] for layer in plan.layers]
 
 
 def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:

@@ -12,7 +12,7 @@ Nothing here knows a module class: shapes come in as ``{parameter name: shape}``
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Literal
 
@@ -56,6 +56,8 @@ class Family:
     linears: tuple[Linear, ...]
     blocks: str = "model.layers"
     note: str = ""
+    bias_keys: Mapping[str, str] = field(default_factory=dict)
+    """Part of a block -> the config key that gives all of its linears a bias."""
     whole_heads: bool = False
     """The stock config refuses a number of query heads that does not divide the hidden size, ``head_dim`` or not. Llama's does
     too, but another stock class stands in for it unless there are biases (see ``export.huggingface``)."""
@@ -71,10 +73,20 @@ class Family:
 
 @dataclass(frozen=True)
 class LayerWidths:
-    """Units of each axis in one layer, and the parameters one unit owns (weights and biases of all its linears)."""
+    """Units of each axis in one layer, and the parameters one unit owns (weights and biases of all its linears).
+
+    Attributes:
+        fixed_params: what no unit owns (norms, consumer biases): it goes only with the whole layer.
+    """
 
     units: Mapping[str, int]
     unit_params: Mapping[str, int]
+    fixed_params: int = 0
+
+    @property
+    def params(self) -> int:
+        """All parameters of the layer."""
+        return self.fixed_params + sum(self.units[axis] * self.unit_params[axis] for axis in AXES)
 
 
 @dataclass(frozen=True)
@@ -141,7 +153,9 @@ def measure(family: Family, shapes: Mapping[str, Sequence[int]], head_dim: int) 
         query = family.producers(KV_GROUP)[0]
         rows, hidden = block[f"{query.path}.weight"]
         group = rows // (units[KV_GROUP] * head_dim)
-        layers.append(LayerWidths(units, {axis: _unit_params(family, axis, block, units[axis]) for axis in AXES}))
+        owned = {axis: _unit_params(family, axis, block, units[axis]) for axis in AXES}
+        fixed = sum(map(prod, block.values())) - sum(units[axis] * owned[axis] for axis in AXES)
+        layers.append(LayerWidths(units, owned, fixed))
     structure = Structure(family, head_dim, group, tuple(layers), sum(prod(shape) for shape in shapes.values()), hidden)
     _check_shapes(structure, by_block)
     return structure

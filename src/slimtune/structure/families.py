@@ -27,10 +27,12 @@ _PLAIN = (
     Linear("mlp.fc2", into=CHANNEL),
 )
 
+_BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
+
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", _GATED, note="optional biases"),
+        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES),
         Family("mistral", _GATED, note="sliding window kept"),
         Family("qwen2", _GATED, note="q/k/v biases"),
         Family("qwen3", _GATED, note="per-head q/k norm"),
@@ -38,7 +40,7 @@ FAMILIES: Mapping[str, Family] = {
         Family("gemma", _GATED, note="tied head; one KV head in 2B: only the MLP is cut there"),
         Family("gemma2", _GATED, note="post-norms, soft caps (eager attention)", whole_heads=True),
         Family("gemma3_text", _GATED, note="post-norms, per-head q/k norm", whole_heads=True),
-        Family("granite", _GATED, note="scaled residuals and logits"),
+        Family("granite", _GATED, note="scaled residuals and logits", bias_keys=_BIASES),
     )
 }
 
@@ -78,6 +80,15 @@ def family_of(model_type: str) -> Family:
         f"model_type {model_type!r} is unknown.{nearest(model_type, FAMILIES)} Supported: {', '.join(FAMILIES)}; "
         "docs/add-a-family.md shows how to add one"
     )
+
+
+def check_biases(family: Family) -> None:
+    """Raise UserError where no config of this family can carry biases of the consumers that the base lacks."""
+    if not family.bias_keys:
+        raise UserError(
+            f"a config of {family.model_type!r} has no key for biases of o_proj and down_proj, which flap's compensation "
+            "needs; set twostage.compensate=false"
+        )
 
 
 def describe(config: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]) -> Structure:

@@ -54,18 +54,25 @@ class Plan:
         return cls.of(structure, [{axis: range(layer.units[axis]) for axis in AXES} for layer in structure.layers])
 
     def check(self, structure: Structure) -> None:
-        """Raise UserError unless this Plan fits ``structure`` and leaves no layer empty."""
+        """Raise UserError unless this Plan fits ``structure``, and every layer keeps both axes or neither, one layer both."""
         widths = tuple(dict(layer.units) for layer in structure.layers)
         if self.model_type != structure.family.model_type or self.full != widths or len(self.kept) != len(widths):
             raise UserError(
                 f"the plan was made for a {self.model_type!r} model with widths {_brief(self.full)}, "
                 f"this one is {structure.family.model_type!r} with {_brief(widths)}"
             )
+        if not self.layers:
+            raise UserError("the plan leaves no layer")
         for index, (layer, full) in enumerate(zip(self.kept, self.full, strict=True)):
-            for axis in AXES:
+            for axis in AXES if index in self.layers else ():
                 units = layer[axis]
                 if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= full[axis]:
                     raise UserError(f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers that stay: a layer without a unit on either axis adds nothing and goes as a whole."""
+        return tuple(layer for layer, kept in enumerate(self.kept) if any(kept[axis] for axis in AXES))
 
     def widths(self, layer: int) -> dict[str, int]:
         """The keys of ``layer`` in a Hugging Face config."""
@@ -78,8 +85,8 @@ class Plan:
 
     @property
     def is_uniform(self) -> bool:
-        """All layers have the same widths: a stock class can hold the model."""
-        return all(self.widths(layer) == self.widths(0) for layer in range(len(self.kept)))
+        """All layers that stay have the same widths: a stock class can hold the model."""
+        return all(self.widths(layer) == self.widths(self.layers[0]) for layer in self.layers)
 
     @property
     def digest(self) -> str:
@@ -132,7 +139,8 @@ def count(structure: Structure, plan: Plan) -> Counts:
         for kept, layer in zip(plan.kept, structure.layers, strict=True)
         for axis in AXES
     )
-    total = structure.constant_params + block
+    gone = sum(layer.fixed_params for index, layer in enumerate(structure.layers) if index not in plan.layers)
+    total = structure.constant_params + block - gone
     return Counts(total, block, total / structure.total_params, block / structure.prunable_params)
 
 

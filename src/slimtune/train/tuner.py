@@ -58,6 +58,10 @@ class Tuner:
         """After a physical cut: sliced parameters, sliced moments, a new wrapper."""
         for optimizer in self.optimizers:
             carry_over(optimizer, replaced)
+        left = set(map(id, self.model.parameters()))  # whole layers may have gone
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in left]
         self.wrapped = self._wrap()
 
     def set_peak(self, lr: float) -> None:

@@ -1,0 +1,167 @@
+"""Scores of units on the untuned base: what the published prune-then-tune methods rank by.
+
+Each criterion in its published form, on whole KV groups and MLP channels. A score is of a unit; ``ranked`` makes logits
+that one common level cuts, as ``prune.solve`` does with those of the generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from slimtune.methods.decide import Decider
+from slimtune.models.surgery import linears_of
+from slimtune.models.watch import watch
+from slimtune.prune.gates import Site
+from slimtune.prune.prior import layer_logits, prior_logits
+from slimtune.train.loop import hash_seed
+from slimtune.train.objective import IGNORE, Batch, forward
+from slimtune.train.session import Session
+
+Scores = dict[Site, Tensor]
+
+
+class Scorer:
+    """A base model with open gates, decision batches, and what was read of them.
+
+    Attributes:
+        tokens: read so far.
+        means: of each entry of the consumers' inputs, where a criterion took them (FLAP compensates with them).
+    """
+
+    def __init__(self, session: Session, model: nn.Module, decider: Decider):
+        self.session, self.model, self.decider = session, model, decider
+        self.structure, self.config = session.structure, session.recipe.twostage
+        self.tokens = 0
+        self.means: Scores = {}
+
+    def random(self) -> Scores:
+        """Uniform noise."""
+        rng = torch.Generator().manual_seed(hash_seed(self.session.recipe.seed, "random scores"))
+        return {site: torch.rand(self._units(site), generator=rng) for site in self.structure.sites()}
+
+    @torch.no_grad()
+    def magnitude(self) -> Scores:
+        """Sum of squares of all weights a unit owns."""
+        scores: Scores = {}
+        for layer, row, module in linears_of(self.model, self.structure):
+            weight: Any = getattr(module, "base_layer", module).weight
+            for dim, side in ((0, row.out), (1, row.into)):
+                if side:
+                    squares = weight.float().square().sum(1 - dim).view(-1, self.structure.rows(side)).sum(1)
+                    site = (layer, side.axis)
+                    scores[site] = scores[site] + squares if site in scores else squares
+        return scores
+
+    def taylor(self) -> Scores:
+        """Squared gradients of the gates, per sample (LLM-Pruner's loss change, Ma et al. 2023, in Fisher form)."""
+        scores = self.decider.taylor(self.config.batches)
+        self.tokens += self.decider.tokens.pop("prior")
+        self.decider.tokens["prior"] = 0
+        return scores
+
+    def wanda(self) -> Scores:
+        """Weight times input norm, sum over a unit's columns of the consumer: sum_ij |W_ij| * ||x_j||_2 (Sun et al. 2024)."""
+        _, squares, _ = self._inputs()
+        return self._by_columns({site: value.sqrt() for site, value in squares.items()}, power=1)
+
+    def flap(self) -> Scores:
+        """Fluctuation of the input times weight, Var(x_j) * ||W_:j||^2, standardised by layer and axis (An et al. 2024)."""
+        sums, squares, count = self._inputs()
+        self.means = {site: value / count for site, value in sums.items()}
+        spread = {site: (squares[site] / count - self.means[site].square()).clamp(min=0) for site in squares}
+        scores = self._by_columns(spread, power=2)
+        return {site: (value - value.mean()) / value.std(correction=0).clamp(min=1e-30) for site, value in scores.items()}
+
+    def influence(self) -> list[float]:
+        """1 - mean cosine similarity of each block's input and output (ShortGPT, Men et al. 2024, equation 1)."""
+        totals = torch.zeros(len(self.structure.layers), dtype=torch.float64, device=self.session.device)
+        count = torch.zeros((), dtype=torch.float64, device=self.session.device)
+
+        def see(real: Tensor, layer: int, before: Tensor, after: Tensor) -> None:
+            totals[layer] += F.cosine_similarity(before[real].float(), after[real].float(), dim=-1).double().sum()
+
+        for real in self._passes(lambda real: {"blocks": lambda *args: see(real, *args)}):
+            count += real.sum()
+        totals, count = (self.session.accelerator.reduce(value) for value in (totals, count))
+        similar: list[float] = (totals / count).tolist()
+        return [1 - value for value in similar]
+
+    def _inputs(self) -> tuple[Scores, Scores, Tensor]:
+        """Sum and sum of squares of each entry of the consumers' inputs, fp64, and the number of tokens."""
+        sums: Scores = {}
+        squares: Scores = {}
+        count = torch.zeros((), dtype=torch.float64, device=self.session.device)
+
+        def see(real: Tensor, layer: int, axis: str, values: Tensor) -> None:
+            found, site = values[real].double(), (layer, axis)
+            sums[site] = sums.get(site, 0) + found.sum(0)
+            squares[site] = squares.get(site, 0) + found.square().sum(0)
+
+        for real in self._passes(lambda real: {"consumers": lambda *args: see(real, *args)}):
+            count += real.sum()
+        reduce = self.session.accelerator.reduce
+        sums, squares = ({site: reduce(value) for site, value in part.items()} for part in (sums, squares))
+        return sums, squares, reduce(count)
+
+    @torch.no_grad()
+    def _passes(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
+        """Forward passes over the decision batches, watched; which positions [B, T] of each were real, not padding."""
+        batches, seen = self.decider.batches, []
+        self.model.eval()
+        for step in range(self.config.batches):
+            for part in batches.at(step):
+                real = _real(part, batches.windows.pad)
+                handles = watch(self.model, self.structure, **watchers(real))
+                with self.session.accelerator.autocast():
+                    forward(self.model, part)
+                for handle in handles:
+                    handle.remove()
+                seen.append(real)
+            self.tokens += batches.tokens(step)
+        return seen
+
+    def _by_columns(self, values: Scores, power: int) -> Scores:
+        """Sum over a unit's input entries j of values_j * sum_i |W_ij|^power, W of the consumer."""
+        scores = {}
+        for layer, row, module in linears_of(self.model, self.structure):
+            if row.into:
+                weight: Any = getattr(module, "base_layer", module).weight
+                columns = weight.detach().double().abs().pow(power).sum(0)
+                site = (layer, row.into.axis)
+                scores[site] = (columns * values[site]).view(-1, self.structure.rows(row.into)).sum(1).float()
+        return scores
+
+    def _units(self, site: Site) -> int:
+        return self.structure.layers[site[0]].units[site[1]]
+
+
+def _real(batch: Batch, pad: int) -> Tensor:
+    if "attention_mask" in batch:
+        return batch["attention_mask"].bool()
+    return (batch["input_ids"] != pad) | (batch["labels"] != IGNORE)
+
+
+CRITERIA: dict[str, Callable[[Scorer], Scores]] = {
+    "random": Scorer.random,
+    "magnitude": Scorer.magnitude,
+    "taylor": Scorer.taylor,
+    "wanda": Scorer.wanda,
+    "flap": Scorer.flap,
+}
+_RANKING = {"random": "layer", "magnitude": "layer", "wanda": "layer", "taylor": "global", "flap": "as it is"}
+
+
+def ranked(scores: Scores, session: Session) -> Scores:
+    """Logits for ``prune.solve``, see ``TwoStageConfig.ranking``."""
+    config = session.recipe.twostage
+    ranking = _RANKING[config.scores]
+    if config.ranking != "auto" and ranking != "as it is":
+        ranking = config.ranking
+    if ranking == "layer":
+        return layer_logits(scores)
+    return prior_logits(scores, session.structure, 1.0) if ranking == "global" else scores

@@ -1,0 +1,144 @@
+"""The rivals: prune, then tune. A criterion decides once on the untuned base, the model is cut, LoRA tunes what is left.
+
+decide   scores from weights or from passes over decision data; ``generator``: ``decide`` turns on the frozen base
+cut      the model is made physically smaller
+recover  ``adapt`` turns on the small model, as many as read all the windows of ``atp`` with the same recipe
+
+Structure table, gates, budget solver, rounding, LoRA, data order and loop are those of ``atp``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.methods.decide import Decider
+from slimtune.methods.outcome import Outcome
+from slimtune.methods.scores import CRITERIA, Scorer, ranked
+from slimtune.models.load import attach_lora, enable_checkpointing, load_model
+from slimtune.models.surgery import compensate, compile_blocks, cut, place_gates
+from slimtune.prune.depth import drop_layers
+from slimtune.prune.gates import MaskBank
+from slimtune.prune.solve import solve
+from slimtune.runtime import pick_dtype
+from slimtune.structure.plan import Counts, Plan, count
+from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
+from slimtune.train.objective import Batch, cross_entropy_sum, forward
+from slimtune.train.session import Session
+from slimtune.train.tuner import Tuner
+
+
+def run(session: Session) -> Outcome:
+    """Decide, cut, recover."""
+    return _TwoStage(session).run()
+
+
+class _TwoStage:
+    def __init__(self, session: Session):
+        self.session, self.recipe, self.structure = session, session.recipe, session.structure
+        recipe = self.recipe
+        torch.manual_seed(hash_seed(recipe.seed, "weights"))
+        base = load_model(recipe.model, str(session.device), pick_dtype(recipe.model.dtype, str(session.device)))
+        torch.manual_seed(hash_seed(recipe.seed, "lora"))
+        self.model = attach_lora(base, self.structure, recipe.lora, session.autocast_only)
+        enable_checkpointing(self.model, recipe.model.checkpointing)
+        self.bank = MaskBank()
+        self.handles = place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
+        self.tuner = Tuner(session, self.model, recipe.tuning_steps)
+        self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
+        self.plan: Plan | None = None
+        self.means: dict[tuple[int, str], Tensor] = {}
+        self.scored = 0
+
+    def run(self) -> Outcome:
+        """All phases, from wherever the checkpoint left off."""
+        saved = resumed(self.session)
+        first = 0
+        if saved:
+            self._restore(saved)
+            first = saved["step"]
+        if self.plan is None:
+            self._decide(first)
+            self._cut()
+            first = 0
+        steps = self.recipe.tuning_steps
+        run_phase(self.session, self._phase("recover", steps, [Turn("adapt", self._adapt)]), first)
+        assert self.plan is not None
+        tokens = {**self.decider.tokens, "score": self.scored, "adapt": self.tuner.tokens}
+        return Outcome(self.model.eval(), self.plan, tokens)
+
+    def _adapt(self, step: int) -> dict[str, Any]:
+        def loss(batch: Batch) -> Tensor:
+            return cross_entropy_sum(forward(self.tuner.wrapped, batch), batch["labels"])
+
+        return self.tuner.update(step, loss)
+
+    def _decide(self, first: int) -> None:
+        kind = self.recipe.twostage.scores
+        self.session.progress.say(f"prune, then tune: {kind} decides on the untuned model")
+        if kind == "generator":
+            self.plan, counts = self._generated(first)
+        else:
+            self.plan, counts = self._scored(kind)
+        self.session.progress.say(
+            f"decided: {counts.total_ratio:.2%} of all parameters stay, {counts.block_ratio:.2%} of the blocks"
+        )
+
+    def _generated(self, first: int) -> tuple[Plan, Counts]:
+        """DISP-LLM's order (Gao et al. 2024): the generator learns on the frozen base, LoRA comes after."""
+        if not first and self.recipe.generator.prior != "none":
+            self.decider.set_prior()
+        turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every)]
+        run_phase(self.session, self._phase("decide", self.recipe.search.steps, turns), first)
+        return self.decider.plan()
+
+    def _scored(self, kind: str) -> tuple[Plan, Counts]:
+        scorer, budget = Scorer(self.session, self.model, self.decider), self.recipe.budget
+        if kind == "layer_drop":
+            found = drop_layers(scorer.influence(), scorer.magnitude(), self.structure, budget)
+        else:
+            found = solve(ranked(CRITERIA[kind](scorer), self.session), self.structure, budget)
+        self.scored = scorer.tokens
+        self.means = {site: mean.cpu() for site, mean in scorer.means.items()} if self.recipe.twostage.compensate else {}
+        return found
+
+    def _cut(self) -> None:
+        assert self.plan is not None
+        for handle in self.handles:
+            handle.remove()
+        self.bank.open()
+        if self.means:
+            compensate(self.model, self.structure, self.plan, self.means)
+        self.tuner.carry_over(cut(self.model, self.structure, self.plan))
+        if self.recipe.train.compile:
+            compile_blocks(self.model, self.structure, self.plan)
+
+    def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:
+        before = self.recipe.search.steps if name == "recover" and self.recipe.twostage.scores == "generator" else 0
+        return Phase(name, steps, turns, self._capture, self._kept, lambda: self.session.valid_figures(self.model), before)
+
+    def _kept(self) -> float:
+        if self.plan is None:
+            return 1.0
+        counts = count(self.structure, self.plan)
+        return counts.total_ratio if self.recipe.budget.of == "total" else counts.block_ratio
+
+    def _capture(self) -> dict[str, Any]:
+        return {
+            "tuner": self.tuner.capture(),
+            "decider": self.decider.capture(),
+            "plan": self.plan.to_json() if self.plan else None,
+            "means": self.means,
+            "scored": self.scored,
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.decider.restore(saved["decider"])
+        self.means, self.scored = saved["means"], saved["scored"]
+        if saved["plan"]:
+            self.plan = Plan.from_json(saved["plan"])
+            self.plan.check(self.structure)
+            self._cut()
+        self.tuner.restore(saved["tuner"])

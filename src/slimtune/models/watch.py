@@ -1,0 +1,36 @@
+"""Look on in a forward pass, and change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from slimtune.models.surgery import blocks_of, linears_of
+from slimtune.structure.axes import Structure
+
+
+def watch(
+    model: nn.Module,
+    structure: Structure,
+    consumers: Callable[[int, str, Tensor], None] | None = None,
+    blocks: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> list[Any]:
+    """Look on in a forward pass: each axis's consumer's input, each block's input and output. Returns handles to remove."""
+    handles = []
+    if consumers:
+        for layer, row, module in linears_of(model, structure):
+            if row.into:
+                see = partial(consumers, layer, row.into.axis)
+                handles.append(module.register_forward_pre_hook(lambda _, args, see=see: see(args[0])))
+    if blocks:
+        for layer, block in enumerate(blocks_of(model, structure)):
+            look = partial(blocks, layer)
+
+            def hook(_: nn.Module, args: Any, output: Any, look: Callable[..., None] = look) -> None:
+                look(args[0], output[0] if isinstance(output, tuple) else output)
+
+            handles.append(block.register_forward_hook(hook))
+    return handles

@@ -1,0 +1,211 @@
+"""The rivals: each ends at the budget, counts its tokens, and scores as its formula says."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bases import Bench, losses, plan_of, session_of, stored_shapes
+from slimtune.errors import UserError
+from slimtune.methods import twostage
+from slimtune.methods.scores import Scorer, ranked
+from slimtune.models.load import load_config, structure_of
+from slimtune.models.surgery import blocks_of
+from slimtune.pipeline import tune
+from slimtune.preflight import check_method
+from slimtune.structure.families import family_of
+from slimtune.structure.plan import Plan, count
+
+
+@pytest.fixture(autouse=True)
+def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of such a short run, tested elsewhere."""
+    monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
+
+
+SCORES = ("random", "magnitude", "taylor", "wanda", "flap", "layer_drop", "generator")
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_every_rival_ends_at_the_budget(bench: Bench, tmp_path: Path, scores: str) -> None:
+    recipe = bench.recipe(tmp_path, method="twostage", twostage={"scores": scores, "batches": 2}, export__verify=True)
+    summary = tune(recipe)
+    plan, structure = plan_of(tmp_path), structure_of(load_config(recipe.model))
+    counts = count(structure, plan)
+    assert abs(counts.total_ratio - recipe.budget.keep) <= recipe.budget.tolerance
+    written = sum(math.prod(shape) for shape in stored_shapes(tmp_path).values())
+    assert written == summary["result"]["parameters"]
+    assert (written > counts.total) == (scores == "flap")  # its biases
+    assert summary["reload_difference"] < 1e-4
+    assert len(losses(tmp_path)) == recipe.tuning_steps
+    assert math.isfinite(summary["result"]["ppl"])
+
+
+@pytest.mark.parametrize("scores", SCORES)
+def test_a_rival_reads_the_windows_of_atp(bench: Bench, tmp_path: Path, scores: str) -> None:
+    recipe = bench.recipe(tmp_path, method="twostage", twostage={"scores": scores, "batches": 2})
+    spent = recipe.tuning_steps * recipe.train.batch + recipe.scoring_windows
+    assert 0 <= recipe.windows - spent < recipe.train.batch
+    assert recipe.windows == (recipe.search.steps + recipe.recover.steps) * recipe.train.batch + recipe.decide_windows
+
+
+def test_layer_drop_takes_whole_layers_that_change_least(bench: Bench, tmp_path: Path) -> None:
+    budget = {"keep": 0.6, "of": "block", "ffn_multiple": "auto"}
+    recipe = bench.recipe(tmp_path, method="twostage", twostage={"scores": "layer_drop", "batches": 2}, budget=budget)
+    tune(recipe)
+    plan = plan_of(tmp_path)
+    assert len(plan.layers) == len(plan.kept) - 1
+    narrowed = [layer for layer in plan.layers if len(plan.kept[layer]["ffn"]) < plan.full[layer]["ffn"]]
+    assert len(narrowed) <= 1
+
+
+def scorer_of(bench: Bench, out: Path, **overrides: Any) -> tuple[Scorer, Any]:
+    session = session_of(bench, out, method="twostage", **overrides)
+    run = twostage._TwoStage(session)
+    return Scorer(session, run.model, run.decider), run
+
+
+def weight(run: Any, layer: int, path: str) -> Tensor:
+    module = blocks_of(run.model, run.structure)[layer].get_submodule(path)
+    return module.base_layer.weight.detach()
+
+
+def test_magnitude_is_the_sum_of_squares_of_what_a_unit_owns(bench: Bench, tmp_path: Path) -> None:
+    scorer, run = scorer_of(bench, tmp_path)
+    scores = scorer.magnitude()
+    gate, up, down = (weight(run, 1, f"mlp.{name}_proj") for name in ("gate", "up", "down"))
+    torch.testing.assert_close(scores[1, "ffn"][5], gate[5].square().sum() + up[5].square().sum() + down[:, 5].square().sum())
+    q, k, v, o = (weight(run, 1, f"self_attn.{name}_proj") for name in "qkvo")
+    h = run.structure.head_dim
+    mine = slice(2 * h, 4 * h)  # two query heads of the second KV group
+    expected = q[mine].square().sum() + o[:, mine].square().sum() + k[h : 2 * h].square().sum() + v[h : 2 * h].square().sum()
+    torch.testing.assert_close(scores[1, "kv_group"][1], expected)
+
+
+def inputs_of(run: Any, layer: int, path: str, batches: int) -> Tensor:
+    """Real inputs [N, D] of a linear over the decision batches, by a hook of the test's own."""
+    seen: list[Tensor] = []
+    module = blocks_of(run.model, run.structure)[layer].get_submodule(path)
+    handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+    found = []
+    run.model.eval()
+    with torch.no_grad():
+        for step in range(batches):
+            for part in run.decider.batches.at(step):
+                seen.clear()
+                run.model(**{key: value for key, value in part.items() if key != "labels"})
+                real = part.get("attention_mask", torch.ones_like(part["input_ids"])).bool()
+                found.append(seen[0][real & (part["input_ids"] != 1)])
+    handle.remove()
+    return torch.cat(found).double()
+
+
+def test_wanda_weighs_columns_by_the_norm_of_their_input(bench: Bench, tmp_path: Path) -> None:
+    scorer, run = scorer_of(bench, tmp_path, twostage={"scores": "wanda", "batches": 2})
+    scores = scorer.wanda()
+    x, w = inputs_of(run, 1, "mlp.down_proj", 2), weight(run, 1, "mlp.down_proj").double()
+    torch.testing.assert_close(scores[1, "ffn"].double(), w.abs().sum(0) * x.norm(dim=0), rtol=1e-5, atol=1e-8)
+    assert scorer.tokens == len(x)
+
+
+def test_flap_scores_the_fluctuation_and_compensates_with_the_mean(bench: Bench, tmp_path: Path) -> None:
+    scorer, run = scorer_of(bench, tmp_path, twostage={"scores": "flap", "batches": 2})
+    scores = scorer.flap()
+    x, w = inputs_of(run, 2, "self_attn.o_proj", 2), weight(run, 2, "self_attn.o_proj").double()
+    groups = (w.square().sum(0) * x.var(0, correction=0)).view(2, -1).sum(1)
+    expected = (groups - groups.mean()) / groups.std(correction=0)
+    torch.testing.assert_close(scores[2, "kv_group"].double(), expected, rtol=1e-4, atol=1e-4)
+    kept = [{"kv_group": [0], "ffn": range(64)} for _ in run.structure.layers]
+    run.plan, run.means = Plan.of(run.structure, kept), dict(scorer.means)
+    run._cut()
+    bias = blocks_of(run.model, run.structure)[2].self_attn.o_proj.base_layer.bias
+    half = w.shape[1] // 2
+    torch.testing.assert_close(bias.double(), w[:, half:] @ x.mean(0)[half:], rtol=1e-4, atol=1e-6)
+    assert not bias.requires_grad
+
+
+def test_compensation_brings_the_cut_model_nearer_to_the_whole_one(bench: Bench, tmp_path: Path) -> None:
+    values = {}
+    for compensate in (True, False):
+        twostage_ = {"scores": "flap", "batches": 4, "compensate": compensate}
+        recipe = bench.recipe(
+            tmp_path / str(compensate),
+            method="twostage",
+            twostage=twostage_,
+            search__steps=0,
+            recover__steps=0,
+            generator__prior="taylor",
+            evaluate__windows=1000,
+        )
+        values[compensate] = tune(recipe)
+    assert values[True]["result"]["parameters"] > values[False]["result"]["parameters"]
+    assert values[True]["plan"] == values[False]["plan"]
+    assert values[True]["result"]["loss"] != values[False]["result"]["loss"]
+
+
+def test_influence_is_one_minus_the_cosine(bench: Bench, tmp_path: Path) -> None:
+    scorer, run = scorer_of(bench, tmp_path, twostage={"scores": "layer_drop", "batches": 1})
+    block = blocks_of(run.model, run.structure)[1]
+    with torch.no_grad():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            block.get_submodule(name).base_layer.weight.zero_()
+    influence = scorer.influence()
+    assert influence[1] == pytest.approx(0.0, abs=1e-6)
+    assert min(influence[0], influence[2]) > 1e-3
+
+
+def test_ranking_by_layer_keeps_equal_shares_and_global_does_not(bench: Bench, tmp_path: Path) -> None:
+    scores = {(layer, axis): torch.rand(n) * 10.0**layer for layer in range(3) for axis, n in (("kv_group", 2), ("ffn", 96))}
+    found = {}
+    for ranking in ("layer", "global"):
+        session = session_of(bench, tmp_path / ranking, method="twostage", twostage={"scores": "taylor", "ranking": ranking})
+        logits = ranked(scores, session)
+        found[ranking] = [int((logits[layer, "ffn"] > logits[1, "ffn"].median()).sum()) for layer in range(3)]
+    assert max(found["layer"]) - min(found["layer"]) <= 1
+    assert found["global"][0] < 10
+    assert found["global"][2] > 86
+
+
+@pytest.mark.parametrize("scores", ["wanda", "generator"])
+def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(bench: Bench, tmp_path: Path, scores: str) -> None:
+    class Stop(Exception):
+        pass
+
+    def recipe(name: str) -> Any:
+        return bench.recipe(
+            tmp_path / name, method="twostage", twostage={"scores": scores, "batches": 2}, train__checkpoint_every=2
+        )
+
+    tune(recipe("whole"))
+    out = tmp_path / "part"
+    original = twostage.run_phase
+
+    def run_phase(session: Any, phase: Any, first: int = 0) -> None:
+        if phase.name == "recover":
+            original(session, replace(phase, steps=3), first)
+            raise Stop
+        original(session, phase, first)
+
+    twostage.run_phase = run_phase
+    try:
+        with pytest.raises(Stop):
+            tune(recipe("part"))
+    finally:
+        twostage.run_phase = original
+    tune(recipe("part"), resume=True)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert plan_of(out).digest == plan_of(tmp_path / "whole").digest
+
+
+def test_a_family_without_bias_keys_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path, method="twostage", twostage={"scores": "flap"})
+    structure = structure_of(load_config(recipe.model))
+    check_method(recipe, structure)
+    with pytest.raises(UserError, match="compensate=false"):
+        check_method(recipe, replace(structure, family=family_of("mistral")))
