@@ -187,7 +187,7 @@ def reference(
     pages: dict[str, Table] = {"recipe": _keys("recipe", Recipe, "", general)}
     for name, model in sections.items():
         pages[name] = _keys(name, model, f"{name}.", set(model.model_fields))
-    pages["source"] = _keys("source: an item of data.train, decision, valid, test", Source, "", set(Source.model_fields))
+    pages["source"] = _keys("source: an item of data.train or another list of rows", Source, "", set(Source.model_fields))
     if section is None:
         _print(*pages.values())
     elif section in pages:

@@ -182,7 +182,7 @@ class _Run:
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
             "tokens": outcome.tokens,
-            "rows": {**self.splits.rows, **self.splits.notes},
+            **self.splits.summary,
             "machine": machine(self.accelerator.device),
             "torch": torch.__version__,
         }

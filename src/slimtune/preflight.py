@@ -37,6 +37,9 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
     if splits.notes:
         left_out = ", ".join(f"{name.replace('.', ' ')} {count:,}" for name, count in sorted(splits.notes.items()))
         progress.say(f"[yellow]rows left out or cut: {left_out}[/yellow]")
+    if splits.in_train:
+        parts = ", ".join(f"{name} {percent:.1f}%" for name, percent in splits.in_train.items())
+        progress.say(f"runs of {recipe.data.ngram} words that also stand somewhere in the train rows: {parts}")
     _check_held_out(splits, recipe)
     return splits
 

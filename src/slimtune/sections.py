@@ -94,7 +94,14 @@ class DataConfig(Section):
     test_fraction: Fraction = 0.05
     """Part of ``train`` taken for the test when ``test`` is empty."""
     on_overlap: Literal["error", "drop"] = "error"
-    """When a row stands in two splits: stop, or keep it in the first of test, valid, decision, train alone."""
+    """When a row stands in two splits, or one to learn from is nearly one of test, valid or protect: stop, or keep it in
+    the first of test, valid, protect, decision, train alone."""
+    protect: Sources = ()
+    """Rows of evaluations that come later, e.g. the test files of tasks: kept from being learned, not measured."""
+    ngram: Count = 13
+    """Rows are compared by their runs of this many words (case and punctuation do not count); 0: only for being the same."""
+    ngram_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
+    """A train or decision row is nearly a held-out one from this part of the runs of either on; so it is with its prompt."""
     max_length: Positive = 512
     """Tokens in a window or example."""
     on_long: Literal["error", "truncate", "drop"] = "error"

@@ -37,7 +37,8 @@ def words(count: int) -> list[str]:
 
 def split(config: DataConfig, need: frozenset[str] = ALL) -> tuple[dict[str, list[str | None]], Counter[str]]:
     notes: Counter[str] = Counter()
-    return {name: texts_of(rows) for name, rows in divide(config, need, notes).items()}, notes
+    rows = divide(config, need, notes)
+    return {name: texts_of(rows[name]) for name in SPLITS}, notes
 
 
 @given(st.lists(st.text(min_size=1), unique=True, min_size=1, max_size=30), st.lists(st.text(), max_size=30), st.randoms())
@@ -215,16 +216,16 @@ def test_order_differs_by_epoch_and_seed_and_survives_jumps() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "choices"),
-    [("healthcare/pubmedqa", 3), ("healthcare/rqe", 2), ("healthcare/medmcqa_dev", 4), ("legal/casehold", 5)],
+    ("task", "choices", "near"),
+    [("healthcare/pubmedqa", 3, 0), ("healthcare/rqe", 2, 836), ("healthcare/medmcqa_dev", 4, 9), ("legal/casehold", 5, 1)],
 )
-def test_real_tasks_load_without_overlap(shared_data: Path, task: str, choices: int) -> None:
+def test_real_tasks_load_without_overlap(shared_data: Path, task: str, choices: int, near: int) -> None:
     transformers = pytest.importorskip("transformers")
     real = transformers.AutoTokenizer.from_pretrained(shared_data / "models" / "base-44m")
     files = {name: str(shared_data / "data" / task / f"{name}.jsonl.xz") for name in ("train", "valid", "test")}
-    splits = load_splits(DataConfig(**files, max_length=1024), real, frozenset({"decision", "test"}))
+    splits = load_splits(DataConfig(**files, max_length=1024, on_overlap="drop"), real, frozenset({"decision", "test"}))
     assert len(splits.choice_rows) == splits.rows["test"] > 0
     assert {len(row.choices or ()) for row in splits.choice_rows} == {choices}
     assert all((row.choices or ())[row.label or 0] == row.completion for row in splits.choice_rows)
-    assert not splits.notes
+    assert sum(splits.notes.values()) == splits.notes.get("train.near", 0) + splits.notes.get("decision.near", 0) == near
     assert splits.decision.targets >= 2 * splits.rows["decision"]  # the answer and EOS

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from slimtune.data.overlap import apart
 from slimtune.data.prompts import ASSISTANT, Encoded, encode_examples, encode_texts, pad_id
 from slimtune.data.sources import Row, read_counted
 from slimtune.data.windows import Windows
@@ -21,6 +22,8 @@ __all__ = ["Order", "Splits", "Windows", "divide", "fit", "guard", "load_splits"
 
 SPLITS = ("test", "valid", "decision", "train")
 """By precedence: a row that stands in two of them stays in the first."""
+PRECEDENCE = ("test", "valid", "protect", "decision", "train")
+"""The same with the rows of other evaluations, which are no split: they are only kept from being learned."""
 ALL = frozenset(SPLITS)
 
 
@@ -35,7 +38,8 @@ class Splits:
         test: windows for the figures of the summary.
         rows: number of rows in each split, before long examples are dropped.
         choice_rows: rows of the test split that carry ``choices`` and ``label``.
-        notes: counts worth telling, e.g. ``{"train.empty": 3, "train.overlap": 12, "test.long": 1}``.
+        notes: counts worth telling, e.g. ``{"train.empty": 3, "train.overlap": 12, "train.near": 5, "test.long": 1}``.
+        in_train: per cent of the word n-grams of test and valid that stand anywhere in the train rows.
     """
 
     train: Windows
@@ -45,6 +49,13 @@ class Splits:
     rows: dict[str, int] = field(default_factory=dict)
     choice_rows: list[Row] = field(default_factory=list)
     notes: dict[str, int] = field(default_factory=dict)
+    in_train: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """What summary.json tells of the data."""
+        percent = {name: round(value, 2) for name, value in self.in_train.items()}
+        return {"rows": {**self.rows, **self.notes}, "ngrams_in_train_percent": percent}
 
     @property
     def fingerprint(self) -> str:
@@ -60,8 +71,8 @@ class Splits:
 def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) -> Splits:
     """Read, divide, guard and tokenise.
 
-    Held-out rows never train: whenever train or decision data is asked for, validation and test rows are taken out of
-    it, needed or not.
+    Held-out rows never train: whenever train or decision data is asked for, validation, test and protected rows and
+    those nearly the same are taken out of it, needed or not.
 
     Raises:
         UserError: a source cannot be read, train or decision data is missing or empty, splits overlap, or an example is
@@ -69,6 +80,9 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
     """
     notes: Counter[str] = Counter()
     rows = divide(config, need, notes)
+    in_train: dict[str, float] = {}
+    if config.ngram and need & {"train", "decision"}:
+        rows, in_train = apart(rows, config, notes)
     windows = {name: _windows(name, rows[name] if name in need else [], config, tokenizer, notes) for name in SPLITS}
     for name in ("train", "decision"):
         if name in need and not windows[name].targets:
@@ -87,6 +101,7 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
         rows={name: len(rows[name]) for name in SPLITS if name in need},
         choice_rows=[row for row in rows["test"] if row.choices is not None and row.label is not None],
         notes=dict(notes),
+        in_train=in_train,
     )
 
 
@@ -100,18 +115,18 @@ def _check_roles(name: str, rows: Sequence[Row]) -> None:
 
 
 def divide(config: DataConfig, need: frozenset[str], notes: Counter[str]) -> dict[str, list[Row]]:
-    """The rows of every split, disjoint. ``notes`` gains the counts of empty and overlapping rows."""
-    given = {name: getattr(config, name) for name in SPLITS}
+    """The rows of every split (and of ``protect``), disjoint. ``notes`` gains the counts of empty and overlapping rows."""
+    given = {name: getattr(config, name) for name in PRECEDENCE}
     learns = bool(need & {"train", "decision"}) or any(not given[name] for name in need)
-    wanted = need | {"test", "valid"} | ({"train"} if not given["decision"] else set()) if learns else need
+    wanted = need | {"test", "valid", "protect"} | ({"train"} if not given["decision"] else set()) if learns else need
     from_train = [(name, getattr(config, f"{name}_fraction")) for name in SPLITS[:3] if name in wanted and not given[name]]
     if not given["train"] and ("train" in need or any(name in need for name, _ in from_train)):
         raise UserError("data.train is empty; name a file, e.g. data.train=train.jsonl, or builtin:python-docs")
     if sum(share for _, share in from_train) >= 1:
         parts = " + ".join(f"data.{name}_fraction={share}" for name, share in from_train)
         raise UserError(f"{parts} leaves nothing of data.train; lower the fractions or give the splits their own files")
-    rows: dict[str, list[Row]] = {name: [] for name in SPLITS}
-    for name in SPLITS:
+    rows: dict[str, list[Row]] = {name: [] for name in PRECEDENCE}
+    for name in PRECEDENCE:
         for source in given[name] if name in wanted else ():
             found, empty = read_counted(source)
             notes.update({f"{name}.empty": empty} if empty else {})
@@ -135,7 +150,7 @@ def place(key: str, shares: Sequence[tuple[str, float]]) -> str:
 
 
 def guard(rows: Mapping[str, list[Row]], on_overlap: Literal["error", "drop"], notes: Counter[str]) -> dict[str, list[Row]]:
-    """Rows of each split without those that stand in a split of higher precedence (test, valid, decision, train).
+    """Rows of each split without those that stand in one of higher precedence (test, valid, protect, decision, train).
 
     Raises:
         UserError: with ``on_overlap="error"``, if there is one.
@@ -143,13 +158,13 @@ def guard(rows: Mapping[str, list[Row]], on_overlap: Literal["error", "drop"], n
     owner: dict[str, tuple[str, Row]] = {}
     kept: dict[str, list[Row]] = {}
     clashes: list[tuple[str, Row, str, Row]] = []
-    for name in SPLITS:
+    for name in PRECEDENCE:
         kept[name] = []
         for row in rows[name]:
             first, twin = owner.setdefault(row.key, (name, row))
             if first == name:
                 kept[name].append(row)
-            else:
+            elif name != "protect":  # that an evaluation's row is measured here as well is no harm
                 clashes.append((name, row, first, twin))
                 notes[f"{name}.overlap"] += 1
     if clashes and on_overlap == "error":
