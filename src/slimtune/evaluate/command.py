@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -204,14 +203,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
     return found
-
-
-def flat(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
-    """``{"rqe.accuracy": 0.6, "rqe.accuracy_low": ...}`` of what ``evaluate_tasks`` gives, for rows and summaries."""
-    return {
-        f"{task}.{metric}" + ("" if key == "value" else f"_{key}"): float(value)
-        for task, found in figures.items()
-        for metric, figure in found.items()
-        for key, value in figure.items()
-        if value is not None and math.isfinite(value)
-    }

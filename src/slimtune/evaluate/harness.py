@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import logging
+import math
 import random
 import tempfile
 import warnings
@@ -115,6 +116,17 @@ def _figures(task: Prepared, results: Mapping[str, Any], seed: int, intervals: b
             figure["majority"] = baseline[metric]
         figures[metric] = figure
     return figures
+
+
+def flat(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:
+    """``{"rqe.accuracy": 0.6, "rqe.accuracy_low": ...}`` of what ``evaluate_tasks`` gives, for rows and summaries."""
+    return {
+        f"{task}.{metric}" + ("" if key == "value" else f"_{key}"): float(value)
+        for task, found in figures.items()
+        for metric, figure in found.items()
+        for key, value in figure.items()
+        if value is not None and math.isfinite(value)
+    }
 
 
 @contextmanager

@@ -16,7 +16,7 @@ _LABELS = {
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",
     "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
+    "bits_per_byte": "bits/byte",
 }
 _LOWER = ("perplexity", "bits_per_byte")
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
@@ -28,7 +28,7 @@ def render(found: dict[str, Any]) -> RenderableType:
     title = Text.assemble(
         (found["model"], "bold"), f"\n{found['parameters']:,} parameters, {dtype}, {found['split']} rows", style="default"
     )
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("metric", no_wrap=True)
     for name in ("value", "95% interval", "majority", "rows"):
@@ -50,7 +50,7 @@ def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
         weak = majority is not None and (figure["low"] if figure["low"] is not None else figure["value"]) <= majority
         poor |= weak
         table.add_row(
-            Text(f"  {name}" if index == 0 else ""),
+            Text(f" {name}" if index == 0 else ""),
             Text(_LABELS.get(metric, metric) + (" ↓" if metric in _LOWER else "")),
             Text(_number(metric, figure["value"]), style="bold yellow" if weak else "bold"),
             Text(_interval(metric, figure), style="dim"),
@@ -70,7 +70,7 @@ def _number(metric: str, value: float) -> str:
     if metric == "bits_per_byte":
         return f"{value:.3f}"
     if metric == "perplexity":
-        return f"{value:,.2f}"
+        return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
     return f"{100 * value:.1f}"
 
 
