@@ -19,7 +19,9 @@ def test_the_likeliest_choice_and_ties() -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_macro_f1_is_that_of_scikit_learn(seed: int) -> None:
     labels, answers = np.random.default_rng(seed).integers(0, 4, (2, 12)).tolist()
-    assert metrics.macro_f1(list(zip(labels, answers, strict=True))) == pytest.approx(f1_score(labels, answers, average="macro"))
+    assert metrics.macro_f1(list(zip(labels, answers, strict=True))) == pytest.approx(
+        f1_score(labels, answers, average="macro")
+    )
 
 
 def test_rouge_by_hand() -> None:
