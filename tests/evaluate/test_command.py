@@ -57,6 +57,7 @@ def test_plain_lm_eval_gives_the_same_figures(
     """On a per-layer export, from the written folder after it was moved, and no data set is cached by either."""
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
         monkeypatch.setenv(name, str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     command = ["evaluate", str(pruned), "-s", suite, "--json", str(tmp_path / "out.json"), "--write-tasks", str(tmp_path / "a")]
     result = run(app, [*command, "--limit", "12"], env={"COLUMNS": "80"})
     assert result.exit_code == 0, result.output
