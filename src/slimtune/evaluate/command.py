@@ -17,7 +17,7 @@ from slimtune.evaluate import folder, harness
 from slimtune.evaluate.intervals import DRAWS
 from slimtune.evaluate.rows import Prepared, prepare, window_of
 from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
-from slimtune.models.load import load_tokenizer, locate, pretrained
+from slimtune.models.load import load_config, load_tokenizer, locate, pretrained
 from slimtune.runtime import pick_device, pick_dtype, seed_everything
 from slimtune.sections import ModelConfig
 
@@ -87,10 +87,14 @@ def evaluate_model(
     options = options or Options(**settings)
     groups = _groups(suites, tasks, data or {})
     harness.check_installed()
+    pick_device(options.device)
     seed_everything(options.seed)
-    model, tokenizer, where = _opened(model_or_path, tokenizer, options)
-    say("reading rows ...")
-    prepared = _prepared(groups, tokenizer, window_of(model.config), options)
+    found, where = _found(model_or_path)
+    tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where))
+    say("reading rows ...")  # before the weights, which may have to be fetched
+    config = found.config if isinstance(found, nn.Module) else load_config(found)
+    prepared = _prepared(groups, tokenizer, window_of(config), options)
+    model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
     say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
@@ -98,22 +102,29 @@ def evaluate_model(
     of = {task.name: group for group, members in groups.items() for task in members}
     return {
         "model": where,
+        **_how(model, window_of(config), options),
+        "suites": {group: [task.name for task in members] for group, members in groups.items()},
+        "tasks": {task.name: _entry(task, of[task.name], figures.get(task.name, {})) for task in prepared},
+        "versions": _versions(),
+        "lm_eval": lm_eval_command(where, prepared, options, model),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
+    """What was run, and how."""
+    return {
         "class": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "window": window_of(model.config),
-        "suites": {group: [task.name for task in members] for group, members in groups.items()},
+        "window": window,
         "split": options.split,
         "limit": options.limit,
         "batch": options.batch,
         "seed": options.seed,
         "decoding": "greedy, no examples in the prompt",
         "intervals": f"95%, bootstrap over rows, {DRAWS} draws",
-        "tasks": {task.name: _entry(task, of[task.name], figures.get(task.name, {})) for task in prepared},
-        "versions": _versions(),
-        "lm_eval": lm_eval_command(where, prepared, options, model),
-        "seconds": round(time.perf_counter() - started, 1),
     }
 
 
@@ -170,18 +181,19 @@ def _prepared(groups: Mapping[str, Sequence[Task]], tokenizer: Any, window: int,
     return [prepare(task, split, tokenizer, window, options.limit) for tasks in groups.values() for task in tasks]
 
 
-def _opened(model: Any, tokenizer: Any, options: Options) -> tuple[Any, Any, str]:
-    """Model, tokenizer and what to call the model."""
+def _found(model: Any) -> tuple[nn.Module | ModelConfig, str]:
+    """A model object, or where to load it from; and what to call it."""
     if isinstance(model, nn.Module):
-        where = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-        return model, tokenizer or load_tokenizer(ModelConfig(path=where)), where
+        return model, str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
     location, local = locate(str(model), "MODEL")
-    config = ModelConfig(path=location)
-    tokenizer = tokenizer or load_tokenizer(config)
-    device = pick_device(options.device)
-    loaded: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)})
     where = str(Path(location).resolve()) if local else location
-    return loaded.to(torch.device(device)).eval(), tokenizer, where
+    return ModelConfig(path=where), where
+
+
+def _loaded(config: ModelConfig, options: Options) -> nn.Module:
+    device = pick_device(options.device)
+    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)})
+    return model.to(torch.device(device)).eval()
 
 
 def lm_eval_command(model: str, tasks: Sequence[Prepared], options: Options, loaded: Any) -> str:

@@ -101,7 +101,9 @@ def _read(task: Task, split: Split) -> tuple[list[Row], str]:
             if "path" in raw and Path(str(raw["path"])).is_file():
                 raise
             reasons.append(str(error))
-    remedy = f"set SLIMTUNE_DATA to the folder that holds data/, or name a file: --data {task.name}=FILE"
+    variable = next(iter(task.variables), None)
+    remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
+    remedy += f"ame a file: --data {task.name}=FILE"
     raise UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
 
 

@@ -76,6 +76,11 @@ class Task:
         """The same task on rows of another file."""
         return replace(self, data=data)
 
+    @property
+    def variables(self) -> list[str]:
+        """Environment variables that the paths of its sources name."""
+        return [name for raw in self.file.sources for name in _VARIABLE.findall(str(raw.get("path", "")))]
+
     def source(self, raw: Mapping[str, Any], split: Split) -> Source:
         """One of the file's sources for one split.
 
