@@ -86,8 +86,11 @@ def test_a_text_is_read_behind_one_token_as_in_training(bos: bool, first: int, t
     assert found["bits_per_byte"]["value"] == pytest.approx(-total / math.log(2) / size, rel=1e-5)
 
 
-def test_a_model_in_training_comes_back_as_it_was(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_in_training_comes_back_as_it_was(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """LoRA, a hook that masks, modules in two modes, no padding token, caches off; random numbers go on as without it."""
+    monkeypatch.chdir(tmp_path)  # no repository of git
     tokenizer = make_tokenizer()
     tokenizer.pad_token = None
     model = get_peft_model(make_model(), LoraConfig(r=2, target_modules=["down_proj"], task_type="CAUSAL_LM"))
@@ -109,7 +112,7 @@ def test_a_model_in_training_comes_back_as_it_was(tmp_path: Path, capsys: pytest
     assert model.config.use_cache is False
     assert set(found["rouge"]) == {"rouge1", "rouge2", "rougeL"}
     assert set(found["choice"]["accuracy"]) == {"value", "majority"}
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_flat_names() -> None:

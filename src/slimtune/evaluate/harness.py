@@ -76,7 +76,7 @@ def evaluate_tasks(
 def _run(
     model: Any, tokenizer: Any, tasks: Sequence[Prepared], folder: Path, batch: int, seed: int, bf16: bool
 ) -> Mapping[str, Any] | None:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -89,17 +89,31 @@ def _run(
         softmax_dtype="float32",
         mixed_precision_dtype="bfloat16" if bf16 else None,
     )
-    found: Mapping[str, Any] | None = simple_evaluate(
-        model=lm,
-        tasks=[written.PREFIX + task.name for task in tasks],
-        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0,  # its standard errors know nothing of macro-F1 and perplexity
-        random_seed=seed,
-        numpy_random_seed=seed % 2**32,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with _without_questions(evaluator):
+        found: Mapping[str, Any] | None = evaluator.simple_evaluate(
+            model=lm,
+            tasks=[written.PREFIX + task.name for task in tasks],
+            task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+            bootstrap_iters=0,  # its standard errors know nothing of macro-F1 and perplexity
+            random_seed=seed,
+            numpy_random_seed=seed % 2**32,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     return found
+
+
+@contextmanager
+def _without_questions(evaluator: Any) -> Iterator[None]:
+    """Keep the harness from asking git and the machine about themselves: a second a call, and git's complaints on stderr."""
+    asked = {name: getattr(evaluator, name) for name in ("get_git_commit_hash", "add_env_info") if hasattr(evaluator, name)}
+    for name in asked:
+        setattr(evaluator, name, lambda *_: None)
+    try:
+        yield
+    finally:
+        for name, function in asked.items():
+            setattr(evaluator, name, function)
 
 
 def _figures(task: Prepared, results: Mapping[str, Any], seed: int, intervals: bool) -> dict[str, Figure]:
