@@ -131,7 +131,7 @@ class _Run:
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
-        self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator)
+        self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator, self.config)
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
+from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from slimtune.errors import UserError, nearest
 from slimtune.section import Section
@@ -25,6 +25,7 @@ from slimtune.sections import (
     GeneratorConfig,
     LoraConfig,
     ModelConfig,
+    Names,
     RecoverConfig,
     SearchConfig,
     Source,
@@ -45,7 +46,7 @@ class Recipe(Section):
     """Of everything random."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``."""
-    trackers: Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)] = ()
+    trackers: Names = ()
     """accelerate trackers to feed besides metrics.jsonl, e.g. ``[tensorboard]``."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()

@@ -11,6 +11,7 @@ from slimtune.section import Section
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
+Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 
 
 class Source(Section):
@@ -33,6 +34,8 @@ class Source(Section):
     choices: tuple[str, ...] = ()
     """Templates of all possible completions, e.g. ``[" yes", " no", " maybe"]``; the row's own must be one of them. A test
     source with choices has an accuracy (rows that carry ``choices`` and ``label`` themselves have one without this key)."""
+    label: str | None = None
+    """Template of the index of the right choice, e.g. ``"{answer}"``; stands with ``choices`` instead of ``completion``."""
     messages: str | None = None
     """Name of the field that holds a list of ``{role, content}``."""
     rows: Positive | None = None
@@ -289,6 +292,11 @@ class EvaluateConfig(Section):
     """Windows in one evaluation pass."""
     choices: Positive = 200
     """At most this many multiple-choice rows for the accuracy figure."""
+    tasks: Names = ()
+    """Tasks of ``slimtune evaluate`` (names or files) to follow: on validation rows with every validation figure, on test
+    rows in the summary. Needs ``pip install slimtune[eval]``."""
+    rows: Positive = 100
+    """At most this many validation rows of each of these tasks."""
     dense_lora: bool = False
     """Also tune the uncut model with LoRA on the same tokens and report it beside (the ceiling)."""
 

@@ -232,6 +232,19 @@ def test_every_text_has_a_key(text: str) -> None:
     assert Row(text=text).key == Row(text=f" {text}\n").key
 
 
+def test_a_label_template_finds_the_completion_among_the_choices(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"q": "Which?", "options": ["one", "two"], "answer": 1}) + "\n")
+    choices = (" {options[0]}", " {options[1]}")
+    (row,) = read(Source(path=str(file), prompt="{q}", label="{answer}", choices=choices))
+    assert (row.prompt, row.completion, row.choices, row.label) == ("Which?", " two", (" one", " two"), 1)
+    with pytest.raises(UserError, match=r"label=2 is neither one of the choices"):
+        read(Source(path=str(file), prompt="{q}", label="2", choices=choices))
+    for wrong in ({"completion": " two", "choices": choices}, {}):
+        with pytest.raises(UserError, match="has a label: that goes with a prompt and choices, without a completion"):
+            read(Source(path=str(file), prompt="{q}", label="{answer}", **wrong))
+
+
 def test_choices_of_the_recipe_find_the_label_by_the_completion(tmp_path: Path) -> None:
     templates = {"prompt": "{q}?", "completion": " {answer}", "choices": (" {good}", " no")}
     yes, no = rows_of(

@@ -37,7 +37,7 @@ def records(source: Source) -> Iterator[Record]:
         raise UserError(f"data source {source.path!r} is a directory; name a file inside it ({_known()})")
     if path.is_file():
         yield from _file_records(path, source)
-    elif _is_hub_id(source.path):
+    elif is_hub_id(source.path):
         yield from _hub_records(source)
     else:
         raise UserError(
@@ -46,7 +46,8 @@ def records(source: Source) -> Iterator[Record]:
         )
 
 
-def _is_hub_id(path: str) -> bool:
+def is_hub_id(path: str) -> bool:
+    """Whether a path means a data set of the hub, and is no mistyped file."""
     # "data/train.jsonl" or "data/x" beside a folder "data" is a mistyped path: it must not become a download.
     return bool(_HUB_ID.fullmatch(path)) and _kind(Path(path)) is None and not Path(path).parent.is_dir()
 

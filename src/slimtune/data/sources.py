@@ -95,7 +95,9 @@ def read_counted(source: Source) -> tuple[list[Row], int]:
 
 def check_templates(source: Source) -> None:
     """Raise UserError unless the source names one shape of row at most."""
-    if (source.prompt is None) != (source.completion is None):
+    if source.label is not None and (source.completion is not None or not source.choices or source.prompt is None):
+        raise UserError(f"data source {source.path!r} has a label: that goes with a prompt and choices, without a completion")
+    if source.label is None and (source.prompt is None) != (source.completion is None):
         given, other = ("completion", "prompt") if source.prompt is None else ("prompt", "completion")
         raise UserError(f"data source {source.path!r} has a {given} template but no {other}; give both or neither")
     shapes = [name for name in ("text", "prompt", "messages") if getattr(source, name) is not None]
@@ -119,6 +121,12 @@ def _row(fields: Mapping[str, Any], origin: str, source: Source) -> Row:
         return Row(text=_fill(source.text, fields, origin), origin=origin)
     if source.messages is not None:
         return Row(messages=_messages(_field(source.messages, fields, origin), origin), origin=origin)
+    if source.prompt is not None and source.label is not None:
+        choices = [_fill(choice, fields, origin) for choice in source.choices]
+        label = _label(_fill(source.label, fields, origin), "", choices, origin)
+        assert label is not None
+        prompt = _fill(source.prompt, fields, origin)
+        return Row(prompt=prompt, completion=choices[label], choices=tuple(choices), label=label, origin=origin)
     if source.prompt is not None and source.completion is not None:
         prompt, completion = _fill(source.prompt, fields, origin), _fill(source.completion, fields, origin)
         if source.choices:

@@ -46,11 +46,8 @@ def accuracy(
     model.eval()
     for row in rows:
         assert row.prompt is not None
-        assert row.choices is not None
         assert row.label is not None
-        lead = _lead(row)
-        choices = [choice if choice.startswith(lead) else lead + choice for choice in row.choices]
-        scores = _scores(model, tokenizer, row.prompt, choices, max_length, device, bf16)
+        scores = _scores(model, tokenizer, row.prompt, answers(row), max_length, device, bf16)
         hits += int(int(scores.argmax()) == row.label)
         labels.append(row.label)
     model.train(training)
@@ -58,6 +55,12 @@ def accuracy(
     rate = hits / n
     majority = max(labels.count(label) for label in set(labels)) / n
     return {"accuracy": rate, "accuracy_se": math.sqrt(rate * (1 - rate) / n), "majority": majority, "rows": float(n)}
+
+
+def answers(row: ChoiceRow) -> list[str]:
+    """The choices as they stand behind the prompt: with the white space of the training completions."""
+    lead = _lead(row)
+    return [choice if choice.startswith(lead) else lead + choice for choice in row.choices or ()]
 
 
 def _lead(row: ChoiceRow) -> str:

@@ -12,27 +12,43 @@ from torch import nn
 from slimtune.data.batches import Splits
 from slimtune.data.windows import spread
 from slimtune.evaluate.choices import accuracy
+from slimtune.evaluate.harness import check_installed, evaluate_tasks, flat
 from slimtune.evaluate.perplexity import perplexity
+from slimtune.evaluate.rows import Prepared, prepare, window_of
+from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe
 from slimtune.train.session import Figures, figures_in_bf16
 
 
 class Measure:
-    """Takes figures as the recipe's ``evaluate`` section says, the same way for every model of the run."""
+    """Takes figures as the recipe's ``evaluate`` section says, the same way for every model of the run.
 
-    def __init__(self, recipe: Recipe, splits: Splits, tokenizer: Any, accelerator: Accelerator):
+    Raises:
+        UserError: a task of ``evaluate.tasks`` is unknown, its rows cannot be read, or the harness is not installed.
+    """
+
+    def __init__(self, recipe: Recipe, splits: Splits, tokenizer: Any, accelerator: Accelerator, config: Any = None):
         self.recipe, self.splits, self.tokenizer = recipe, splits, tokenizer
         self.device = accelerator.device
         self.bf16 = figures_in_bf16(accelerator)
+        names, window = recipe.evaluate.tasks, window_of(config)
+        if names:
+            check_installed()
+        tasks = [find_task(name) for name in names]
+        limit = recipe.evaluate.rows
+        followed = tasks if recipe.evaluate.every else []  # else no validation figure is ever taken
+        self._valid_tasks = [prepare(task, "valid", tokenizer, window, limit) for task in followed]
+        self._test_tasks = [prepare(task, "test", tokenizer, window) for task in tasks]
 
     def valid(self, model: nn.Module) -> Figures:
-        """Perplexity on the validation split."""
+        """Perplexity on the validation split, and the chosen tasks on some of their validation rows."""
         evaluate = self.recipe.evaluate
         with self.eager():
-            return perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.device, self.bf16)
+            figures = perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.device, self.bf16)
+            return figures | self._tasks(model, self._valid_tasks, False)
 
     def test(self, model: nn.Module) -> Figures:
-        """Perplexity on the test split, and the accuracy on its multiple-choice rows where it has some."""
+        """Perplexity on the test split, the accuracy on its multiple-choice rows, and the chosen tasks with intervals."""
         evaluate, rows = self.recipe.evaluate, self.splits.choice_rows
         chosen = [rows[index] for index in spread(len(rows), evaluate.choices)]
         with self.eager():
@@ -40,7 +56,16 @@ class Measure:
             if chosen:
                 length = self.recipe.data.max_length
                 figures |= accuracy(model, self.tokenizer, chosen, length, self.device, self.bf16)
-        return figures
+            return figures | self._tasks(model, self._test_tasks, True)
+
+    def _tasks(self, model: nn.Module, tasks: list[Prepared], intervals: bool) -> Figures:
+        if not tasks:
+            return {}
+        evaluate, seed = self.recipe.evaluate, self.recipe.seed
+        found = evaluate_tasks(
+            model, self.tokenizer, tasks, batch=evaluate.batch, seed=seed, bf16=self.bf16, intervals=intervals
+        )
+        return flat(found) | ({f"{task.name}.rows": float(len(task.docs)) for task in tasks} if intervals else {})
 
     def eager(self) -> AbstractContextManager[Any]:
         """A few passes in other shapes and modes than training's: not worth a compilation of their own."""

@@ -219,14 +219,14 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
         with torch.device(device):  # drawn where it will live: on CPU an 8B model takes minutes
             model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
     else:
-        model = _pretrained(config, {"dtype": dtype, "revision": config.revision, **kwargs})
+        model = pretrained(config, {"dtype": dtype, "revision": config.revision, **kwargs})
     if dtype is not torch.float32:
         _exact_buffers(model, load_config(config))
     model.config.use_cache = False
     return model.to(device).eval()
 
 
-def _pretrained(config: ModelConfig, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+def pretrained(config: ModelConfig, kwargs: Mapping[str, Any]) -> PreTrainedModel:
     """Weights from files. transformers would draw absent tensors at random with no more than a warning."""
     location, local = locate(config.path)
     # ignore_mismatched_sizes: so that such tensors are told by name below

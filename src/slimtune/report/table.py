@@ -25,7 +25,21 @@ def render(summary: Summary) -> RenderableType:
         cells = [_cell(summary[name], key, form, summary.get("base")) for name in present]
         if any(cells):
             table.add_row(label, *cells)
+    for key in dict.fromkeys(key for name in present for key in summary[name] if _of_task(key)):
+        table.add_row(key.replace(".", ", ").replace("_", " "), *(_task_cell(summary[name], key) for name in present))
     return Group(table, Text(_footer(summary)))
+
+
+def _of_task(key: str) -> bool:
+    """``rqe.accuracy``, and none of what stands beside it."""
+    return "." in key and not key.endswith((".rows", "_low", "_high", "_majority"))
+
+
+def _task_cell(figures: Summary, key: str) -> str:
+    if key not in figures:
+        return ""
+    ends = [figures[key + end] for end in ("_low", "_high") if key + end in figures]
+    return f"{figures[key]:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if len(ends) == 2 else "")
 
 
 def _cell(figures: Summary, key: str, form: Callable[[Any, Summary, Summary | None], str], base: Summary | None) -> str:

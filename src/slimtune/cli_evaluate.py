@@ -1,0 +1,105 @@
+"""The command ``slimtune evaluate``; its options are many, so it has a file of its own beside cli.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from slimtune.errors import UserError
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Model folder (pruned or not), hub id, or builtin:base-10m.", show_default=False)
+]
+Suite = Annotated[
+    list[str] | None,
+    typer.Option("--suite", "-s", metavar="NAME|FILE", help="healthcare, legal, general, or a file; may be repeated."),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option("--tasks", "-t", metavar="A,B", help="Tasks by name or file, besides those of a suite."),
+]
+Split = Annotated[str, typer.Option("--split", metavar="test|valid", help="Which rows.")]
+Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="At most N rows of a task, evenly spaced.")]
+Data = Annotated[
+    list[str] | None,
+    typer.Option("--data", metavar="TASK=FILE", help="Read a task's rows from this file instead; may be repeated."),
+]
+Batch = Annotated[int, typer.Option("--batch", metavar="N", help="Rows in one pass.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Dtype = Annotated[str, typer.Option("--dtype", help="auto (bfloat16 on a GPU, else float32), float32 or bfloat16.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of the intervals' draws.")]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write everything as JSON; - prints it instead.")]
+WriteTasks = Annotated[
+    Path | None,
+    typer.Option("--write-tasks", metavar="DIR", help="Write the tasks as a folder that plain lm_eval runs."),
+]
+
+
+def evaluate(
+    model: Model,
+    suite: Suite = None,
+    tasks: Tasks = None,
+    split: Split = "test",
+    limit: Limit = None,
+    data: Data = None,
+    batch: Batch = 8,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    as_json: Json = None,
+    write_tasks: WriteTasks = None,
+) -> None:
+    """Measure a model on suites of tasks, with 95% intervals, through lm-evaluation-harness.
+
+    Rows are read from the folder in SLIMTUNE_DATA where it holds them, else from the hub where they are public.
+    What a domain costs in general English is part of each suite: WikiText-2 and held-out general text.
+    """
+    target = _target(as_json)
+    files = dict(_assignment(item) for item in data or ())
+    from slimtune.evaluate.command import Options, evaluate_model
+    from slimtune.report.evaluation import render
+    from slimtune.runtime import quiet_libraries
+
+    quiet_libraries()
+    options = Options(split=split, limit=limit, batch=batch, device=device, dtype=dtype, seed=seed)
+    found = evaluate_model(
+        model, suite or (), tasks=tasks or (), data=files, write_tasks=write_tasks, options=options, say=_say
+    )
+    text = json.dumps(found, indent=2, ensure_ascii=False)
+    if as_json == "-":
+        typer.echo(text)
+        return
+    from rich.console import Console
+
+    Console().print(render(found))
+    if target is not None:
+        from slimtune.runtime import write_atomically
+
+        try:
+            write_atomically(target, text + "\n")
+        except OSError as error:
+            raise UserError(f"--json {as_json!r} cannot be written ({error.strerror}); give another file") from error
+
+
+def _say(line: str) -> None:
+    typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
+
+
+def _target(value: str | None) -> Path | None:
+    """The file for JSON, found wanting before the work and not after it."""
+    if value is None or value == "-":
+        return None
+    path = Path(value)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise UserError(f"--json {value!r} is no file in an existing folder; give FILE.json, or - to print it")
+    return path
+
+
+def _assignment(item: str) -> tuple[str, str]:
+    name, sign, file = item.partition("=")
+    if not sign or not name or not file:
+        raise UserError(f"--data {item!r} is not of the form TASK=FILE, e.g. mednli=mli_test_v1.jsonl")
+    return name, file

@@ -1,0 +1,217 @@
+"""``slimtune evaluate``: a model by path or object, suites by name or file, one dictionary with everything that was found."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from slimtune.errors import UserError, nearest
+from slimtune.evaluate import folder, harness
+from slimtune.evaluate.intervals import DRAWS
+from slimtune.evaluate.rows import Prepared, prepare, window_of
+from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
+from slimtune.models.load import load_config, load_tokenizer, locate, pretrained
+from slimtune.runtime import pick_device, pick_dtype, seed_everything
+from slimtune.sections import ModelConfig
+
+_PACKAGES = ("slimtune", "lm_eval", "transformers", "torch", "datasets", "rouge_score", "tokenizers")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How tasks are run; see ``slimtune evaluate --help``."""
+
+    split: str = "test"
+    limit: int | None = None
+    batch: int = 8
+    device: str = "auto"
+    dtype: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.split not in ("test", "valid"):
+            raise UserError(f"--split {self.split!r} is not known; give test or valid")
+        for name in ("limit", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name} {value} is less than 1; give a number of rows" + _leave_out(name))
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise UserError(f"--dtype {self.dtype!r} is not known; give auto, float32 or bfloat16")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} is not in 0 .. 2**32 - 1")
+
+
+def _leave_out(name: str) -> str:
+    return ", or leave it out for all" if name == "limit" else ""
+
+
+def evaluate_model(
+    model_or_path: Any,
+    suites: str | Sequence[str] = (),
+    *,
+    tasks: str | Sequence[str] = (),
+    tokenizer: Any = None,
+    data: Mapping[str, str] | None = None,
+    write_tasks: str | Path | None = None,
+    options: Options | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Measure a model on suites of tasks through lm-evaluation-harness.
+
+    Args:
+        model_or_path: a Hugging Face folder, hub id or ``builtin:`` name, pruned or not; or a model object.
+        suites: names of suites, or their files.
+        tasks: names of tasks, or their files, besides those of the suites.
+        tokenizer: of a model object; by default that of the folder it was loaded from.
+        data: ``{task: file}`` to read instead of the task's own data.
+        write_tasks: also write the tasks to this folder, for plain ``lm_eval``.
+        options: how; or by keyword: ``split``, ``limit`` (rows of a task), ``batch``, ``device``, ``dtype``, ``seed``.
+        say: gets a line as the work goes on.
+
+    Returns:
+        ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``versions``, and how
+        it was run. A figure has ``value``, ``low``, ``high`` and, where there is one, ``majority``.
+
+    Raises:
+        UserError: anything the user can mend.
+    """
+    started = time.perf_counter()
+    options = options or Options(**settings)
+    groups = _groups(suites, tasks, data or {})
+    harness.check_installed()
+    pick_device(options.device)
+    seed_everything(options.seed)
+    found, where = _found(model_or_path)
+    tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where))
+    say("reading rows ...")  # before the weights, which may have to be fetched
+    config = found.config if isinstance(found, nn.Module) else load_config(found)
+    prepared = _prepared(groups, tokenizer, window_of(config), options)
+    model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
+    if write_tasks is not None:
+        folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
+    say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
+    figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed)
+    of = {task.name: group for group, members in groups.items() for task in members}
+    return {
+        "model": where,
+        **_how(model, window_of(config), options),
+        "suites": {group: [task.name for task in members] for group, members in groups.items()},
+        "tasks": {task.name: _entry(task, of[task.name], figures.get(task.name, {})) for task in prepared},
+        "versions": _versions(),
+        "lm_eval": lm_eval_command(where, prepared, options, model),
+        "seconds": round(time.perf_counter() - started, 1),
+    }
+
+
+def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
+    """What was run, and how."""
+    return {
+        "class": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "window": window,
+        "split": options.split,
+        "limit": options.limit,
+        "batch": options.batch,
+        "seed": options.seed,
+        "decoding": "greedy, no examples in the prompt",
+        "intervals": f"95%, bootstrap over rows, {DRAWS} draws",
+    }
+
+
+def _entry(task: Prepared, group: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "suite": group,
+        "metric": task.task.file.metric,
+        "rows": len(task.docs),
+        "prompts_cut": task.cut,
+        "source": task.source,
+        "sha256": task.sha256,
+        "figures": figures,
+    }
+
+
+def _groups(suites: str | Sequence[str], tasks: str | Sequence[str], data: Mapping[str, str]) -> dict[str, list[Task]]:
+    """Tasks by suite, each task once; those that were named themselves come first."""
+    named = [find_task(name) for name in _names(tasks)]
+    groups = {"tasks": named} if named else {}
+    groups |= find_suites(_names(suites))
+    if not groups:
+        raise UserError(
+            f"nothing to evaluate: give a suite ({', '.join(built_in('suites'))}) or tasks ({', '.join(built_in('tasks'))})"
+        )
+    seen: dict[str, Task] = {}
+    for members in groups.values():
+        for task in members:
+            other = seen.setdefault(task.name, task)
+            if (other.folder, other.file) != (task.folder, task.file):
+                raise UserError(f"two tasks are called {task.name!r} (in {other.folder} and {task.folder}); rename one file")
+    for name in data:
+        if name not in seen:
+            raise UserError(f"--data names the task {name!r}, which is not run.{nearest(name, seen)} Tasks: {', '.join(seen)}")
+    return _each_once(groups, data)
+
+
+def _each_once(groups: Mapping[str, Sequence[Task]], data: Mapping[str, str]) -> dict[str, list[Task]]:
+    seen: set[str] = set()
+    found: dict[str, list[Task]] = {}
+    for group, members in groups.items():
+        fresh = [task for task in members if not (task.name in seen or seen.add(task.name))]  # type: ignore[func-returns-value]
+        if fresh:
+            found[group] = [task.reading(data.get(task.name)) for task in fresh]
+    return found
+
+
+def _names(value: str | Sequence[str]) -> list[str]:
+    items = [value] if isinstance(value, str) else list(value)
+    return [name.strip() for item in items for name in item.split(",") if name.strip()]
+
+
+def _prepared(groups: Mapping[str, Sequence[Task]], tokenizer: Any, window: int, options: Options) -> list[Prepared]:
+    split: Split = "valid" if options.split == "valid" else "test"
+    return [prepare(task, split, tokenizer, window, options.limit) for tasks in groups.values() for task in tasks]
+
+
+def _found(model: Any) -> tuple[nn.Module | ModelConfig, str]:
+    """A model object, or where to load it from; and what to call it."""
+    if isinstance(model, nn.Module):
+        return model, str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+    location, local = locate(str(model), "MODEL")
+    where = str(Path(location).resolve()) if local else location
+    return ModelConfig(path=where), where
+
+
+def _loaded(config: ModelConfig, options: Options) -> nn.Module:
+    device = pick_device(options.device)
+    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)})
+    return model.to(torch.device(device)).eval()
+
+
+def lm_eval_command(model: str, tasks: Sequence[Prepared], options: Options, loaded: Any) -> str:
+    """The command by which plain lm-evaluation-harness gives the same figures from a folder of written tasks."""
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    args = f"pretrained={model},trust_remote_code=True,dtype={dtype},softmax_dtype=float32"
+    names = ",".join(folder.PREFIX + task.name for task in tasks)
+    return (
+        f"lm_eval run --model hf --model_args {args} --include_path . --tasks {names} --batch_size {options.batch} "
+        f"--device {loaded.device}"
+    )
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

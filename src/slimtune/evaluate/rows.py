@@ -1,0 +1,194 @@
+"""The rows of a task as the harness gets them: prompts of training, cut to the model's window; nothing is templated later."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.data.prompts import special_prefix
+from slimtune.data.records import is_hub_id
+from slimtune.data.sources import BUILTIN, Row, read
+from slimtune.data.windows import spread
+from slimtune.errors import UserError
+from slimtune.evaluate.choices import answers
+from slimtune.evaluate.tasks import Split, Task
+from slimtune.sections import Source
+
+PIECE = 4000
+"""Characters of text in one row of a perplexity: about a thousand tokens, so that models with different windows are
+compared on the same text, and an interval can be made of many pieces."""
+Doc = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A task and its rows for one model.
+
+    Attributes:
+        docs: what stands in the rows' file: ``prompt``, ``choices``, ``label``; ``prompt``, ``completion``; or ``prompt``
+            (what precedes a text: nothing where the tokenizer adds a beginning token, else end-of-text), ``text``,
+            ``tokens``, ``bytes``.
+        source: where they came from.
+        sha256: of the rows before they were cut to the model's window.
+        cut: number of prompts that were cut from the left.
+        tokens: most tokens to be written.
+    """
+
+    task: Task
+    docs: list[Doc]
+    source: str
+    sha256: str
+    cut: int
+    tokens: int
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+
+def window_of(config: Any) -> int:
+    """Tokens that a model can read at once, as the harness finds it."""
+    inner = getattr(config, "text_config", None) or config
+    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
+        if getattr(inner, name, None):
+            return int(getattr(inner, name))
+    return 2048
+
+
+def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | None = None) -> Prepared:
+    """Read a task's rows and fit them to the tokenizer and window (tokens) of a model.
+
+    Args:
+        limit: at most this many rows, evenly spaced over all.
+
+    Raises:
+        UserError: no source can be read, or a row is not of the shape that the metric needs.
+    """
+    rows, source = _read(task, split)
+    most = min(limit or len(rows), task.file.rows or len(rows))
+    tokens = min(task.file.tokens, window // 2)
+    if task.file.metric == "perplexity":
+        texts = _texts(rows, task)
+        texts = [texts[index] for index in spread(len(texts), min(limit or len(texts), task.file.rows or len(texts)))]
+        plain = [{"text": text} for text in texts]
+        return Prepared(task, _text_docs(texts, tokenizer, window), source, _digest(plain), 0, tokens)
+    make = _choice_doc if task.file.metric == "choice" else _summary_doc
+    plain = [make(rows[index], task.name) for index in spread(len(rows), most)]
+    fit = _fitter(tokenizer, window)
+    docs = [fit(doc, tokens) for doc in plain]
+    cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
+    return Prepared(task, docs, source, _digest(plain), cut, tokens)
+
+
+def _read(task: Task, split: Split) -> tuple[list[Row], str]:
+    if task.data is not None:
+        keys = {**task.file.sources[0], "path": task.data, "splits": {}}
+        source = task.source(keys, "test")
+        return read(source), source.path
+    reasons = []
+    for raw in task.file.sources:
+        try:
+            source = task.source(raw, split)
+            if _there(source):
+                return read(source), source.path
+            reasons.append(f"{source.path!r} does not exist")
+        except UserError as error:
+            if "path" in raw and Path(str(raw["path"])).is_file():
+                raise
+            reasons.append(str(error))
+    variable = next(iter(task.variables), None)
+    remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
+    remedy += f"ame a file: --data {task.name}=FILE"
+    raise UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
+
+
+def _there(source: Source) -> bool:
+    return source.path.startswith(BUILTIN) or Path(source.path).expanduser().is_file() or is_hub_id(source.path)
+
+
+def _choice_doc(row: Row, task: str) -> Doc:
+    if row.prompt is None or not row.choices or row.label is None:
+        raise UserError(f"{row.origin}: a row of task {task!r} (metric: choice) needs prompt, choices and label")
+    return {"prompt": row.prompt, "choices": answers(row), "label": row.label}
+
+
+def _summary_doc(row: Row, task: str) -> Doc:
+    if row.prompt is None or row.completion is None:
+        raise UserError(f"{row.origin}: a row of task {task!r} (metric: rouge) needs prompt and completion")
+    return {"prompt": row.prompt, "completion": row.completion}
+
+
+def _texts(rows: Sequence[Row], task: Task) -> list[str]:
+    for row in rows:
+        if row.text is None:
+            raise UserError(f"{row.origin}: a row of task {task.name!r} (metric: perplexity) needs text")
+    texts = [row.text or "" for row in rows]
+    if task.file.join:
+        texts = ["".join(text if text.endswith("\n") else text + "\n" for text in texts)]
+    return [piece for text in texts for piece in _pieces(text, PIECE) if piece.strip()]
+
+
+def _pieces(text: str, size: int) -> list[str]:
+    """``text`` in parts of at most ``size`` characters: broken at a line's end, else before a space, else anywhere."""
+    found = []
+    while len(text) > size:
+        line, word = text.rfind("\n", size // 2, size), text.rfind(" ", size // 2, size)
+        end = line + 1 if line >= 0 else word if word >= 0 else size
+        found.append(text[:end])
+        text = text[end:]
+    return [*found, text] if text else found
+
+
+def _text_docs(texts: Sequence[str], tokenizer: Any, window: int) -> list[Doc]:
+    """Texts that fit the window with what precedes them, with the tokens and bytes to divide by."""
+    before = "" if special_prefix(tokenizer) else tokenizer.eos_token
+    if before is None:
+        raise UserError("the tokenizer has neither a beginning nor an end token: a text's first token has nothing before it")
+    head = len(_ids(before, tokenizer))
+    docs: list[Doc] = []
+    todo = list(reversed(texts))
+    while todo:
+        text = todo.pop()
+        tokens = len(_ids(before + text, tokenizer)) - head
+        if tokens >= window and len(text) > 1:
+            todo.extend(reversed(_pieces(text, (len(text) + 1) // 2)))
+        elif tokens:
+            docs.append({"prompt": before, "text": text, "tokens": tokens, "bytes": len(text.encode("utf-8"))})
+    return docs
+
+
+def _fitter(tokenizer: Any, window: int) -> Callable[[Doc, int], Doc]:
+    """Cuts prompts from the left, at a token, until they and the longest answer fit; the beginning token stays."""
+    prefix = len(special_prefix(tokenizer))
+
+    def fit(doc: Doc, tokens: int) -> Doc:
+        room = window - prefix - max((len(_ids(choice, tokenizer)) for choice in doc.get("choices", ())), default=tokens)
+        prompt = doc["prompt"]
+        while tokenizer.is_fast:
+            found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            excess = len(found["input_ids"]) - room
+            if excess <= 0:
+                break
+            start = found["offset_mapping"][min(excess, len(found["input_ids"]) - 1)][0]
+            if not start:
+                break
+            prompt = prompt[start:]
+        return {**doc, "prompt": prompt}
+
+    return fit
+
+
+def _ids(text: str, tokenizer: Any) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _digest(docs: Sequence[Doc]) -> str:
+    digest = hashlib.sha256()
+    for doc in docs:
+        digest.update(json.dumps(doc, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()

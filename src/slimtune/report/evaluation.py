@@ -1,0 +1,90 @@
+"""What ``slimtune evaluate`` found, as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_LABELS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits/byte",
+}
+_LOWER = ("perplexity", "bits_per_byte")
+_SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+
+
+def render(found: dict[str, Any]) -> RenderableType:
+    """Tasks by suite: each figure with its interval, the most frequent answer's, and the rows that it was taken on."""
+    dtype = _SHORT.get(found["dtype"], found["dtype"])
+    title = Text.assemble(
+        (found["model"], "bold"), f"\n{found['parameters']:,} parameters, {dtype}, {found['split']} rows", style="default"
+    )
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("task", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    for name in ("value", "95% interval", "majority", "rows"):
+        table.add_column(name, justify="right", no_wrap=True)
+    poor = False
+    for suite, names in found["suites"].items():
+        table.add_section()
+        table.add_row(Text(suite, style="bold cyan"))
+        for name in names:
+            poor |= _add_task(table, name, found["tasks"][name])
+    return Group(table, Text(_footer(found, poor), style="dim"))
+
+
+def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
+    """Rows of one task; whether a figure is not clearly above that of the most frequent answer."""
+    poor = False
+    for index, (metric, figure) in enumerate(task["figures"].items()):
+        majority = figure.get("majority")
+        weak = majority is not None and (figure["low"] if figure["low"] is not None else figure["value"]) <= majority
+        poor |= weak
+        table.add_row(
+            Text(f" {name}" if index == 0 else ""),
+            Text(_LABELS.get(metric, metric) + (" ↓" if metric in _LOWER else "")),
+            Text(_number(metric, figure["value"]), style="bold yellow" if weak else "bold"),
+            Text(_interval(metric, figure), style="dim"),
+            Text("" if majority is None else _number(metric, majority)),
+            Text(f"{task['rows']:,}" if index == 0 else ""),
+        )
+    return poor
+
+
+def _interval(metric: str, figure: dict[str, Any]) -> str:
+    if figure["low"] is None:
+        return "one row: none"
+    return f"{_number(metric, figure['low'])} to {_number(metric, figure['high'])}"
+
+
+def _number(metric: str, value: float) -> str:
+    if metric == "bits_per_byte":
+        return f"{value:.3f}"
+    if metric == "perplexity":
+        return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
+    return f"{100 * value:.1f}"
+
+
+def _footer(found: dict[str, Any], poor: bool) -> str:
+    lines = ["Accuracy, macro-F1 and ROUGE in percent; ↓ lower is better. majority: the most frequent answer, always given."]
+    if poor:
+        lines.append("Yellow: the interval does not lie above the majority's figure.")
+    cut = {name: task["prompts_cut"] for name, task in found["tasks"].items() if task["prompts_cut"]}
+    if cut:
+        told = ", ".join(f"{count} of {name}" for name, count in cut.items())
+        lines.append(f"Prompts cut from the left to fit {found['window']:,} tokens: {told}.")
+    versions = found["versions"]
+    lines.append(
+        f"lm-eval {versions['lm_eval']}, transformers {versions['transformers']}, torch {versions['torch']}; "
+        f"seed {found['seed']}; {found['seconds']:,.0f} s on {found['device']}"
+    )
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""``slimtune evaluate`` as a whole, beside plain lm_eval in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import slimtune
+from bases import make_tokenizer, sentences, write_base, write_rows
+from cuts import UNEVEN, cut_model
+from slimtune.cli import app
+from slimtune.errors import UserError
+from slimtune.export.huggingface import save
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A task of each kind on rows of its own, and a suite of them."""
+    folder = tmp_path_factory.mktemp("suite")
+    texts = sentences(18)
+    choices = [" at home", " in the garden"]
+    rows = [{"prompt": f"{text} Where?", "completion": choices[0], "choices": choices, "label": 0} for text in texts]
+    for number, row in enumerate(rows):
+        row |= {"label": number % 3 % 2, "completion": choices[number % 3 % 2]}
+    write_rows(folder / "pick-test.jsonl", rows)
+    write_rows(folder / "pick-valid.jsonl", rows[:5])
+    write_rows(folder / "sum-test.jsonl", [{"prompt": f"{text} In short:", "completion": f" {text[:12]}"} for text in texts])
+    write_rows(folder / "read-test.jsonl", [{"text": text * 3} for text in texts])
+    for name, metric in (("pick", "choice"), ("sum", "rouge"), ("read", "perplexity")):
+        (folder / f"{name}.yaml").write_text(f"metric: {metric}\nsources: [{{path: '{name}-{{split}}.jsonl'}}]\ntokens: 8\n")
+    (folder / "mine.yaml").write_text("tasks: [pick.yaml, sum.yaml, read.yaml]\n")
+    return str(folder / "mine.yaml")
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with other widths in every layer, as a run exports it."""
+    model, plan = cut_model("llama", UNEVEN, vocab_size=320, max_position_embeddings=128, eos_token_id=0, pad_token_id=1)
+    folder = save(model, None, plan, tmp_path_factory.mktemp("pruned") / "model", None, {})
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_plain_lm_eval_gives_the_same_figures(
+    suite: str, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a per-layer export, from the written folder after it was moved, and no data set is cached by either."""
+    for name in ("HF_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    command = ["evaluate", str(pruned), "-s", suite, "--json", str(tmp_path / "out.json"), "--write-tasks", str(tmp_path / "a")]
+    result = run(app, [*command, "--limit", "12"], env={"COLUMNS": "80"})
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "out.json").read_text())
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert sorted(path.suffix for path in (tmp_path / "b").iterdir()) == [".jsonl"] * 3 + [".md", ".py"] + [".yaml"] * 3
+    written = next(line for line in (tmp_path / "b" / "README.md").read_text().splitlines() if line.startswith("lm_eval run"))
+    assert written == found["lm_eval"]
+    plain = [sys.executable, "-m", *shlex.split(written), "--output_path", str(tmp_path / "plain")]
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    process = subprocess.run(plain, cwd=tmp_path / "b", env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-2000:]
+    (file,) = (tmp_path / "plain").rglob("results_*.json")
+    theirs = json.loads(file.read_text())["results"]
+    compared = 0
+    for name, task in found["tasks"].items():
+        for metric, figure in task["figures"].items():
+            assert theirs[f"slimtune_{name}"][f"{metric},none"] == pytest.approx(figure["value"], abs=1e-3, rel=1e-4)
+            compared += 1
+    assert compared == 2 + 3 + 2
+    assert not list(tmp_path.glob("cache/**/*.arrow"))
+
+
+def test_everything_stands_in_the_json(suite: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    result = run(app, ["evaluate", str(base), "--suite", suite, "--json", "-", "--limit", "6", "--batch", "3"])
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["seed"], found["limit"], found["split"], found["window"]) == (0, 6, "test", 128)
+    assert found["parameters"] > 0
+    assert set(found["versions"]) >= {"lm_eval", "transformers", "torch"}
+    task = found["tasks"]["pick"]
+    assert (task["suite"], task["rows"], len(task["sha256"])) == ("mine", 6, 64)
+    assert set(task["figures"]["accuracy"]) == {"value", "low", "high", "majority"}
+    again = slimtune.evaluate_model(str(base), suite, limit=6, batch=2)
+    for name, entry in found["tasks"].items():
+        assert again["tasks"][name]["sha256"] == entry["sha256"]
+        for metric, figure in entry["figures"].items():
+            assert again["tasks"][name]["figures"][metric] == pytest.approx(figure, rel=1e-4)
+
+
+def test_an_object_its_valid_rows_and_data_of_the_users_own(suite: str, tmp_path: Path) -> None:
+    model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
+    pick = str(Path(suite).parent / "pick.yaml")
+    found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), split="valid")
+    assert found["suites"] == {"tasks": ["pick"]}
+    assert found["tasks"]["pick"]["rows"] == 5
+    other = shutil.copy(Path(suite).parent / "pick-test.jsonl", tmp_path / "other.jsonl")
+    found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), data={"pick": str(other)})
+    assert found["tasks"]["pick"]["source"] == str(other)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], r"nothing to evaluate: give a suite (general, healthcare, legal)"),
+        (["--suite", "helthcare"], "Did you mean 'healthcare'?"),
+        (["--tasks", "rqe,medmcq"], "task 'medmcq' is unknown. Did you mean 'medmcqa'?"),
+        (["--suite", "legal", "--limit", "0"], "--limit 0 is less than 1"),
+        (["--suite", "legal", "--batch", "-1"], "--batch -1 is less than 1"),
+        (["--suite", "legal", "--split", "train"], "--split 'train' is not known; give test or valid"),
+        (["--suite", "legal", "--dtype", "float8"], "--dtype 'float8' is not known"),
+        (["--suite", "legal", "--device", "tpu"], "device='tpu' is not supported"),
+        (["--suite", "legal", "--data", "rqe=x.jsonl"], "--data names the task 'rqe', which is not run"),
+        (["--suite", "legal", "--data", "rqe"], "is not of the form TASK=FILE"),
+        (["--suite", "legal", "--json", "/nowhere/x.json"], "--json '/nowhere/x.json' is no file in an existing folder"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:
+    result = run(app, ["evaluate", "builtin:base-10m", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_models_and_folders_that_cannot_be_used(suite: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"MODEL='.*' has no config.json"):
+        slimtune.evaluate_model(tmp_path, suite)
+    with pytest.raises(UserError, match=r"MODEL='.*/none' does not exist"):
+        slimtune.evaluate_model(tmp_path / "none", suite)
+    base = write_base(tmp_path / "base")
+    with pytest.raises(UserError, match=r"base' is not empty; give a new folder"):
+        slimtune.evaluate_model(base, suite, write_tasks=base)
+    (tmp_path / "pick.yaml").write_text("metric: choice\nsources: [{path: x}]")
+    with pytest.raises(UserError, match="two tasks are called 'pick'"):
+        slimtune.evaluate_model(base, suite, tasks=str(tmp_path / "pick.yaml"))

@@ -1,0 +1,53 @@
+"""The table of ``slimtune evaluate``."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+from rich.console import Console
+
+from slimtune.report.evaluation import render
+
+
+def found(**figure: Any) -> dict[str, Any]:
+    accuracy = {"value": 0.61, "low": 0.55, "high": 0.67, "majority": 0.5, **figure}
+    perplexity = {"value": 23.456, "low": 21.0, "high": None}
+    return {
+        "model": "runs/x",
+        "parameters": 1234567,
+        "dtype": "float32",
+        "split": "test",
+        "suites": {"mine": ["uscode_headings"], "general": ["wikitext2"]},
+        "tasks": {
+            "uscode_headings": {"rows": 1500, "prompts_cut": 3, "figures": {"accuracy": accuracy}},
+            "wikitext2": {"rows": 9, "prompts_cut": 0, "figures": {"perplexity": {**perplexity, "high": 26.0}}},
+        },
+        "window": 2048,
+        "versions": {"lm_eval": "1", "transformers": "2", "torch": "3"},
+        "seed": 7,
+        "seconds": 12.0,
+        "device": "cpu",
+    }
+
+
+def text(value: dict[str, Any]) -> str:
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(render(value))
+    return console.export_text()
+
+
+def test_figures_intervals_and_baselines_fit_80_columns() -> None:
+    shown = text(found())
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert "uscode_headings accuracy 61.0 55.0 to 67.0 50.0 1,500" in lines
+    assert "wikitext2 perplexity ↓ 23.46 21.00 to 26.00 9" in lines
+    assert "1,234,567 parameters, fp32, test rows" in lines
+    assert "Prompts cut from the left to fit 2,048 tokens: 3 of uscode_headings." in lines
+    assert "…" not in shown
+    assert "Yellow" not in shown
+
+
+def test_a_figure_no_better_than_the_majority_is_marked() -> None:
+    assert "Yellow" in text(found(low=0.49))
+    assert "one row: none" in text(found(low=None, high=None))
