@@ -107,8 +107,10 @@ class Recipe(Section):
             raise ValueError("model.init=config needs model.config or model.path")
         if self.model.config and self.model.init != "config":
             raise ValueError("model.config only describes a model to be drawn at random; add model.init=config or leave it out")
-        if self.distill.recover and not self.distill.weight:
-            raise ValueError("distill.recover=true has no effect without distill.weight, e.g. distill.weight=1")
+        for key in ("recover", "teacher"):
+            if (value := getattr(self.distill, key)) and not self.distill.weight:
+                shown = "true" if value is True else value
+                raise ValueError(f"distill.{key}={shown} has no effect without distill.weight, e.g. distill.weight=1")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
         if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:

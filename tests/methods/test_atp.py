@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import slimtune  # noqa: F401  (teaches transformers per-layer models)
 from bases import Bench, losses, metrics, plan_of, session_of, stored_shapes
 from slimtune import pipeline
+from slimtune.errors import UserError
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.methods import atp
 from slimtune.models.load import load_config, load_model, load_tokenizer, structure_of
@@ -365,3 +366,21 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
     assert len(expected) == 3 * 7
     for name, weight in expected.items():
         torch.testing.assert_close(written[name], weight, rtol=1e-6 if dtype == "float32" else 0, atol=1e-7)
+
+
+def test_another_teacher_teaches_in_every_phase(bench: Bench, tmp_path: Path) -> None:
+    teacher = tmp_path / "dense"
+    tune(bench.recipe(teacher, method="finetune", train__steps=6, train__lr=1e-2))
+    given = {"distill__weight": 1.0, "distill__teacher": str(teacher / "model")}
+    tune(bench.recipe(tmp_path / "taught", **given))
+    tune(bench.recipe(tmp_path / "alone"))
+    taught, alone = losses(tmp_path / "taught"), losses(tmp_path / "alone")
+    assert len(taught) == len(alone)
+    assert all(one != other for one, other in zip(taught, alone, strict=True))
+    saved = torch.load(tmp_path / "taught" / "checkpoint-main.pt", weights_only=True)
+    assert saved["teacher"] is None
+
+
+def test_a_teacher_that_would_not_teach_is_an_error(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"distill\.teacher=x has no effect without distill\.weight"):
+        bench.recipe(tmp_path, distill__teacher="x")

@@ -56,7 +56,7 @@ class _Atp:
         self.tuner = Tuner(session, self.model, recipe.search.steps + recipe.recover.steps)
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
-        self.teacher: nn.Module | None = None
+        self.teacher: nn.Module | None = self._outside_teacher() if recipe.distill.teacher else None
         self.plan: Plan | None = None
         self.leak: float | None = None
 
@@ -136,6 +136,12 @@ class _Atp:
 
         return loss
 
+    def _outside_teacher(self) -> nn.Module:
+        config = self.recipe.model.model_copy(update={"path": self.recipe.distill.teacher, "revision": None, "config": {}})
+        device = str(self.session.device)
+        teacher = load_model(config.model_copy(update={"init": "pretrained"}), device, pick_dtype(config.dtype, device))
+        return teacher.eval().requires_grad_(False)
+
     def _close_gates(self) -> None:
         if self.masks:
             self.bank.close(self.masks, "base" if self.aware else "consumer")
@@ -173,7 +179,7 @@ class _Atp:
 
     def _cut(self) -> None:
         assert self.plan is not None
-        if self.recipe.distill.recover and self.recipe.distill.weight:
+        if self.recipe.distill.recover and self.recipe.distill.weight and not self.recipe.distill.teacher:
             self.bank.open()
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
         for handle in self.handles:
@@ -211,7 +217,7 @@ class _Atp:
             "decider": self.decider.capture(),
             "plan": self.plan.to_json() if self.plan else None,
             "leak": self.leak,
-            "teacher": _lora_state(self.teacher) if self.teacher is not None else None,
+            "teacher": _lora_state(self.teacher) if self.teacher is not None and not self.recipe.distill.teacher else None,
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -223,7 +229,7 @@ class _Atp:
             self.masks = budget.masks_of(self.plan, self.session.device)
         if saved["phase"] == "recover":
             self._cut()
-            if self.teacher is not None:
+            if saved["teacher"] is not None and self.teacher is not None:
                 _load_lora(self.teacher, saved["teacher"])
         self.tuner.restore(saved["tuner"])
 

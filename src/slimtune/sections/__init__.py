@@ -1,0 +1,35 @@
+"""The sections of a recipe: frozen pydantic models, one docstring per field (they are the reference)."""
+
+from slimtune.sections.bounds import Names
+from slimtune.sections.data import DataConfig, Source, Sources
+from slimtune.sections.run import (
+    BudgetConfig,
+    DistillConfig,
+    EvaluateConfig,
+    ExportConfig,
+    GeneratorConfig,
+    LoraConfig,
+    ModelConfig,
+    RecoverConfig,
+    SearchConfig,
+    TrainConfig,
+    TwoStageConfig,
+)
+
+__all__ = [
+    "BudgetConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "ExportConfig",
+    "GeneratorConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "Names",
+    "RecoverConfig",
+    "SearchConfig",
+    "Source",
+    "Sources",
+    "TrainConfig",
+    "TwoStageConfig",
+]
