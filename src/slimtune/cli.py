@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from slimtune.comparison.command import compare
 from slimtune.errors import UserError, nearest
 from slimtune.version import __version__
 
@@ -91,6 +92,9 @@ def tune(
 
     quiet_libraries()
     pipeline.tune(loaded, resume=resume, overwrite=overwrite)
+
+
+app.command()(compare)
 
 
 @app.command()
