@@ -99,13 +99,14 @@ def _size(board: Board, method: str, keep: float) -> float:
 
 def _panel(axis: Any, board: Board, styles: dict[str, tuple[Any, ...]]) -> None:
     points, heights = _points(board), []
+    aside = _aside(board, points)
     for name, keeps in points.items():
         colour, marker, line = styles[name]
         means = [statistics.mean(board.of(name, keep).values()) for keep in keeps]
         bars = [deviation(board.of(name, keep).values()) for keep in keeps]
         ours = name == OURS
         axis.errorbar(
-            [_size(board, name, keep) for keep in keeps],
+            [_size(board, name, keep) + aside[name] for keep in keeps],
             means,
             bars,
             label=name,
@@ -123,6 +124,14 @@ def _panel(axis: Any, board: Board, styles: dict[str, tuple[Any, ...]]) -> None:
         _level(axis, statistics.mean(dense), deviation(dense))
         heights.append(statistics.mean(dense))
     _scales(axis, board, points, heights)
+
+
+def _aside(board: Board, points: dict[str, list[float]]) -> dict[str, float]:
+    """With one budget the methods would lie on one spot: side by side instead, the best on the left."""
+    if len(board.keeps) > 1:
+        return dict.fromkeys(points, 0.0)
+    names = sorted(points, key=lambda name: statistics.mean(board.of(name, board.keeps[0]).values()))
+    return {name: index - (len(names) - 1) / 2 for index, name in enumerate(names)}
 
 
 def _level(axis: Any, mean: float, bar: float) -> None:
@@ -149,7 +158,7 @@ def _scales(axis: Any, board: Board, points: dict[str, list[float]], heights: li
         axis.set_ylim(low - 0.14 * (high - low or low), high + 0.08 * (high - low or low))
     keeps = sorted({keep for each in points.values() for keep in each})
     sizes = [statistics.median(_size(board, name, keep) for name, each in points.items() if keep in each) for keep in keeps]
-    axis.set_xticks(sizes, [f"{size:.3g} M\n{keep:.0%}" for size, keep in zip(sizes, keeps, strict=True)])
+    axis.set_xticks(sizes, [f"{size:,.1f} M\n{keep:.0%}" for size, keep in zip(sizes, keeps, strict=True)])
     axis.margins(x=0.08)
     axis.set_xlabel("parameters kept")
     axis.set_title(_title(board), loc="left", fontsize=11)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ class Launcher:
         self.stopping = False
         self.lock = threading.Lock()
 
-    def run_all(self, work: Sequence[Job]) -> Iterator[Ended]:
+    def run_all(self, work: Sequence[Job]) -> Generator[Ended, None, None]:
         """The ends of the runs, as they come. An interrupt stops the runs and goes on to the caller."""
         pool = ThreadPoolExecutor(self.jobs)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -99,12 +100,13 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
     if len(todo) < len(work):
         say(f"{len(work) - len(todo)} of {len(work)} runs are there already, made by the same words and the same program")
     clock = _Clock(len(todo), launcher.jobs)
-    for ended in launcher.run_all(todo):
-        if ended.summary is not None:
-            # read again: another call may have added to it
-            rows = raw.joined(raw.read(file), raw.of_run(ended.job, ended.summary))
-            raw.write(file, rows)
-        say(clock.line(ended))
+    with closing(launcher.run_all(todo)) as ends:  # closed at once: an interrupt in here must stop the runs too
+        for ended in ends:
+            if ended.summary is not None:
+                # read again: another call may have added to it
+                rows = raw.joined(raw.read(file), raw.of_run(ended.job, ended.summary))
+                raw.write(file, rows)
+            say(clock.line(ended))
     return rows
 
 
