@@ -61,7 +61,7 @@ def test_an_interrupt_stops_what_runs_and_starts_nothing_more(tmp_path: Path) ->
     started = time.perf_counter()
     with pytest.raises(KeyboardInterrupt):
         list(Launcher(1).run_all(work))
-    assert time.perf_counter() - started < 20
+    assert time.perf_counter() - started < 8  # asked to end, not killed after ten
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
     assert (tmp_path / "out" / "starts").read_text().split() == ["atp-0.8-0"]

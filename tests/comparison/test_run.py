@@ -120,6 +120,10 @@ def test_an_interrupt_between_two_runs_stops_the_others(tmp_path: Path, fake: Pa
     assert set(ppl(read(tmp_path / "out" / "rows.json"))) == {("atp", 0.6, 0)}
 
 
+def test_as_many_runs_side_by_side_as_gpus_unless_told_otherwise() -> None:
+    assert [run.side_by_side(*words) for words in ((None, []), (None, ["0", "1"]), (3, ["0", "1"]))] == [1, 2, 3]
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (300, "5 min"), (12_000, "3 h 20 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert run.duration(seconds) == text

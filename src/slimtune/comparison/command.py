@@ -22,7 +22,7 @@ ComparisonFile = Annotated[
     Path | None,
     typer.Argument(metavar="COMPARISON", help="Comparison file (YAML), e.g. recipes/compare/health.yaml.", show_default=False),
 ]
-Jobs = Annotated[int, typer.Option(metavar="N", help="Runs side by side.")]
+Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs side by side.", show_default="1, or one a GPU")]
 Gpus = Annotated[str, typer.Option(metavar="0,1", help="GPUs to deal the runs out to.", show_default="each run sees all")]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads of a run.", show_default="cores / jobs")]
 Only = Annotated[str, typer.Option(metavar="NAME,NAME", help="Only these methods.", show_default="all")]
@@ -40,7 +40,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Run nothing: list runs,
 
 def compare(
     comparison: ComparisonFile = None,
-    jobs: Jobs = 1,
+    jobs: Jobs = None,
     gpus: Gpus = "",
     threads: Threads = None,
     only: Only = "",
@@ -64,7 +64,7 @@ def compare(
         _show(_there(rows), [], out)
         return
     from slimtune.comparison.launch import Launcher
-    from slimtune.comparison.run import checked_jobs, order, run
+    from slimtune.comparison.run import order, run, side_by_side
 
     budgets, numbers = _items(keep, float, "--keep"), _items(seeds, int, "--seeds")
     asked = order(comparison, only=_items(only, str, "--only"), keep=budgets, seeds=numbers, rows=rows, out=out)
@@ -74,7 +74,8 @@ def compare(
     if dry_run:
         _list(asked)
         return
-    launcher = Launcher(checked_jobs(jobs), _items(gpus, str, "--gpus"), threads)
+    devices = _items(gpus, str, "--gpus")
+    launcher = Launcher(side_by_side(jobs, devices), devices, threads)
     try:
         found = run(asked.work, asked.rows, launcher, typer.echo)
     except KeyboardInterrupt:

@@ -49,7 +49,7 @@ def order(
 def compare(
     file: str | Path,
     *,
-    jobs: int = 1,
+    jobs: int | None = None,
     gpus: Sequence[str] = (),
     threads: int | None = None,
     only: Iterable[str] = (),
@@ -63,7 +63,7 @@ def compare(
 
     Args:
         file: the comparison, e.g. ``recipes/compare/health.yaml``.
-        jobs: runs side by side.
+        jobs: runs side by side; default: one a GPU in ``gpus``, else one.
         gpus: numbers of the GPUs to deal the runs out to; none: each run sees all.
         threads: CPU threads of a run; default: the cores over ``jobs``.
         only: methods; keep: budgets; seeds: seeds. Empty: all.
@@ -78,14 +78,14 @@ def compare(
         UserError: a run is not a valid recipe, the file asks for something unknown, or a folder cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
-    return run(asked.work, asked.rows, Launcher(checked_jobs(jobs), gpus, threads), say)
+    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say)
 
 
-def checked_jobs(jobs: int) -> int:
-    """``jobs``, or a UserError where nothing would ever run."""
-    if jobs < 1:
+def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
+    """``jobs``, else one a GPU, else one. Raises UserError where nothing would ever run."""
+    if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give the number of runs side by side, 1 or more")
-    return jobs
+    return jobs or len(gpus) or 1
 
 
 def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -> list[raw.Row]:
