@@ -63,8 +63,7 @@ def compare(
             raise UserError("give a comparison file, e.g. recipes/compare/health.yaml, or --table --rows FILE to print rows")
         _show(_there(rows), [], out)
         return
-    from slimtune.comparison.launch import Launcher
-    from slimtune.comparison.run import order, run, side_by_side
+    from slimtune.comparison.run import order
 
     budgets, numbers = _items(keep, float, "--keep"), _items(seeds, int, "--seeds")
     asked = order(comparison, only=_items(only, str, "--only"), keep=budgets, seeds=numbers, rows=rows, out=out)
@@ -74,8 +73,14 @@ def compare(
     if dry_run:
         _list(asked)
         return
-    devices = _items(gpus, str, "--gpus")
-    launcher = Launcher(side_by_side(jobs, devices), devices, threads)
+    _execute(asked, jobs, _items(gpus, str, "--gpus"), threads)
+
+
+def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | None) -> None:
+    from slimtune.comparison.launch import Launcher
+    from slimtune.comparison.run import run, side_by_side
+
+    launcher = Launcher(side_by_side(jobs, gpus), gpus, threads)
     try:
         found = run(asked.work, asked.rows, launcher, typer.echo)
     except KeyboardInterrupt:
