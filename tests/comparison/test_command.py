@@ -62,6 +62,14 @@ def test_a_failed_run_makes_the_command_fail_at_its_end(tmp_path: Path) -> None:
     assert result.stderr == "1 of 2 runs failed, the last with: error: rank 13 is unlucky\n"
 
 
+def test_a_part_without_a_point_to_draw_is_no_failure(tmp_path: Path) -> None:
+    result = ask(app, ["compare", str(write_comparison(tmp_path, seeds=0)), "--only", "dense_lora"])
+    assert result.exit_code == 0, result.output
+    assert "no figure: no method has a perplexity" in result.stdout
+    assert "MISSING: 0" in (tmp_path / "out" / "table.md").read_text()
+    assert not (tmp_path / "out" / "figure.svg").exists()
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt

@@ -86,8 +86,10 @@ def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | Non
     except KeyboardInterrupt:
         typer.secho("interrupted; the same command goes on with the runs that are left", fg=typer.colors.RED, err=True)
         raise typer.Exit(130) from None
+    failed = _failed(found, asked.work)  # told before a figure that may not come about
     _show(found, asked.jobs, asked.out)
-    _failed(found, asked.work)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _items(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
@@ -107,7 +109,7 @@ def _there(file: Path) -> list[Row]:
 
 def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
     """The table on the screen; into ``out`` the table as Markdown and the figure."""
-    from slimtune.comparison.figure import draw
+    from slimtune.comparison.figure import draw, drawable
     from slimtune.comparison.rows import put
     from slimtune.comparison.table import markdown, render, sheets
 
@@ -115,8 +117,12 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
     _wide().print(render(found))
     if out is not None:
         put(out / "table.md", markdown(found))
-        draw(rows, out / "figure.svg", asked)
-        typer.echo(f"{out / 'table.md'}, {out / 'figure.svg'}")
+        typer.echo(f"table: {out / 'table.md'}")
+        if drawable(rows):
+            draw(rows, out / "figure.svg", asked)
+            typer.echo(f"figure: {out / 'figure.svg'}")
+        else:
+            typer.echo("no figure: no method has a perplexity at a budget below 1 yet")
 
 
 def _list(asked: Order) -> None:
@@ -136,7 +142,7 @@ def _wide() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
 
 
-def _failed(rows: list[Row], work: list[Job]) -> None:
+def _failed(rows: list[Row], work: list[Job]) -> bool:
     from slimtune.comparison.rows import key_of
 
     asked = {job.key for job in work}
@@ -144,4 +150,4 @@ def _failed(rows: list[Row], work: list[Job]) -> None:
     if failed:
         last = str(failed[-1]["value"]).strip().splitlines()[-1]
         typer.secho(f"{len(failed)} of {len(work)} runs failed, the last with: {last}", fg=typer.colors.RED, err=True)
-        raise typer.Exit(1)
+    return bool(failed)

@@ -30,6 +30,11 @@ WIDE = 2.5
 """Largest over smallest perplexity from which the axis is logarithmic: one bad method must not flatten the rest."""
 
 
+def drawable(rows: Iterable[Row]) -> bool:
+    """Whether a method has a perplexity at a budget."""
+    return any(_points(board) for board in boards(rows))
+
+
 def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = ()) -> None:
     """Write the figure as SVG; the same rows give the same bytes.
 
