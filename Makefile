@@ -32,9 +32,11 @@ golden: setup
 	git diff --stat -- tests/golden
 
 # The published tables, from their raw rows. What makes new rows stands beside each table in docs/RESULTS.md.
+GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))
 bench: setup
-	@for rows in $(filter-out %dry-run.json,$(wildcard docs/results/*.json)); do \
-	  echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done
+	@for rows in $(GRIDS); do echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done
+	@for rows in $(filter-out $(GRIDS) %dry-run.json,$(wildcard docs/results/*.json)); do \
+	  echo; echo $$rows; $(BIN)/python -m slimtune compare --table --rows $$rows || exit 1; done
 	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 
 # Caches and builds; .venv and runs/ stay.

@@ -1,4 +1,4 @@
-"""The scripts that make published figures: rows are flat, joined by seed, and a failed run is told."""
+"""The scripts that make published figures, and the rows that they made."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+from comparisons import stand_in
+from slimtune.comparison import launch
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,36 +44,27 @@ def summary(ppl: float, method: str = "atp") -> dict[str, Any]:
     }
 
 
-def test_rows_are_joined_to_dense_lora_by_seed(capsys: pytest.CaptureFixture[str]) -> None:
-    grid = script("grid")
-    done = [
-        ("atp", 0, summary(20.0)),
-        ("atp", 1, summary(22.0)),
-        ("dense_lora", 0, summary(10.0, "finetune")),
-        ("dense_lora", 1, summary(20.0, "finetune")),
-        ("broken", 0, {"failed": "error: no"}),
-    ]
-    rows = grid.rows_of(done, "tiny", "somewhere")
-    assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
-    found = {(row["method"], row["seed"]): row for row in rows if row["metric"] == "domain_ppl"}
-    assert found["atp", 1]["dense_value"] == 20.0
-    assert found["atp", 0]["tokens"] == 15
-    assert found["dense_lora", 0]["keep"] == 1.0
-    assert [row["value"] for row in rows if row["metric"] == "failed"] == ["error: no"]
-    grid.print_table(rows)
+def test_a_grid_runs_variants_at_the_budget_of_their_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "TUNE", (*stand_in(tmp_path), "tune"))
+    rows, off = tmp_path / "rows.json", "evaluate.dense_lora=false"
+
+    def call(*words: str) -> None:
+        where = ["--rows", str(rows), "--runs", str(tmp_path / "runs"), "--seeds", "0,1", "--base", "tiny", "--threads", "1"]
+        monkeypatch.setattr(sys, "argv", ["grid.py", *words, *where])
+        script("grid").main()
+
+    demo = str(ROOT / "recipes" / "demo.yaml")
+    call(demo, f"atp: budget.keep=0.7 {off}", f"broken: lora.rank=13 {off}")
+    call(demo, "dense_lora: method=finetune", "--add")
+    capsys.readouterr()
+    call()
     table = capsys.readouterr().out
-    assert "| atp | 60 | 21.00 ± 1.41 | 1.550 ± 0.636 | 15 | 0, 1 |" in table
+    assert "| atp | 70 | 17.00 ± 0.71 | 1.620 ± 0.042 | 15 | 0, 1 |" in table
     assert "| broken | failed |" in table
-
-
-def test_the_reference_inside_a_run_is_a_row_of_dense_lora() -> None:
-    grid = script("grid")
-    dense = {"ppl": 16.0, "ppl_se": 0.4, "parameters": 100, "seconds": 2.0, "tokens": 7, "tuning_tokens": 10}
-    with_reference = {**summary(20.0), "dense_lora": dense}
-    rows = grid.rows_of([("atp", 3, with_reference), ("aware", 3, summary(21.0))], "tiny", "somewhere")
-    found = [row for row in rows if row["method"] == "dense_lora" and row["metric"] == "domain_ppl"]
-    assert [(row["value"], row["tokens"], row["keep"], row["dense_value"]) for row in found] == [(16.0, 10, 1.0, 16.0)]
-    assert {row["dense_value"] for row in rows if row["metric"] == "domain_ppl"} == {16.0}
+    found = {(row["method"], row["keep"], row["domain"]) for row in json.loads(rows.read_text())}
+    assert found == {("atp", 0.7, "demo"), ("broken", 0.6, "demo"), ("dense_lora", 1.0, "demo")}
 
 
 def test_only_one_variant_may_bring_a_dense_reference(
@@ -86,38 +80,6 @@ def test_only_one_variant_may_bring_a_dense_reference(
     with pytest.raises(SystemExit):
         grid.main()
     assert "atp, aware each bring a dense LoRA" in capsys.readouterr().err
-
-
-def test_rows_of_several_calls_make_one_table() -> None:
-    grid = script("grid")
-    first = grid.rows_of([("atp", 0, {"failed": "no"}), ("atp", 1, summary(22.0))], "tiny", "somewhere")
-    second = grid.rows_of([("dense_lora", 1, summary(20.0, "finetune")), ("atp", 0, summary(21.0))], "tiny", "somewhere")
-    found = {(row["method"], row["seed"], row["metric"]): row for row in grid.joined(first, second)}
-    assert len(found) == 6
-    assert found["atp", 1, "domain_ppl"]["dense_value"] == 20.0
-    assert found["atp", 0, "domain_ppl"]["dense_value"] is None
-    assert ("atp", 0, "failed") not in found
-
-
-def test_a_finished_run_is_taken_as_it_is_until_its_words_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    grid, calls = script("grid"), []
-
-    def tune(command: list[str], **_: Any) -> Any:
-        calls.append(command)
-        out = Path(next(word for word in command if word.startswith("out=")).removeprefix("out="))
-        (out / "summary.json").write_text(json.dumps(summary(20.0 + len(calls))))
-        (out / "plan.json").write_text(json.dumps({"plan": {"kept": [{"kv_group": [0, 2]}, {"kv_group": [1]}]}}))
-        return type("Done", (), {"returncode": 0})
-
-    commits = iter(["one", "two", "three"])
-    monkeypatch.setattr(grid, "commit", lambda: next(commits))
-    monkeypatch.setattr(grid.subprocess, "run", tune)
-    done = [grid.run("demo.yaml", grid.Job("atp", [f"search.steps={steps}"], 0, ""), tmp_path, 1) for steps in (3, 3, 4, 3)]
-    found = [(summary["result"]["ppl"], summary["commit"]) for _, _, summary in done]
-    assert found == [(21.0, "one"), (21.0, "one"), (22.0, "two"), (23.0, "three")]
-    assert "--overwrite" in calls[0]
-    rows = grid.rows_of(done[:1], "tiny", "somewhere")
-    assert {(row["kv_groups"], row["block_ratio"]) for row in rows} == {(3, 0.5)}
 
 
 def test_published_rows_are_flat_and_whole() -> None:

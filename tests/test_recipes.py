@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
+from slimtune.comparison import config, jobs
 from slimtune.data import sources
 from slimtune.estimate import estimate
-from slimtune.recipe import load
+from slimtune.recipe import Recipe, load
 
 FOLDER = Path(__file__).parent.parent / "recipes"
 RECIPES = sorted(FOLDER.glob("*.yaml"))
+COMPARISONS = sorted((FOLDER / "compare").glob("*.yaml"))
 SHAPES: dict[str, dict[str, Any]] = json.loads((FOLDER.parent / "benchmarks" / "shapes.json").read_text())
 """What the hub's config.json says, so that nothing is downloaded."""
 
@@ -25,6 +27,22 @@ def test_a_recipe_is_short_and_valid(path: Path, monkeypatch: pytest.MonkeyPatch
     recipe = load(path)
     assert recipe.data.train
     assert recipe.out == f"runs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
+def test_a_comparison_is_short_and_its_runs_are_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMTUNE_DATA", "somewhere")
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
+    found = config.load(path)
+    assert found.out == f"runs/compare-{path.stem}"
+    assert {"atp", "dense_lora"} < set(found.methods)
+    there = get_args(Recipe.model_fields["method"].annotation)
+    valid = {name: method for name, method in found.methods.items() if method.changes.get("method", "atp") in there}
+    work = jobs.jobs_of(found.model_copy(update={"methods": valid}))
+    assert {job.method for job in work} == set(valid)
+    assert len(work) == len(found.seeds) * (1 + len(found.keep) * (len(valid) - 1))
+    costs = {job.windows for job in work if job.method in ("atp", "dense_lora")}
+    assert max(costs) - min(costs) < work[0].recipe.train.batch
 
 
 HUB_ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [

@@ -148,21 +148,35 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_yaml(path: str | Path, kind: str, example: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        kind: what the file is, for the messages.
+        example: a path to name when there is no such file.
+
+    Raises:
+        UserError: the file is missing, not YAML, not a mapping, or has a key twice.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{kind} {str(path)!r} does not exist; give the path of a YAML file, e.g. {example}")
+    try:
+        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{kind} {str(path)!r} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{kind} {str(path)!r} must be a mapping of keys to values, not {type(raw).__name__}")
+    return raw
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
 
     Raises:
         UserError: the file is missing or not a mapping, a key is unknown, a value is invalid or a variable unset.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise UserError(f"recipe {str(path)!r} does not exist; give the path of a YAML file, e.g. recipes/demo.yaml")
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"recipe {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"recipe {str(path)!r} must be a mapping of keys to values, not {type(raw).__name__}")
+    raw = read_yaml(path, "recipe", "recipes/demo.yaml")
     for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(raw, override)
     return parse(raw)

@@ -19,6 +19,9 @@ from slimtune.models.load import load_config, structure_of
 from slimtune.models.surgery import blocks_of
 from slimtune.pipeline import tune
 from slimtune.preflight import check_method
+from slimtune.prune.depth import drop_layers
+from slimtune.sections import BudgetConfig
+from slimtune.structure.axes import measure
 from slimtune.structure.families import family_of
 from slimtune.structure.plan import Plan, count
 
@@ -29,6 +32,18 @@ def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
 
 
+BLOCK = {
+    "self_attn.q_proj.weight": (512, 512),
+    "self_attn.k_proj.weight": (256, 512),
+    "self_attn.v_proj.weight": (256, 512),
+    "self_attn.o_proj.weight": (512, 512),
+    "mlp.gate_proj.weight": (1408, 512),
+    "mlp.up_proj.weight": (1408, 512),
+    "mlp.down_proj.weight": (512, 1408),
+    "input_layernorm.weight": (512,),
+    "post_attention_layernorm.weight": (512,),
+}
+"""A decoder block of the shape of a 44 M model."""
 SCORES = ("random", "magnitude", "taylor", "wanda", "flap", "layer_drop", "generator")
 
 
@@ -209,3 +224,15 @@ def test_a_family_without_bias_keys_is_refused_before_anything_runs(bench: Bench
     check_method(recipe, structure)
     with pytest.raises(UserError, match="compensate=false"):
         check_method(recipe, replace(structure, family=family_of("mistral")))
+
+
+def test_layer_drop_meets_a_budget_between_two_layers() -> None:
+    """What is left over is more than a layer can lose and less than a whole one, but within the tolerance."""
+    shapes = {f"model.layers.{layer}.{name}": shape for layer in range(12) for name, shape in BLOCK.items()}
+    structure = measure(family_of("llama"), {"model.embed_tokens.weight": (16384, 512), **shapes}, 64)
+    level = {site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}
+    for keep in (0.8, 0.7, 0.6, 0.5):
+        plan, counts = drop_layers([float(layer) for layer in range(12)], level, structure, BudgetConfig(keep=keep))
+        assert abs(counts.total_ratio - keep) <= 0.002
+        assert plan.layers[-1] == 11
+        assert all(len(plan.kept[layer]["ffn"]) == 1408 for layer in plan.layers[1:])

@@ -58,8 +58,8 @@ def _narrowed(layer: LayerWidths, remove: float, budget: BudgetConfig, slack: fl
     for multiple in pool:
         for groups in range(layer.units[KV_GROUP]):
             channels = (remove - groups * layer.unit_params[KV_GROUP]) / layer.unit_params[FFN]
-            gone = round(channels / multiple) * multiple
-            if 0 <= gone <= layer.units[FFN] - multiple and abs(channels - gone) * layer.unit_params[FFN] <= slack:
+            gone = min(round(channels / multiple) * multiple, layer.units[FFN] - multiple)
+            if gone >= 0 and abs(channels - gone) * layer.unit_params[FFN] <= slack:
                 return {KV_GROUP: layer.units[KV_GROUP] - groups, FFN: layer.units[FFN] - gone}
     raise UserError(
         f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by dropping layers "

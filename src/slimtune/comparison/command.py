@@ -1,0 +1,153 @@
+"""``slimtune compare``. Nothing heavy is imported before the command runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slimtune.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from slimtune.comparison.jobs import Job
+    from slimtune.comparison.rows import Row
+    from slimtune.comparison.run import Order
+
+ComparisonFile = Annotated[
+    Path | None,
+    typer.Argument(metavar="COMPARISON", help="Comparison file (YAML), e.g. recipes/compare/health.yaml.", show_default=False),
+]
+Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs side by side.", show_default="1, or one a GPU")]
+Gpus = Annotated[str, typer.Option(metavar="0,1", help="GPUs to deal the runs out to.", show_default="each run sees all")]
+Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads of a run.", show_default="cores / jobs")]
+Only = Annotated[str, typer.Option(metavar="NAME,NAME", help="Only these methods.", show_default="all")]
+Keeps = Annotated[str, typer.Option(metavar="0.6,0.5", help="Only these budgets, and what is not cut.", show_default="all")]
+Seeds = Annotated[str, typer.Option(metavar="0,1", help="Only these seeds.", show_default="all")]
+Rows = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="Raw rows; those it has are kept.", show_default="OUT/rows.json")
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Of runs, table and figure.", show_default="the comparison's out")
+]
+TableOnly = Annotated[bool, typer.Option("--table", help="Run nothing: table and figure of the rows that are there.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Run nothing: list runs, steps and tokens.")]
+
+
+def compare(
+    comparison: ComparisonFile = None,
+    jobs: Jobs = None,
+    gpus: Gpus = "",
+    threads: Threads = None,
+    only: Only = "",
+    keep: Keeps = "",
+    seeds: Seeds = "",
+    rows: Rows = None,
+    out: Out = None,
+    table: TableOnly = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Several methods, budgets and seeds of one recipe: one table, one figure.
+
+    Runs that the same words and the same program have made are taken as they are: stop the command and give it again,
+    or make the table in several calls and on several machines. The options --table --rows FILE print any file of rows.
+    """
+    if table and dry_run:
+        raise UserError("--table and --dry-run exclude each other; give one of them")
+    if comparison is None:
+        if not (table and rows):
+            raise UserError("give a comparison file, e.g. recipes/compare/health.yaml, or --table --rows FILE to print rows")
+        _show(_there(rows), [], out)
+        return
+    from slimtune.comparison.run import order
+
+    budgets, numbers = _items(keep, float, "--keep"), _items(seeds, int, "--seeds")
+    asked = order(comparison, only=_items(only, str, "--only"), keep=budgets, seeds=numbers, rows=rows, out=out)
+    if table:
+        _show(_there(asked.rows), asked.jobs, asked.out)
+        return
+    if dry_run:
+        _list(asked)
+        return
+    _execute(asked, jobs, _items(gpus, str, "--gpus"), threads)
+
+
+def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | None) -> None:
+    from slimtune.comparison.launch import Launcher
+    from slimtune.comparison.run import run, side_by_side
+
+    launcher = Launcher(side_by_side(jobs, gpus), gpus, threads)
+    try:
+        found = run(asked.work, asked.rows, launcher, typer.echo)
+    except KeyboardInterrupt:
+        typer.secho("interrupted; the same command goes on with the runs that are left", fg=typer.colors.RED, err=True)
+        raise typer.Exit(130) from None
+    failed = _failed(found, asked.work)  # told before a figure that may not come about
+    _show(found, asked.jobs, asked.out)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _items(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
+    try:
+        return [kind(item.strip()) for item in text.split(",") if item.strip()]
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} is not a list such as {'0.6,0.5' if kind is float else '0,1'}") from error
+
+
+def _there(file: Path) -> list[Row]:
+    from slimtune.comparison.rows import read
+
+    if not (found := read(file)):
+        raise UserError(f"there are no rows in {str(file)!r} yet; run the comparison without --table, or give another --rows")
+    return found
+
+
+def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
+    """The table on the screen; into ``out`` the table as Markdown and the figure."""
+    from slimtune.comparison.figure import draw, drawable
+    from slimtune.comparison.rows import put
+    from slimtune.comparison.table import markdown, render, sheets
+
+    found = sheets(rows, asked)
+    _wide().print(render(found))
+    if out is not None:
+        put(out / "table.md", markdown(found))
+        typer.echo(f"table: {out / 'table.md'}")
+        if drawable(rows):
+            draw(rows, out / "figure.svg", asked)
+            typer.echo(f"figure: {out / 'figure.svg'}")
+        else:
+            typer.echo("no figure: no method has a perplexity at a budget below 1 yet")
+
+
+def _list(asked: Order) -> None:
+    """What would be run."""
+    from slimtune.comparison.run import present
+    from slimtune.comparison.table import listing, render
+
+    there = present(asked.work, asked.rows)
+    _wide().print(render([listing(asked.work, there)]))
+
+
+def _wide() -> Console:
+    """A terminal as it is; a file or a pipe as wide as the tables."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=200)
+
+
+def _failed(rows: list[Row], work: list[Job]) -> bool:
+    from slimtune.comparison.rows import key_of
+
+    asked = {job.key for job in work}
+    failed = [row for row in rows if row["metric"] == "failed" and key_of(row) in asked]
+    if failed:
+        last = str(failed[-1]["value"]).strip().splitlines()[-1]
+        typer.secho(f"{len(failed)} of {len(work)} runs failed, the last with: {last}", fg=typer.colors.RED, err=True)
+    return bool(failed)

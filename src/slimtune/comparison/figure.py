@@ -1,0 +1,176 @@
+"""Quality against size: a panel for each base and domain, a line for each method, dense LoRA as the level to reach."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slimtune.comparison.jobs import Job
+from slimtune.comparison.rows import DENSE, Row
+from slimtune.comparison.stats import OURS, PPL, Board, boards, deviation
+from slimtune.errors import UserError
+
+STYLES = [
+    ("#0072b2", "s", "--"),
+    ("#d55e00", "^", "-."),
+    ("#009e73", "D", ":"),
+    ("#cc79a7", "v", (0, (5, 1))),
+    ("#e69f00", "P", (0, (3, 1, 1, 1))),
+    ("#56b4e9", "X", (0, (1, 1))),
+    ("#7f7f7f", "<", (0, (5, 1, 1, 1, 1, 1))),
+    ("#8c564b", ">", (0, (7, 2))),
+    ("#5e4fa2", "p", (0, (2, 2))),
+    ("#a6761d", "*", (0, (4, 2, 1, 2))),
+]
+"""Colours that colour-blind readers tell apart; markers and line styles that do without colour."""
+WIDE = 2.5
+"""Largest over smallest perplexity from which the axis is logarithmic: one bad method must not flatten the rest."""
+
+
+def drawable(rows: Iterable[Row]) -> bool:
+    """Whether a method has a perplexity at a budget."""
+    return any(_points(board) for board in boards(rows))
+
+
+def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = ()) -> None:
+    """Write the figure as SVG; the same rows give the same bytes.
+
+    Raises:
+        UserError: matplotlib is missing, no method has a perplexity at a budget, or the file cannot be written.
+    """
+    plt = _pyplot()
+    shown = [board for board in boards(rows, asked) if _points(board)]
+    if not shown:
+        raise UserError("there is nothing to draw: no method has a perplexity at a budget below 1; the rows miss those runs")
+    styles = _styles(shown)
+    with plt.rc_context({"svg.hashsalt": "slimtune", "font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        size = (1.9 + 4.3 * len(shown), 3.9)
+        figure, axes = plt.subplots(1, len(shown), figsize=size, layout="constrained", squeeze=False)
+        for axis, board in zip(axes[0], shown, strict=True):
+            _panel(axis, board, styles)
+        axes[0][0].set_ylabel("perplexity on the domain's test text")
+        names = _ranked(shown)
+        handles = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend([handles[name] for name in names], names, loc="outside right upper", frameon=False, handlelength=4)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        except OSError as error:
+            raise UserError(f"{str(file)!r} cannot be written: {error.strerror}; choose another out") from error
+        finally:
+            plt.close(figure)
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise UserError("the figure needs matplotlib: pip install 'slimtune[plot]', then --table draws it") from error
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _points(board: Board) -> dict[str, list[float]]:
+    """The budgets at which each method has a perplexity."""
+    found = {method: [keep for keep in board.keeps if board.of(method, keep)] for method in board.methods}
+    return {method: keeps for method, keeps in found.items() if keeps}
+
+
+def _styles(shown: list[Board]) -> dict[str, tuple[Any, ...]]:
+    names = [name for name in dict.fromkeys(name for board in shown for name in _points(board)) if name != OURS]
+    return {OURS: ("black", "o", "-"), **{name: STYLES[index % len(STYLES)] for index, name in enumerate(names)}}
+
+
+def _ranked(shown: list[Board]) -> list[str]:
+    """Methods as the lines lie at the smallest budget of the first panel, the worst at the top as in the panel."""
+    heights: dict[str, float] = {}
+    for board in shown:
+        for name, keeps in _points(board).items():
+            heights.setdefault(name, statistics.mean(board.of(name, keeps[-1]).values()))
+    return sorted(heights, key=lambda name: -heights[name])
+
+
+def _size(board: Board, method: str, keep: float) -> float:
+    """Millions of parameters; of other methods at that budget where the method's rows do not say."""
+    mine = list(board.of(method, keep, "parameters").values())
+    others = [value for name in board.methods for value in board.of(name, keep, "parameters").values()]
+    return statistics.mean(mine or others or [keep * 1e6]) / 1e6
+
+
+def _panel(axis: Any, board: Board, styles: dict[str, tuple[Any, ...]]) -> None:
+    points, heights = _points(board), []
+    aside = _aside(board, points)
+    for name, keeps in points.items():
+        colour, marker, line = styles[name]
+        means = [statistics.mean(board.of(name, keep).values()) for keep in keeps]
+        bars = [deviation(board.of(name, keep).values()) for keep in keeps]
+        ours = name == OURS
+        axis.errorbar(
+            [_size(board, name, keep) + aside[name] for keep in keeps],
+            means,
+            bars,
+            label=name,
+            color=colour,
+            marker=marker,
+            ls=line,
+            lw=2.2 if ours else 1.3,
+            ms=6 if ours else 5,
+            mfc=colour if ours else "white",
+            capsize=3,
+            zorder=4 if ours else 3,
+        )
+        heights += means
+    if dense := list(board.of(DENSE, 1.0).values()):
+        _level(axis, statistics.mean(dense), deviation(dense))
+        heights.append(statistics.mean(dense))
+    _scales(axis, board, points, heights)
+
+
+def _aside(board: Board, points: dict[str, list[float]]) -> dict[str, float]:
+    """With one budget the methods would lie on one spot: side by side instead, the best on the left."""
+    if len(board.keeps) > 1:
+        return dict.fromkeys(points, 0.0)
+    names = sorted(points, key=lambda name: statistics.mean(board.of(name, board.keeps[0]).values()))
+    return {name: index - (len(names) - 1) / 2 for index, name in enumerate(names)}
+
+
+def _level(axis: Any, mean: float, bar: float) -> None:
+    axis.axhline(mean, color="black", lw=1, ls=(0, (8, 3)), zorder=2)
+    if bar:
+        axis.axhspan(mean - bar, mean + bar, color="black", alpha=0.12, lw=0, zorder=1)
+    text = f"dense LoRA, nothing cut: {mean:.2f}"
+    place = {"xycoords": ("axes fraction", "data"), "xytext": (0, -4), "textcoords": "offset points"}
+    axis.annotate(text, (1, mean), **place, ha="right", va="top", fontsize=9)
+
+
+def _scales(axis: Any, board: Board, points: dict[str, list[float]], heights: list[float]) -> None:
+    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+
+    low, high = min(heights), max(heights)
+    if high > WIDE * low:
+        axis.set_yscale("log")
+        ticks = [tick for tick in MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(low, high) if tick >= low * 0.9 and tick > 0]
+        axis.set_yticks(sorted({*ticks, math.floor(low)}))
+        axis.yaxis.set_major_formatter(ScalarFormatter())
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set_ylim(low * (low / high) ** 0.12, high * (high / low) ** 0.06)
+    else:
+        axis.set_ylim(low - 0.14 * (high - low or low), high + 0.08 * (high - low or low))
+    keeps = sorted({keep for each in points.values() for keep in each})
+    sizes = [statistics.median(_size(board, name, keep) for name, each in points.items() if keep in each) for keep in keeps]
+    axis.set_xticks(sizes, [f"{size:,.1f} M\n{keep:.0%}" for size, keep in zip(sizes, keeps, strict=True)])
+    axis.margins(x=0.08)
+    axis.set_xlabel("parameters kept")
+    axis.set_title(_title(board), loc="left", fontsize=11)
+    axis.grid(axis="y", lw=0.4, color="0.85")
+
+
+def _title(board: Board) -> str:
+    base = [row["base_value"] for row in board.rows if row["metric"] == PPL and row.get("base_value")]
+    untuned = f" (untuned {base[0]:.1f})" if base else ""
+    return f"{board.domain}, {board.base}{untuned}"

@@ -1,0 +1,195 @@
+"""From a comparison to its runs, each checked as a recipe before the first one starts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimtune.comparison.config import Comparison, Method
+from slimtune.errors import UserError, nearest
+from slimtune.recipe import Recipe, load, read_yaml
+
+Key = tuple[str, str, str, float, int]
+"""What a run is in the rows: base, domain, method, keep, seed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what it is called in the rows, and the words of ``slimtune tune`` that make it."""
+
+    base: str
+    domain: str
+    method: str
+    keep: float
+    seed: int
+    file: str
+    words: tuple[str, ...]
+    folder: Path
+    recipe: Recipe = field(compare=False, repr=False)
+    shared: str = field(default="", repr=False)
+
+    @property
+    def key(self) -> Key:
+        """Base, domain, method, keep, seed."""
+        return self.base, self.domain, self.method, self.keep, self.seed
+
+    @property
+    def label(self) -> str:
+        """For a line of progress."""
+        return f"{self.method}{'' if self.keep == 1 else f' {self.keep:g}'} seed {self.seed}"
+
+    @property
+    def digest(self) -> str:
+        """Of the shared recipe's text and all words but ``out``: the same on every machine."""
+        return hashlib.sha256(json.dumps([self.shared, *self.words, self.seed]).encode()).hexdigest()[:12]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the model."""
+        recipe = self.recipe
+        known = {"finetune": recipe.train.steps, "atp": recipe.search.steps + recipe.recover.steps}
+        return known.get(recipe.method, recipe.windows // recipe.train.batch)
+
+    @property
+    def windows(self) -> int:
+        """Windows that the run reads, those of its decision counted."""
+        return self.steps * self.recipe.train.batch if self.recipe.method == "finetune" else self.recipe.windows
+
+    @property
+    def tokens(self) -> int:
+        """At most: short windows hold fewer."""
+        return self.windows * self.recipe.data.max_length
+
+
+def jobs_of(comparison: Comparison, out: str | Path | None = None) -> list[Job]:
+    """All runs of a comparison, seed by seed, so that an early end leaves whole comparisons.
+
+    Raises:
+        UserError: a run is not a valid recipe; names the method and the key.
+    """
+    folder, common = Path(out or comparison.out), words_of(comparison.set)
+    _checked("set", comparison.recipe, common)
+    shared = shared_text(comparison.recipe)
+    parts: list[tuple[str, float, tuple[str, ...], Recipe]] = []
+    for name, method in comparison.methods.items():
+        for keep in _budgets(comparison, name, method, common):
+            words, recipe = _run(comparison, name, method, keep, common)
+            parts.append((name, 1.0 if keep is None else keep, words, recipe))
+    return [
+        Job(
+            comparison.base,
+            comparison.domain,
+            name,
+            keep,
+            seed,
+            comparison.recipe,
+            words,
+            folder / (f"{name}-{seed}" if keep == 1 else f"{name}-{keep:g}-{seed}"),
+            recipe,
+            shared,
+        )
+        for seed in comparison.seeds
+        for name, keep, words, recipe in parts
+    ]
+
+
+def shared_text(file: str | Path) -> str:
+    """A recipe file's content without its comments and order."""
+    return json.dumps(read_yaml(file, "recipe", "recipes/demo.yaml"), sort_keys=True, default=str)
+
+
+def _budgets(comparison: Comparison, name: str, method: Method, common: list[str]) -> Sequence[float | None]:
+    """The budgets of a method; ``None`` for one that cuts nothing."""
+    if method.keep is not None:
+        return method.keep
+    words = words_of(method.changes, comparison.keep[0])
+    if _checked(f"methods.{name}", comparison.recipe, [*common, *words]).method != "finetune":
+        return comparison.keep
+    if words != words_of(method.changes):
+        raise UserError(f"comparison: methods.{name} uses {{keep}} but has no budget; say which, e.g. keep: [0.6]")
+    return (None,)
+
+
+def _run(
+    comparison: Comparison, name: str, method: Method, keep: float | None, common: list[str]
+) -> tuple[tuple[str, ...], Recipe]:
+    where, own = f"methods.{name}", words_of(method.changes, keep)
+    words = [*common, "evaluate.dense_lora=false", *own]
+    recipe = _checked(where, comparison.recipe, words)
+    extra = [] if keep is None else [f"budget.keep={keep:g}"]
+    if recipe.method == "finetune":
+        given = any(word.startswith("train.steps=") for word in words)
+        extra = [] if given else [f"train.steps={_equal_steps(comparison, common, recipe)}"]
+    words += extra
+    return tuple(words), _checked(where, comparison.recipe, words)
+
+
+def _equal_steps(comparison: Comparison, common: list[str], recipe: Recipe) -> int:
+    """Steps that read as many windows as ``atp`` with the shared recipe, the windows of its search counted."""
+    atp = _checked("train.steps at equal cost", comparison.recipe, [*common, "method=atp"])
+    return atp.windows // recipe.train.batch
+
+
+def _checked(where: str, file: str, words: list[str]) -> Recipe:
+    try:
+        return load(file, words)
+    except UserError as error:
+        raise UserError(f"comparison: {where}: {str(error).removeprefix('recipe: ')}") from error
+
+
+def words_of(changes: dict[str, Any], keep: float | None = None) -> list[str]:
+    """``key=value`` words; with a budget in the place of ``{keep}``."""
+    return [f"{key}={_word(_filled(value, keep))}" for key, value in changes.items()]
+
+
+def _filled(value: Any, keep: float | None) -> Any:
+    if isinstance(value, dict):
+        return {key: _filled(item, keep) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_filled(item, keep) for item in value]
+    return value.replace("{keep}", f"{keep:g}") if isinstance(value, str) and keep is not None else value
+
+
+def _word(value: Any) -> str:
+    """A value as YAML on one line; a text as it stands where it reads back as itself."""
+    if isinstance(value, str):
+        try:
+            plain = bool(value) and yaml.safe_load(value) == value
+        except yaml.YAMLError:
+            plain = False
+        if plain and "\n" not in value:
+            return value
+    return json.dumps(value, ensure_ascii=False)
+
+
+def chosen(jobs: list[Job], only: Iterable[str] = (), keep: Iterable[float] = (), seeds: Iterable[int] = ()) -> list[Job]:
+    """The runs of these methods, budgets and seeds (empty: all). A method that cuts nothing belongs to every budget.
+
+    Raises:
+        UserError: the comparison has no such method, budget or seed.
+    """
+    methods, budgets, numbers = list(only), list(keep), list(seeds)
+    _known("--only", methods, list(dict.fromkeys(job.method for job in jobs)))
+    _known("--keep", budgets, sorted({job.keep for job in jobs if job.keep < 1}, reverse=True))
+    _known("--seeds", numbers, sorted({job.seed for job in jobs}))
+    return [
+        job
+        for job in jobs
+        if (not methods or job.method in methods)
+        and (not budgets or job.keep in budgets or job.keep == 1)
+        and (not numbers or job.seed in numbers)
+    ]
+
+
+def _known(option: str, asked: Sequence[Any], known: Sequence[Any]) -> None:
+    for item in asked:
+        if item not in known:
+            names = [f"{value}" for value in known]
+            hint = nearest(str(item), names) if isinstance(item, str) else ""
+            raise UserError(f"{option} {item}: the comparison has no such run.{hint} It has: {', '.join(names)}")

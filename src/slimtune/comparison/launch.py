@@ -1,0 +1,150 @@
+"""Runs as processes of their own, side by side, and what each left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from slimtune.comparison.jobs import Job
+from slimtune.comparison.program import commit, program
+
+Summary = dict[str, Any]
+
+TUNE = (sys.executable, "-m", "slimtune", "tune")
+STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
+"""Exit codes of a run that somebody stopped: no result, and no failure of the run either."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A run's end: its summary, ``{"failed": end of the log}``, or None when it was stopped; and how long it took."""
+
+    job: Job
+    summary: Summary | None
+    seconds: float
+
+
+def beside(job: Job, ending: str) -> Path:
+    """A file next to the run's folder. Not ``with_suffix``: a budget in the name looks like one."""
+    return job.folder.with_name(job.folder.name + ending)
+
+
+def command(job: Job) -> list[str]:
+    """The words of the run."""
+    return [*TUNE, job.file, *job.words, f"seed={job.seed}", f"out={job.folder}", "--overwrite"]
+
+
+def finished(job: Job, now: str) -> Summary | None:
+    """The summary of a run that the same words and the same program (``now``) have made, with what its stamp says."""
+    stamp, summary = beside(job, ".json"), job.folder / "summary.json"
+    if not (stamp.is_file() and summary.is_file()):
+        return None
+    made: Summary = json.loads(stamp.read_text(encoding="utf-8"))
+    if (made["words"], made["program"]) != (job.digest, now):
+        return None
+    return {**json.loads(summary.read_text(encoding="utf-8")), **made, "kv_groups": _kv_groups(job.folder / "plan.json")}
+
+
+def _kv_groups(plan: Path) -> int | None:
+    """KV groups that stay, over all layers: what the KV cache holds."""
+    if not plan.is_file():
+        return None
+    kept = json.loads(plan.read_text(encoding="utf-8"))["plan"]["kept"]
+    return sum(len(layer["kv_group"]) for layer in kept)
+
+
+class Launcher:
+    """Starts runs, as many side by side as ``jobs`` says, and stops them when the caller is interrupted."""
+
+    def __init__(self, jobs: int, gpus: Sequence[str] = (), threads: int | None = None):
+        self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
+        self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()  # a run takes the GPU that an ended one has left
+        for index in range(jobs):
+            self.gpus.put(gpus[index % len(gpus)] if gpus else "")
+        self.running: set[subprocess.Popen[bytes]] = set()
+        self.stopping = False
+        self.lock = threading.Lock()
+
+    def run_all(self, work: Sequence[Job]) -> Generator[Ended, None, None]:
+        """The ends of the runs, as they come. An interrupt stops the runs and goes on to the caller."""
+        pool = ThreadPoolExecutor(self.jobs)
+        try:
+            with _terminable():
+                for future in as_completed([pool.submit(self._run, job) for job in work]):
+                    yield future.result()
+        finally:  # also when the caller leaves early
+            self._stop()
+            pool.shutdown(cancel_futures=True)
+
+    def _run(self, job: Job) -> Ended:
+        started, now, log = time.perf_counter(), program(), beside(job, ".log")
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "summary.json").unlink(missing_ok=True)
+        words = command(job)
+        stamp = {"words": job.digest, "program": now, "commit": commit(), "command": " ".join(words)}
+        beside(job, ".json").write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        gpu = self.gpus.get()
+        try:
+            code = self._wait(words, log, gpu)
+        finally:
+            self.gpus.put(gpu)
+        seconds = time.perf_counter() - started
+        if code is None or code in STOPPED:
+            return Ended(job, None, seconds)
+        summary = finished(job, now) if code == 0 else None
+        failed = {**stamp, "failed": log.read_text(encoding="utf-8", errors="replace").strip()[-400:] or f"exit code {code}"}
+        return Ended(job, summary or failed, seconds)
+
+    def _wait(self, words: list[str], log: Path, gpu: str) -> int | None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+        with log.open("wb") as file:
+            with self.lock:
+                if self.stopping:
+                    return None
+                child = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                self.running.add(child)
+            code = child.wait()
+        with self.lock:
+            self.running.discard(child)
+        return code
+
+    def _stop(self) -> None:
+        with self.lock:
+            self.stopping = True
+            children = list(self.running)
+        for child in children:
+            child.terminate()
+        for child in children:
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does: a batch system's time limit must not leave runs behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

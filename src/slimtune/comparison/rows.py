@@ -1,0 +1,114 @@
+"""Raw rows: a flat object for each metric of each run. One file may hold several bases and domains, made in several calls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from slimtune.comparison.jobs import Job, Key
+from slimtune.errors import UserError
+from slimtune.runtime import write_atomically
+
+Row = dict[str, Any]
+Summary = dict[str, Any]
+
+DENSE = "dense_lora"
+"""The method that supplies ``dense_value``: LoRA on the uncut model."""
+PLAIN = {"domain_ppl": "ppl", "accuracy": "accuracy", "parameters": "parameters"}
+"""Metrics whose key in a summary is another or has no dot. Every key with a dot, a task's figure, is a metric as well."""
+
+
+def of_run(job: Job, summary: Summary) -> list[Row]:
+    """The rows of one run, and of the dense LoRA that it may have taken as its reference."""
+    where = dict(zip(("base", "domain", "method", "keep", "seed"), job.key, strict=True))
+    made = {key: summary.get(key) for key in ("of", "version", "machine", "torch", "commit", "program", "words")}
+    if "failed" in summary:
+        return [{**where, "metric": "failed", "value": summary["failed"], **{key: made[key] for key in ("commit", "program")}}]
+    own = {"tokens": sum(summary["tokens"].values()), "leak": summary.get("leak"), "plan": summary["plan"]}
+    own |= {"reload_difference": summary["reload_difference"], "kv_groups": summary.get("kv_groups")}
+    own |= {"block_ratio": summary["result"]["block_ratio"]}
+    rows = _rows({**where, **made, **own}, summary["result"], summary["base"])
+    if reference := summary.get(DENSE):
+        own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}
+        rows += _rows({**where, **made, **own}, reference, summary["base"])
+    return rows
+
+
+def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
+    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith("_se") and _is_number(value)}
+    return [
+        {
+            **common,
+            "metric": metric,
+            "value": figures[key],
+            "se": figures.get(f"{key}_se"),
+            "base_value": base.get(key),
+            "dense_value": None,
+            "gpu_seconds": figures["seconds"],
+        }
+        for metric, key in (PLAIN | tasks).items()
+        if key in figures
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def key_of(row: Row) -> Key:
+    """Base, domain, method, keep, seed. Rows without a budget (failed runs of early files) count as uncut."""
+    return row["base"], row["domain"], row["method"], row.get("keep") or 1.0, row["seed"]
+
+
+def joined(kept: Iterable[Row], new: Iterable[Row]) -> list[Row]:
+    """``kept`` with the runs in ``new`` put in the place of theirs; ``dense_value`` joined over all rows."""
+    new = list(new)
+    made = {key_of(row) for row in new}
+    rows = [row for row in kept if key_of(row) not in made] + new
+    rows.sort(key=lambda row: (*key_of(row)[:3], -key_of(row)[3], key_of(row)[4]))
+    dense = {_reference(row): row["value"] for row in rows if row["method"] == DENSE}
+    return [{**row, "dense_value": dense.get(_reference(row))} if "dense_value" in row else row for row in rows]
+
+
+def _reference(row: Row) -> tuple[Any, ...]:
+    return row["base"], row["domain"], row["seed"], row["metric"]
+
+
+def has_run(rows: Iterable[Row], job: Job, now: str) -> bool:
+    """Whether the rows hold this run, made by the same words and the program ``now``, here or on another machine."""
+    mine = [row for row in rows if key_of(row) == job.key]
+    return bool(mine) and all(
+        row["metric"] != "failed" and (row.get("words"), row.get("program")) == (job.digest, now) for row in mine
+    )
+
+
+def read(file: Path) -> list[Row]:
+    """The rows of a file; none when there is no file. Raises UserError when it holds something else."""
+    if not file.exists():
+        return []
+    try:
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        for row in rows:
+            key_of(row)
+            row["metric"], row["value"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{str(file)!r} holds no rows of a comparison ({error!r}); give another --rows file") from error
+    found: list[Row] = rows
+    return found
+
+
+def write(file: Path, rows: Iterable[Row]) -> None:
+    """A row a line, so that a change is legible as one; whole or not at all. Raises UserError."""
+    text = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+    put(file, text)
+
+
+def put(file: Path, text: str) -> None:
+    """Write a file of the comparison. Raises UserError where that cannot be."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, text)
+    except OSError as error:
+        raise UserError(f"{str(file)!r} cannot be written: {error.strerror}; choose another out or --rows") from error

@@ -1,0 +1,158 @@
+"""A comparison from its file to rows: what is there is taken, what is missing is run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from slimtune.comparison import rows as raw
+from slimtune.comparison.config import Comparison, load
+from slimtune.comparison.jobs import Job, chosen, jobs_of
+from slimtune.comparison.launch import Ended, Launcher, beside, finished
+from slimtune.comparison.program import program
+from slimtune.errors import UserError
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a comparison is asked for: its runs, all of them and those of this call, and where things go."""
+
+    comparison: Comparison
+    jobs: list[Job]
+    work: list[Job]
+    out: Path
+    rows: Path
+
+
+def order(
+    file: str | Path,
+    *,
+    only: Iterable[str] = (),
+    keep: Iterable[float] = (),
+    seeds: Iterable[int] = (),
+    rows: str | Path | None = None,
+    out: str | Path | None = None,
+) -> Order:
+    """Read a comparison file and check all its runs. Raises UserError; see :func:`compare`."""
+    comparison = load(file)
+    folder = Path(out or comparison.out)
+    jobs = jobs_of(comparison, folder)
+    return Order(comparison, jobs, chosen(jobs, only, keep, seeds), folder, Path(rows or folder / "rows.json"))
+
+
+def compare(
+    file: str | Path,
+    *,
+    jobs: int | None = None,
+    gpus: Sequence[str] = (),
+    threads: int | None = None,
+    only: Iterable[str] = (),
+    keep: Iterable[float] = (),
+    seeds: Iterable[int] = (),
+    rows: str | Path | None = None,
+    out: str | Path | None = None,
+    say: Say = print,
+) -> list[raw.Row]:
+    """Make the runs of a comparison file that are not there yet, and collect their rows.
+
+    Args:
+        file: the comparison, e.g. ``recipes/compare/health.yaml``.
+        jobs: runs side by side; default: one a GPU in ``gpus``, else one.
+        gpus: numbers of the GPUs to deal the runs out to; none: each run sees all.
+        threads: CPU threads of a run; default: the cores over ``jobs``.
+        only: methods; keep: budgets; seeds: seeds. Empty: all.
+        rows: the file of the rows; default ``rows.json`` in the output folder. Rows that it has are kept and joined.
+        out: folder of the runs; default: the comparison's.
+        say: takes a line for each run that ends.
+
+    Returns:
+        All rows of the file, those of failed runs (metric ``failed``) among them.
+
+    Raises:
+        UserError: a run is not a valid recipe, the file asks for something unknown, or a folder cannot be written.
+    """
+    asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
+    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say)
+
+
+def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
+    """``jobs``, else one a GPU, else one. Raises UserError where nothing would ever run."""
+    if jobs is not None and jobs < 1:
+        raise UserError(f"--jobs {jobs}: give the number of runs side by side, 1 or more")
+    return jobs or len(gpus) or 1
+
+
+def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -> list[raw.Row]:
+    """Rows of finished runs, then those of the others as they end; the file is whole after each of them."""
+    now, rows = program(), raw.read(file)
+    left = [job for job in work if not raw.has_run(rows, job, now)]
+    _check_folders(left)
+    there = {job: summary for job in left if (summary := finished(job, now))}
+    rows = raw.joined(rows, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
+    raw.write(file, rows)  # also the proof, before hours of work, that it can be written
+    todo = [job for job in left if job not in there]
+    if len(todo) < len(work):
+        say(f"{len(work) - len(todo)} of {len(work)} runs are there already, made by the same words and the same program")
+    clock = _Clock(len(todo), launcher.jobs)
+    with closing(launcher.run_all(todo)) as ends:  # closed at once: an interrupt in here must stop the runs too
+        for ended in ends:
+            if ended.summary is not None:
+                # read again: another call may have added to it
+                rows = raw.joined(raw.read(file), raw.of_run(ended.job, ended.summary))
+                raw.write(file, rows)
+            say(clock.line(ended))
+    return rows
+
+
+def present(work: Sequence[Job], file: Path) -> set[Job]:
+    """The runs that need not be made: their rows or their folders are there, by the same words and program."""
+    now, rows = program(), raw.read(file)
+    return {job for job in work if raw.has_run(rows, job, now) or finished(job, now)}
+
+
+def _check_folders(work: Sequence[Job]) -> None:
+    for folder in dict.fromkeys(job.folder.parent for job in work):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"out={str(folder)!r} cannot be created: {error.strerror}; choose another folder") from error
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"out={str(folder)!r} cannot be written; choose another folder")
+
+
+class _Clock:
+    """Lines of progress with the time left, by the mean of the runs so far."""
+
+    def __init__(self, total: int, jobs: int):
+        self.total, self.jobs, self.done, self.started = total, jobs, 0, time.perf_counter()
+
+    def line(self, ended: Ended) -> str:
+        """What came of a run."""
+        self.done += 1
+        left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
+        rest = f"; about {duration(left)} left" if self.done < self.total else ""
+        return f"[{self.done}/{self.total}] {ended.job.label}: {_outcome(ended)}, {duration(ended.seconds)}{rest}"
+
+
+def _outcome(ended: Ended) -> str:
+    summary = ended.summary
+    if summary is None:
+        return "stopped from outside"
+    if "failed" in summary:
+        return f"failed, see {beside(ended.job, '.log')}"
+    base = f" (base {summary['base']['ppl']:.2f})" if "ppl" in summary["base"] else ""
+    return f"perplexity {summary['result']['ppl']:.2f}{base}"
+
+
+def duration(seconds: float) -> str:
+    """In words: ``40 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

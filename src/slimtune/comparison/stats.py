@@ -1,0 +1,124 @@
+"""What a table and a figure say of raw rows: figures by method, budget and seed, and what is missing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from slimtune.comparison.jobs import Job
+from slimtune.comparison.rows import DENSE, Row, key_of
+
+PPL = "domain_ppl"
+OURS = "atp"
+"""The method that the others are held against."""
+Cell = tuple[str, float]
+"""Method and budget (1: nothing is cut)."""
+
+
+@dataclass
+class Board:
+    """The rows of one base and domain."""
+
+    base: str
+    domain: str
+    seeds: dict[Cell, set[int]] = field(default_factory=dict)
+    """The seeds that each method and budget should have, in the order in which they are shown."""
+    values: dict[tuple[str, float, str], dict[int, float]] = field(default_factory=dict)
+    """Value by seed of a method, a budget and a metric."""
+    failed: dict[Cell, set[int]] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """For headings."""
+        return f"{self.domain}, {self.base}"
+
+    @property
+    def keeps(self) -> list[float]:
+        """The budgets of methods that cut, largest first."""
+        return sorted({keep for _, keep in self.seeds if keep < 1}, reverse=True)
+
+    @property
+    def methods(self) -> list[str]:
+        """Methods that cut (or stand for a budget)."""
+        return list(dict.fromkeys(method for method, keep in self.seeds if keep < 1))
+
+    def of(self, method: str, keep: float, metric: str = PPL) -> dict[int, float]:
+        """Value by seed."""
+        return self.values.get((method, keep, metric), {})
+
+    def retention(self, method: str, keep: float) -> dict[int, float]:
+        """Dense LoRA's perplexity over the method's, by seed: 1 is as good as a model that keeps all parameters."""
+        dense, mine = self.of(DENSE, 1.0), self.of(method, keep)
+        return {seed: dense[seed] / value for seed, value in mine.items() if dense.get(seed)}
+
+    def lead(self, rival: str, keep: float) -> dict[int, float]:
+        """Perplexity of a rival minus that of atp, by seed: above 0, atp is ahead."""
+        ours = self.of(OURS, keep)
+        return {seed: value - ours[seed] for seed, value in self.of(rival, keep).items() if seed in ours}
+
+    def missing(self, method: str, keep: float) -> list[int]:
+        """Seeds that should be there and are not."""
+        return sorted(self.seeds[method, keep] - set(self.of(method, keep)))
+
+    @property
+    def metrics(self) -> list[str]:
+        """What is measured besides the perplexity: accuracy and the figures of tasks."""
+        return sorted({metric for _, _, metric in self.values} - {PPL, "parameters"})
+
+
+def boards(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Board]:
+    """A board for each base and domain.
+
+    Args:
+        rows: raw rows.
+        asked: the runs that there should be. Where they say nothing of a base and domain, each of its methods and budgets
+            should have the seeds that any has.
+    """
+    found: dict[tuple[str, str], Board] = {}
+    for job in asked:
+        board = found.setdefault((job.base, job.domain), Board(job.base, job.domain))
+        board.seeds.setdefault((job.method, job.keep), set()).add(job.seed)
+    told = {where: _all_seeds(board.seeds) for where, board in found.items()}
+    for row in rows:
+        base, domain, method, keep, seed = key_of(row)
+        board = found.setdefault((base, domain), Board(base, domain))
+        board.rows.append(row)
+        board.seeds.setdefault((method, keep), set())
+        if row["metric"] == "failed":
+            board.failed.setdefault((method, keep), set()).add(seed)
+        else:
+            board.values.setdefault((method, keep, row["metric"]), {})[seed] = row["value"]
+    for where, board in found.items():
+        everything = told.get(where) or {seed for values in board.values.values() for seed in values}
+        for seeds in board.seeds.values():
+            if not seeds:
+                seeds |= everything
+        if where not in told:
+            board.seeds = dict(sorted(board.seeds.items(), key=_place))
+    return list(found.values())
+
+
+def _all_seeds(seeds: Mapping[Cell, set[int]]) -> set[int]:
+    return {seed for each in seeds.values() for seed in each}
+
+
+def _place(item: tuple[Cell, set[int]]) -> tuple[bool, str, float]:
+    (method, keep), _ = item
+    return method != OURS, method, -keep
+
+
+def spread(values: Iterable[float], digits: int) -> str:
+    """Mean ± standard deviation; the mean alone of a single value; nothing of none."""
+    found = list(values)
+    if not found:
+        return ""
+    mean = f"{statistics.mean(found):.{digits}f}"
+    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+
+
+def deviation(values: Iterable[float]) -> float:
+    """Standard deviation; 0 of a single value."""
+    found = list(values)
+    return statistics.stdev(found) if len(found) > 1 else 0.0

@@ -1,0 +1,223 @@
+"""Raw rows as tables, on the screen and as Markdown."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from slimtune.comparison.jobs import Job
+from slimtune.comparison.rows import DENSE, Row
+from slimtune.comparison.stats import OURS, PPL, Board, boards, deviation, spread
+
+
+@dataclass
+class Sheet:
+    """A table before it is drawn: texts, the best cells, and lines below."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    best: set[tuple[int, int]] = field(default_factory=set)
+    """Row and column of the cells to stress."""
+    notes: list[str] = field(default_factory=list)
+
+
+def sheets(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Sheet]:
+    """Three tables for each base and domain: all figures, perplexity by method and budget, and what atp is ahead by."""
+    found = []
+    for board in boards(rows, asked):
+        found.append(_figures(board))
+        if board.methods:
+            found.append(_overview(board))
+        if OURS in board.methods and len(board.methods) > 1:
+            found.append(_leads(board))
+    return found
+
+
+def render(found: Iterable[Sheet]) -> RenderableType:
+    """For a terminal."""
+    return Group(*(_drawn(sheet) for sheet in found))
+
+
+def markdown(found: Iterable[Sheet]) -> str:
+    """The same as Markdown."""
+    return "\n".join(_marked(sheet) for sheet in found)
+
+
+def listing(work: Sequence[Job], there: Container[Job]) -> Sheet:
+    """What a call would run: steps, tokens, and which seeds are there already."""
+    sheet = Sheet("runs", ["method", "keep", "steps", "windows", "tokens, at most", "to run: seeds", "there: seeds"])
+    todo = [job for job in work if job not in there]
+    for method, keep in dict.fromkeys((job.method, job.keep) for job in work):
+        mine = [job for job in work if (job.method, job.keep) == (method, keep)]
+        run, done = [job.seed for job in mine if job not in there], [job.seed for job in mine if job in there]
+        numbers = [f"{number:,}" for number in (mine[0].steps, mine[0].windows, mine[0].tokens)]
+        sheet.rows.append([method, _budget(keep), *numbers, _list(run), _list(done)])
+    sheet.notes.append(f"{len(todo)} of {len(work)} runs to make, {sum(job.tokens for job in todo):,} tokens at most")
+    return sheet
+
+
+def _figures(board: Board) -> Sheet:
+    seconds = "GPU s" if _on_gpus(board) else "s"
+    columns = ["method", "keep", "M params", "perplexity", "retention", *board.metrics, "M tokens", seconds, "seeds"]
+    sheet = Sheet(f"{board.name}: all figures", columns)
+    for method, keep in board.seeds:
+        sheet.rows.append(
+            [
+                method,
+                _budget(keep),
+                _millions(board.of(method, keep, "parameters").values()),
+                spread(board.of(method, keep).values(), 2),
+                spread(board.retention(method, keep).values(), 3),
+                *(spread(board.of(method, keep, metric).values(), 3) for metric in board.metrics),
+                _millions(_column(board, method, keep, "tokens")),
+                _count(_column(board, method, keep, "gpu_seconds")),
+                _seeds(board, method, keep),
+            ]
+        )
+    sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
+    sheet.notes += _warnings(board)
+    return sheet
+
+
+def _column(board: Board, method: str, keep: float, key: str) -> list[float]:
+    mine = [row for row in board.rows if (row["method"], row.get("keep") or 1.0, row["metric"]) == (method, keep, PPL)]
+    return [row[key] for row in mine if row.get(key) is not None]
+
+
+def _count(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{statistics.mean(found):,.0f}" if found else ""
+
+
+def _millions(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{statistics.mean(found) / 1e6:,.2f}" if found else ""
+
+
+def _budget(keep: float) -> str:
+    return "all" if keep == 1 else f"{keep:g}"
+
+
+def _seeds(board: Board, method: str, keep: float) -> str:
+    there, failed = sorted(board.of(method, keep)), sorted(board.failed.get((method, keep), ()))
+    missing = [seed for seed in board.missing(method, keep) if seed not in failed]
+    parts = [_list(there)] if there else []
+    parts += [f"FAILED: {_list(failed)}"] if failed else []
+    parts += [f"MISSING: {_list(missing)}"] if missing else []
+    return "; ".join(parts)
+
+
+def _list(seeds: Iterable[int]) -> str:
+    return ", ".join(str(seed) for seed in seeds)
+
+
+def _on_gpus(board: Board) -> bool:
+    machines = {row.get("machine") for row in board.rows if row.get("machine")}
+    return bool(machines) and not any("CPU threads" in str(machine) for machine in machines)
+
+
+def _warnings(board: Board) -> list[str]:
+    """What a reader must know before comparing two lines."""
+    found = []
+    gaps = sum(len(board.missing(*cell)) for cell in board.seeds)
+    if gaps:
+        found.append(f"INCOMPLETE: {gaps} of {sum(len(seeds) for seeds in board.seeds.values())} runs are missing or failed")
+    if not board.of(DENSE, 1.0):
+        found.append("no dense LoRA among the rows: no retention")
+    machines = sorted({str(row["machine"]) for row in board.rows if row.get("machine")})
+    if len(machines) > 1:
+        found.append(f"seconds were taken on different machines: {', '.join(machines)}")
+    programs = {row.get("program") for row in board.rows if row["metric"] == PPL}
+    if len(programs) > 1:
+        found.append(f"the runs were made by {len(programs)} versions of the program (program and commit in the rows)")
+    return found
+
+
+def _overview(board: Board) -> Sheet:
+    columns = ["method", *(f"keep {keep:g}" for keep in board.keeps)]
+    sheet = Sheet(f"{board.name}: mean perplexity", columns)
+    for method in board.methods:
+        sheet.rows.append([method, *(_mean(board, method, keep) for keep in board.keeps)])
+    for column, keep in enumerate(board.keeps, 1):
+        means = {
+            index: statistics.mean(values.values())
+            for index, method in enumerate(board.methods)
+            if (values := board.of(method, keep))
+        }
+        if len(means) > 1:
+            sheet.best |= {(index, column) for index, value in means.items() if value == min(means.values())}
+    uncut = [name for name, keep in board.seeds if keep == 1 and board.of(name, 1.0)]
+    sheet.notes += [f"nothing cut: {name} {spread(board.of(name, 1.0).values(), 2)}" for name in uncut]
+    if any(board.missing(method, keep) and board.of(method, keep) for method in board.methods for keep in _own(board, method)):
+        sheet.notes.append("* not all seeds are there")
+    return sheet
+
+
+def _own(board: Board, method: str) -> list[float]:
+    return [keep for keep in board.keeps if (method, keep) in board.seeds]
+
+
+def _mean(board: Board, method: str, keep: float) -> str:
+    values = board.of(method, keep).values()
+    if not values:
+        return ""
+    return f"{statistics.mean(values):.2f}{'*' if board.missing(method, keep) else ''}"
+
+
+LEGEND = (
+    "rival minus atp, the same seed each: mean ± standard deviation; "
+    "▲ atp ahead on every seed, by more than the deviation; △ on every seed; ≈ not on every seed; ▽ behind on every seed"
+)
+
+
+def _leads(board: Board) -> Sheet:
+    keeps = [keep for keep in board.keeps if board.of(OURS, keep)]
+    sheet = Sheet(f"{board.name}: what atp is ahead by, in perplexity", ["rival", *(f"keep {keep:g}" for keep in keeps)])
+    for rival in board.methods:
+        cells = [_lead(board, rival, keep) for keep in keeps]
+        if rival != OURS and any(cells):
+            sheet.rows.append([rival, *cells])
+    sheet.notes.append(LEGEND)
+    return sheet
+
+
+def _lead(board: Board, rival: str, keep: float) -> str:
+    values = list(board.lead(rival, keep).values())
+    if not values:
+        return ""
+    mean, sign = statistics.mean(values), "≈"
+    if all(value > 0 for value in values):
+        sign = "▲" if len(values) > 1 and mean > deviation(values) else "△"
+    elif all(value < 0 for value in values):
+        sign = "▽"
+    few = f" (n={len(values)})" if len(values) < len(board.seeds[rival, keep]) else ""
+    return f"{sign} {'+' if mean >= 0 else ''}{spread(values, 2)}{few}"
+
+
+def _drawn(sheet: Sheet) -> RenderableType:
+    table = Table(title=Text(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(sheet.columns):
+        left = index == 0 or name == "seeds"
+        table.add_column(name, justify="left" if left else "right", no_wrap=index == 0)
+    for number, row in enumerate(sheet.rows):
+        best = [(number, column) in sheet.best for column in range(len(row))]
+        table.add_row(*(Text(f"▸ {cell}", "bold green") if it else Text(cell) for cell, it in zip(row, best, strict=True)))
+    return Group(table, *(Text(f"  {note}", "yellow" if note[:10].isupper() else "dim") for note in sheet.notes), Text())
+
+
+def _marked(sheet: Sheet) -> str:
+    lines = [f"**{sheet.title}**", "", _line(sheet.columns), _line("---" for _ in sheet.columns)]
+    for number, row in enumerate(sheet.rows):
+        lines.append(_line(f"**{cell}**" if (number, column) in sheet.best else cell for column, cell in enumerate(row)))
+    return "\n".join([*lines, "", *(f"{note.replace('*', chr(92) + '*')}.\n" for note in sheet.notes)])
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

@@ -1,0 +1,103 @@
+"""``slimtune compare``: what it prints and writes, and how it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from comparisons import row, stand_in, write_comparison
+from slimtune.cli import app
+from slimtune.comparison import launch
+from slimtune.comparison.rows import joined, write
+
+ask = CliRunner().invoke
+
+
+@pytest.fixture(autouse=True)
+def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNE", (*stand_in(tmp_path), "tune"))
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+def test_a_whole_comparison(tmp_path: Path) -> None:
+    result = ask(app, ["compare", str(write_comparison(tmp_path, seeds=0)), "--jobs", "3", "--threads", "1"])
+    assert result.exit_code == 0, result.output
+    assert "[3/3] " in result.stdout
+    assert "17.00" in result.stdout
+    out = tmp_path / "out"
+    assert "| atp | 0.6 | 0.00 | 17.00 | 0.588 | 0.500 |" in (out / "table.md").read_text()
+    assert "<svg" in (out / "figure.svg").read_text()
+    again = ask(app, ["compare", str(tmp_path / "comparison.yaml"), "--table"])
+    assert again.exit_code == 0, again.output
+    assert "[1/" not in again.stdout
+    assert len((out / "starts").read_text().split()) == 3
+
+
+def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
+    result = ask(app, ["compare", str(write_comparison(tmp_path)), "--dry-run", "--keep", "0.6", "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    assert "2 of 2 runs to make, 53,248 tokens at most" in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_alone_are_printed_and_nothing_is_written(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    write(rows, joined([], [row("atp", 0.6, 0, 15.0), row("flap", 0.6, 0, 16.0)]))
+    before = set(tmp_path.iterdir())
+    result = ask(app, ["compare", "--table", "--rows", str(rows)])
+    assert result.exit_code == 0, result.output
+    assert "△ +1.00" in result.stdout
+    assert set(tmp_path.iterdir()) == before
+    assert ask(app, ["compare", "--table", "--rows", str(rows), "--out", str(tmp_path / "here")]).exit_code == 0
+    assert {path.name for path in (tmp_path / "here").iterdir()} == {"table.md", "figure.svg"}
+
+
+def test_a_failed_run_makes_the_command_fail_at_its_end(tmp_path: Path) -> None:
+    methods = {"unlucky": {"lora.rank": 13}, "atp": {}}
+    result = ask(app, ["compare", str(write_comparison(tmp_path, methods=methods, keep=0.6, seeds=0))])
+    assert result.exit_code == 1
+    assert "FAILED: 0" in result.stdout
+    assert result.stderr == "1 of 2 runs failed, the last with: error: rank 13 is unlucky\n"
+
+
+def test_a_part_without_a_point_to_draw_is_no_failure(tmp_path: Path) -> None:
+    result = ask(app, ["compare", str(write_comparison(tmp_path, seeds=0)), "--only", "dense_lora"])
+    assert result.exit_code == 0, result.output
+    assert "no figure: no method has a perplexity" in result.stdout
+    assert "MISSING: 0" in (tmp_path / "out" / "table.md").read_text()
+    assert not (tmp_path / "out" / "figure.svg").exists()
+
+
+def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.Launcher, "run_all", interrupted)
+    result = ask(app, ["compare", str(write_comparison(tmp_path))])
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; the same command goes on with the runs that are left\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--jobs", "0"], "--jobs 0: give the number of runs side by side"),
+        (["--only", "apt"], "--only apt: the comparison has no such run. Did you mean 'atp'?"),
+        (["--keep", "most"], "--keep 'most' is not a list such as 0.6,0.5"),
+        (["--table"], "there are no rows in"),
+        (["--table", "--dry-run"], "--table and --dry-run exclude each other"),
+    ],
+)
+def test_one_clear_error(tmp_path: Path, words: list[str], message: str) -> None:
+    result = ask(app, ["compare", str(write_comparison(tmp_path)), *words])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not (tmp_path / "out" / "starts").exists()
+
+
+def test_a_comparison_file_is_needed() -> None:
+    assert "give a comparison file" in ask(app, ["compare"]).stderr
+    assert "comparison 'nowhere.yaml' does not exist" in ask(app, ["compare", "nowhere.yaml"]).stderr

@@ -1,0 +1,80 @@
+"""Runs as processes: what they see, what they leave, how they end."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from comparisons import stand_in, write_comparison
+from slimtune.comparison import launch
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import Job, jobs_of
+from slimtune.comparison.launch import Launcher, finished
+from slimtune.comparison.program import program
+
+
+@pytest.fixture(autouse=True)
+def _fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNE", (*stand_in(tmp_path), "tune"))
+
+
+def jobs(folder: Path, rank: int = 4) -> list[Job]:
+    return jobs_of(load(write_comparison(folder, set={"lora.rank": rank})))
+
+
+def test_runs_share_out_the_gpus_and_leave_a_stamp(tmp_path: Path) -> None:
+    work = jobs(tmp_path)[:3]
+    ended = {end.job.folder.name: end for end in Launcher(2, ["3", "5"], 1).run_all(work)}
+    assert set(ended) == {job.folder.name for job in work}
+    assert {(job.folder / "environment").read_text() for job in work} == {"3 1", "5 1"}
+    summary = finished(work[0], program())
+    assert summary is not None
+    assert summary == ended["atp-0.8-0"].summary
+    assert (summary["result"]["ppl"], summary["kv_groups"], summary["words"]) == (16.0, 3, work[0].digest)
+    assert finished(work[0], "another program") is None
+    assert finished(replace(work[0], words=("lora.rank=5",)), program()) is None
+
+
+def test_a_failed_run_tells_the_end_of_its_log(tmp_path: Path) -> None:
+    (end,) = Launcher(1).run_all(jobs(tmp_path, rank=13)[:1])
+    assert end.summary is not None
+    assert end.summary["failed"] == "error: rank 13 is unlucky"
+    assert finished(end.job, program()) is None
+    assert (tmp_path / "out" / "atp-0.8-0.log").read_text().strip() == "error: rank 13 is unlucky"
+
+
+def test_an_interrupt_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
+    work = jobs(tmp_path, rank=99)[:3]
+    pid = work[0].folder / "pid"
+
+    def interrupt() -> None:
+        while not pid.is_file() or not pid.read_text():
+            time.sleep(0.01)
+        os.kill(os.getpid(), 15)  # as a time limit would; Ctrl-C takes the same way
+
+    threading.Thread(target=interrupt).start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        list(Launcher(1).run_all(work))
+    assert time.perf_counter() - started < 8  # asked to end, not killed after ten
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert (tmp_path / "out" / "starts").read_text().split() == ["atp-0.8-0"]
+
+
+def test_a_run_that_is_stopped_from_outside_is_no_result(tmp_path: Path) -> None:
+    work = jobs(tmp_path, rank=99)[:1]
+    pid = work[0].folder / "pid"
+
+    def stop() -> None:
+        while not pid.is_file() or not pid.read_text():
+            time.sleep(0.01)
+        os.kill(int(pid.read_text()), 15)
+
+    threading.Thread(target=stop).start()
+    assert [end.summary for end in Launcher(1).run_all(work)] == [None]

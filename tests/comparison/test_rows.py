@@ -1,0 +1,109 @@
+"""Raw rows: flat, joined by what a run is, of several domains in one file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from comparisons import row, write_comparison
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import Job, jobs_of
+from slimtune.comparison.rows import has_run, joined, of_run, read, write
+from slimtune.errors import UserError
+
+SUMMARY = {
+    "keep": 0.8,
+    "of": "total",
+    "base": {"ppl": 40.0, "parameters": 100, "rqe.accuracy": 0.3},
+    "result": {
+        "ppl": 20.0,
+        "ppl_se": 0.5,
+        "parameters": 60,
+        "seconds": 3.0,
+        "block_ratio": 0.5,
+        "rqe.accuracy": 0.5,
+        "rqe.accuracy_se": 0.1,
+        "rqe.note": "text",
+    },
+    "tokens": {"adapt": 10, "decide": 5},
+    "reload_difference": 1e-6,
+    "plan": "abc",
+    "version": "0",
+    "machine": "somewhere",
+    "torch": "2",
+    "commit": "c",
+    "program": "p",
+    "words": "w",
+    "kv_groups": 3,
+}
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return jobs_of(load(write_comparison(tmp_path)))[0]
+
+
+def test_a_row_for_each_metric_and_every_key_with_a_dot_is_one(job: Job) -> None:
+    rows = of_run(job, SUMMARY)
+    assert all(not isinstance(value, (dict, list)) for row in rows for value in row.values())
+    assert {row["metric"]: (row["value"], row["se"], row["base_value"]) for row in rows} == {
+        "domain_ppl": (20.0, 0.5, 40.0),
+        "parameters": (60, None, 100),
+        "rqe.accuracy": (0.5, 0.1, 0.3),
+    }
+    common = {"base": "tiny", "domain": "somewhere", "method": "atp", "keep": 0.8, "seed": 0, "tokens": 15, "gpu_seconds": 3.0}
+    common |= {"machine": "somewhere", "commit": "c", "program": "p", "words": "w", "kv_groups": 3, "block_ratio": 0.5}
+    for found in rows:
+        assert common.items() <= found.items()
+
+
+def test_the_reference_inside_a_run_is_a_row_of_dense_lora(job: Job) -> None:
+    dense = {"ppl": 16.0, "parameters": 100, "seconds": 2.0, "tokens": 7, "tuning_tokens": 10}
+    rows = joined([], of_run(job, {**SUMMARY, "dense_lora": dense}))
+    found = [row for row in rows if row["method"] == "dense_lora" and row["metric"] == "domain_ppl"]
+    assert [(row["value"], row["tokens"], row["keep"], row["dense_value"]) for row in found] == [(16.0, 10, 1.0, 16.0)]
+    assert {row["dense_value"] for row in rows if row["metric"] == "domain_ppl"} == {16.0}
+
+
+def test_rows_of_several_calls_and_domains_are_joined() -> None:
+    first = [row("atp", 0.6, 0, 15.0), row("atp", 0.5, 0, 17.0), row("atp", 0.6, 0, 30.0, domain="other")]
+    second = [row("dense_lora", 1.0, 0, 12.0), row("atp", 0.6, 0, 14.0), row("atp", 0.6, 1, 14.5)]
+    rows = joined(joined([], first), second)
+    found = {(it["domain"], it["method"], it["keep"], it["seed"]): (it["value"], it["dense_value"]) for it in rows}
+    assert found == {
+        ("other", "atp", 0.6, 0): (30.0, None),
+        ("somewhere", "atp", 0.6, 0): (14.0, 12.0),
+        ("somewhere", "atp", 0.6, 1): (14.5, None),
+        ("somewhere", "atp", 0.5, 0): (17.0, 12.0),
+        ("somewhere", "dense_lora", 1.0, 0): (12.0, 12.0),
+    }
+
+
+def test_a_failed_run_is_a_row_until_it_succeeds(job: Job) -> None:
+    failed = of_run(job, {"failed": "error: no", "program": "p"})
+    assert [(row["metric"], row["value"], row["keep"]) for row in failed] == [("failed", "error: no", 0.8)]
+    assert [row["metric"] for row in joined(failed, of_run(job, SUMMARY))] == ["domain_ppl", "parameters", "rqe.accuracy"]
+    assert not has_run(failed, job, "p")
+
+
+def test_rows_hold_a_run_of_the_same_words_and_program_alone(job: Job) -> None:
+    rows = of_run(job, {**SUMMARY, "words": job.digest})
+    assert has_run(rows, job, "p")
+    assert not has_run(rows, job, "q")
+    assert not has_run(of_run(job, SUMMARY), job, "p")
+    assert not has_run([], job, "p")
+
+
+def test_files(tmp_path: Path) -> None:
+    file = tmp_path / "deep" / "rows.json"
+    assert read(file) == []
+    write(file, [row("atp", 0.6, 0, 15.0)])
+    assert read(file) == [row("atp", 0.6, 0, 15.0)]
+    for text in ("{", json.dumps([{"method": "atp"}]), "3"):
+        file.write_text(text)
+        with pytest.raises(UserError, match="holds no rows of a comparison"):
+            read(file)
+    with pytest.raises(UserError, match="cannot be written"):
+        write(file / "rows.json", [])

@@ -1,0 +1,144 @@
+"""A comparison from its file to rows: what is there is taken, what is missing is made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import slimtune
+from bases import Bench
+from comparisons import stand_in, write_comparison
+from slimtune.comparison import launch, run
+from slimtune.comparison.rows import Row, read
+from slimtune.errors import UserError
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that says which runs were started."""
+    monkeypatch.setattr(launch, "TUNE", (*stand_in(tmp_path), "tune"))
+    return tmp_path / "out" / "starts"
+
+
+def ppl(rows: list[Row]) -> dict[tuple[str, float, int], tuple[float, float | None]]:
+    mine = [row for row in rows if row["metric"] == "domain_ppl"]
+    return {(row["method"], row["keep"], row["seed"]): (row["value"], row["dense_value"]) for row in mine}
+
+
+def test_rows_of_all_runs_joined_to_dense_lora(tmp_path: Path, fake: Path) -> None:
+    lines: list[str] = []
+    rows = slimtune.compare(write_comparison(tmp_path), jobs=2, say=lines.append)
+    assert ppl(rows) == {
+        ("atp", 0.8, 0): (16.0, 10.0),
+        ("atp", 0.8, 1): (17.0, 11.0),
+        ("atp", 0.6, 0): (17.0, 10.0),
+        ("atp", 0.6, 1): (18.0, 11.0),
+        ("dense_lora", 1.0, 0): (10.0, 10.0),
+        ("dense_lora", 1.0, 1): (11.0, 11.0),
+    }
+    assert rows == read(tmp_path / "out" / "rows.json")
+    assert len(lines) == 6
+    assert lines[0].startswith("[1/6] ")
+    assert "about" in lines[0]
+    assert "about" not in lines[-1]
+    assert any("atp 0.6 seed 1: perplexity 18.00 (base 40.00)" in line for line in lines)
+
+
+def test_what_is_there_is_not_run_again(tmp_path: Path, fake: Path) -> None:
+    file, lines = write_comparison(tmp_path), []
+    first = slimtune.compare(file, only=["atp"], seeds=[0], say=lines.append)
+    assert fake.read_text().split() == ["atp-0.8-0", "atp-0.6-0"]
+    rows = slimtune.compare(file, keep=[0.6], seeds=[0], say=lines.append)
+    assert fake.read_text().split()[2:] == ["dense_lora-0"]
+    assert len(ppl(first)) == 2  # rows of the earlier call stay
+    assert set(ppl(rows)) == {("atp", 0.8, 0), ("atp", 0.6, 0), ("dense_lora", 1.0, 0)}
+    (tmp_path / "out" / "rows.json").unlink()  # folders alone are enough ...
+    assert ppl(slimtune.compare(file, seeds=[0], say=lines.append)) == ppl(rows)
+    shutil.rmtree(tmp_path / "out" / "atp-0.8-0")  # ... and so are rows alone, made on another machine
+    assert ppl(slimtune.compare(file, seeds=[0], say=lines.append)) == ppl(rows)
+    assert len(fake.read_text().split()) == 3
+    assert lines[-1] == "3 of 3 runs are there already, made by the same words and the same program"
+
+
+def test_other_words_or_another_program_are_run_again(tmp_path: Path, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    only: dict[str, Any] = {"only": ["atp"], "keep": [0.6], "seeds": [0]}
+    slimtune.compare(write_comparison(tmp_path), **only)
+    slimtune.compare(write_comparison(tmp_path, set={"lora.rank": 5}), **only)
+    assert fake.read_text().split() == ["atp-0.6-0"] * 2
+    for module in (run, launch):
+        monkeypatch.setattr(module, "program", lambda: "another")
+    rows = slimtune.compare(tmp_path / "comparison.yaml", **only)
+    assert fake.read_text().split() == ["atp-0.6-0"] * 3
+    assert {row["program"] for row in rows} == {"another"}
+
+
+def test_a_failed_run_is_a_row_and_the_rest_goes_on(tmp_path: Path, fake: Path) -> None:
+    lines: list[str] = []
+    methods = {"unlucky": {"lora.rank": 13}, "atp": {}}
+    rows = slimtune.compare(write_comparison(tmp_path, methods=methods, keep=0.6, seeds=0), say=lines.append)
+    assert {(row["method"], row["value"]) for row in rows if row["metric"] == "failed"} == {
+        ("unlucky", "error: rank 13 is unlucky")
+    }
+    assert set(ppl(rows)) == {("atp", 0.6, 0)}
+    assert f"failed, see {tmp_path / 'out' / 'unlucky-0.6-0.log'}" in lines[0]
+
+
+def test_nothing_runs_when_something_is_wrong(tmp_path: Path, fake: Path) -> None:
+    file = write_comparison(tmp_path)
+    with pytest.raises(UserError, match="--jobs 0"):
+        slimtune.compare(file, jobs=0)
+    with pytest.raises(UserError, match=r"cannot be (created|written)"):
+        slimtune.compare(file, out=file)
+    with pytest.raises(UserError, match="cannot be written"):
+        slimtune.compare(file, rows=file / "rows.json")
+    with pytest.raises(UserError, match=r"methods.late: unknown key"):
+        slimtune.compare(write_comparison(tmp_path, methods={"atp": {}, "late": {"lora.rnk": 1}}))
+    assert not fake.exists()
+
+
+def test_an_interrupt_between_two_runs_stops_the_others(tmp_path: Path, fake: Path) -> None:
+    methods = {"atp": {}, "endless": {"lora.rank": 99}}
+    file = write_comparison(tmp_path, methods=methods, keep=0.6, seeds=0)
+    pid = tmp_path / "out" / "endless-0.6-0" / "pid"
+
+    def interrupted(_: str) -> None:
+        while not pid.is_file() or not pid.read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        slimtune.compare(file, jobs=2, say=interrupted)
+    assert caught.value is not None  # which holds the frames
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert set(ppl(read(tmp_path / "out" / "rows.json"))) == {("atp", 0.6, 0)}
+
+
+def test_as_many_runs_side_by_side_as_gpus_unless_told_otherwise() -> None:
+    assert [run.side_by_side(*words) for words in ((None, []), (None, ["0", "1"]), (3, ["0", "1"]))] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (300, "5 min"), (12_000, "3 h 20 min")])
+def test_durations(seconds: float, text: str) -> None:
+    assert run.duration(seconds) == text
+
+
+def test_two_methods_of_a_tiny_model(bench: Bench, tmp_path: Path) -> None:
+    file = write_comparison(tmp_path, keep=0.7, seeds=0)
+    (tmp_path / "recipe.yaml").write_text(bench.recipe(tmp_path / "unused").to_yaml())
+    rows = slimtune.compare(file, jobs=2, threads=1)
+    assert not [row["value"] for row in rows if row["metric"] == "failed"]
+    figures = {(row["method"], row["metric"]): row for row in rows}
+    assert set(figures) == {(method, metric) for method in ("atp", "dense_lora") for metric in ("domain_ppl", "parameters")}
+    atp, dense = figures["atp", "domain_ppl"], figures["dense_lora", "domain_ppl"]
+    assert atp["dense_value"] == dense["value"]
+    assert figures["atp", "parameters"]["value"] < figures["dense_lora", "parameters"]["value"]
+    assert json.loads((tmp_path / "out" / "atp-0.7-0" / "summary.json").read_text())["keep"] == 0.7
+    # equal cost: (4 + 4) x 4 windows of tuning and 4 x 4 of decisions are 12 steps of 4; packed windows differ in tokens
+    assert dense["tokens"] == pytest.approx(atp["tokens"], rel=0.05)

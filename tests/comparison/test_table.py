@@ -1,0 +1,106 @@
+"""The tables: means over the seeds that are there, what is missing, and who is ahead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+
+from comparisons import row, write_comparison
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import jobs_of
+from slimtune.comparison.rows import Row, joined
+from slimtune.comparison.table import listing, markdown, render, sheets
+
+
+def some() -> list[Row]:
+    rows = [row("dense_lora", 1.0, seed, 12.0 + seed) for seed in (0, 1)]
+    rows += [row("atp", 0.6, seed, 15.0 + 2 * seed) for seed in (0, 1)]
+    rows += [row("atp", 0.6, 0, 1_500_000, "parameters"), row("atp", 0.6, 0, 0.75, "rqe.accuracy")]
+    return rows
+
+
+def text(rows: list[Row]) -> str:
+    return markdown(sheets(joined([], rows)))
+
+
+def test_one_row_a_method_and_budget() -> None:
+    found = text(some())
+    assert "| method | keep | M params | perplexity | retention | rqe.accuracy | M tokens | GPU s | seeds |" in found
+    # 12/15 and 13/17: seed by seed, not of the means
+    assert "| atp | 0.6 | 1.50 | 16.00 ± 1.41 | 0.782 ± 0.025 | 0.750 | 2.00 | 30 | 0, 1 |" in found
+    assert "| dense_lora | all |  | 12.50 ± 0.71 | 1.000 ± 0.000 |  | 2.00 | 30 | 0, 1 |" in found
+    assert "INCOMPLETE" not in found
+
+
+def test_seconds_of_a_cpu_are_not_called_gpu_seconds() -> None:
+    assert "| s | seeds |" in text([{**it, "machine": "1 CPU threads (x86)"} for it in some()])
+
+
+def test_missing_and_failed_seeds_are_named() -> None:
+    failed: Row = {**row("flap", 0.6, 1, 0.0), "metric": "failed", "value": "error"}
+    found = text([*some(), row("flap", 0.6, 0, 16.0), failed, row("wanda", 0.6, 1, 16.0)])
+    assert "| flap | 0.6 |  | 16.00 | 0.750 |  | 2.00 | 30 | 0; FAILED: 1 |" in found
+    assert "1; MISSING: 0 |" in found
+    assert "INCOMPLETE: 2 of 8 runs are missing or failed" in found
+
+
+def test_what_was_asked_for_is_missing_until_it_is_there(tmp_path: Path) -> None:
+    jobs = jobs_of(load(write_comparison(tmp_path, keep=[0.8, 0.6], seeds=[0, 1, 2])))
+    found = markdown(sheets(joined([], some()), jobs))
+    assert "| atp | 0.8 |  |  |  |  |  |  | MISSING: 0, 1, 2 |" in found
+    assert "0, 1; MISSING: 2 |" in found
+    assert "INCOMPLETE: 5 of 9 runs" in found
+
+
+def test_the_best_of_each_budget_is_marked() -> None:
+    rows = [*some(), *(row("flap", keep, seed, 10.0) for keep in (0.8, 0.6) for seed in (0, 1)), row("atp", 0.8, 0, 9.0)]
+    found = text(rows)
+    assert "| method | keep 0.8 | keep 0.6 |" in found
+    assert "| atp | **9.00\\*** | 16.00 |".replace("\\", "") in found
+    assert "| flap | 10.00 | **10.00** |" in found
+    assert "nothing cut: dense_lora 12.50 ± 0.71" in found
+    assert "not all seeds are there" in found
+
+
+def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
+    rivals = {"clear": (1.0, 1.2), "close": (0.1, 2.0), "mixed": (-0.5, 1.0), "better": (-1.0, -0.5)}
+    rows = some() + [row(name, 0.6, seed, 15.0 + 2 * seed + gap[seed]) for name, gap in rivals.items() for seed in (0, 1)]
+    rows.append(row("single", 0.6, 1, 18.0))
+    found = text(rows)
+    assert "| clear | ▲ +1.10 ± 0.14 |" in found
+    assert "| close | △ +1.05 ± 1.34 |" in found
+    assert "| mixed | ≈ +0.25 ± 1.06 |" in found
+    assert "| better | ▽ -0.75 ± 0.35 |" in found
+    assert "| single | △ +1.00 (n=1) |" in found
+
+
+def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> None:
+    rows = [{**it, "program": "a"} for it in some()] + [{**row("atp", 0.6, 0, 5.0, domain="other"), "program": "a"}]
+    found = text(rows)
+    assert "**other, tiny: all figures**" in found
+    assert "**somewhere, tiny: all figures**" in found
+    assert "no dense LoRA among the rows" in found
+    assert "versions of the program" not in found
+    rows[0]["program"] = "b"
+    assert "made by 2 versions of the program" in text(rows)
+    rows[0]["machine"] = "B GPU"
+    assert "seconds were taken on different machines: B GPU, a GPU" in text(rows)
+
+
+def test_the_screen_shows_the_same(tmp_path: Path) -> None:
+    console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
+    console.print(render(sheets(joined([], [*some(), row("a[b]", 0.6, 0, 14.0)]))))
+    shown = console.export_text()
+    assert "16.00 ± 1.41" in shown
+    assert "a[b]" in shown
+    assert "▸ 14.00*" in shown
+    console.file.close()
+
+
+def test_a_listing_tells_what_would_run(tmp_path: Path) -> None:
+    jobs = jobs_of(load(write_comparison(tmp_path)))
+    found = markdown([listing(jobs, jobs[:1])])
+    assert "| atp | 0.8 | 10 | 52 | 26,624 | 1 | 0 |" in found
+    assert "| dense_lora | all | 13 | 52 | 26,624 | 0, 1 |  |" in found
+    assert "5 of 6 runs to make, 133,120 tokens at most" in found

@@ -1,0 +1,62 @@
+"""Comparison files, summaries and rows without any training; a program that stands in for ``slimtune tune``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from slimtune.comparison.rows import Row
+
+RECIPE = {"search": {"steps": 4, "batch": 2}, "recover": {"steps": 6}, "train": {"batch": 4}, "generator": {"prior_steps": 2}}
+"""``atp`` reads (4 + 6) x 4 + (4 + 2) x 2 = 52 windows: 13 steps of 4."""
+
+FAKE = """
+import json, os, pathlib, signal, sys, time
+words = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
+out = pathlib.Path(words["out"])
+(out / "environment").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "") + " " + os.environ["OMP_NUM_THREADS"])
+with (out.parent / "starts").open("a") as file:
+    file.write(out.name + "\\n")
+if words.get("lora.rank") == "13":
+    sys.exit("error: rank 13 is unlucky")
+if words.get("lora.rank") == "99":
+    (out / "pid").write_text(str(os.getpid()))
+    time.sleep(60)
+finetune = words.get("method") == "finetune"
+seed, keep = int(words["seed"]), float(words.get("budget.keep", 1))
+ppl = 10 + seed if finetune else 20 + seed - 5 * keep
+result = {"ppl": ppl, "ppl_se": 0.5, "parameters": round(100 * keep), "seconds": 3.0, "block_ratio": keep}
+result |= {"rqe.accuracy": 0.5, "rqe.accuracy_se": 0.1}
+summary = {"keep": keep, "of": "total", "base": {"ppl": 40.0, "parameters": 100, "rqe.accuracy": 0.4}, "result": result}
+summary |= {"tokens": {"adapt": 10, "decide": 5}, "leak": None, "reload_difference": None, "plan": "abc"}
+summary |= {"version": "0", "torch": "2", "machine": "somewhere"}
+(out / "plan.json").write_text(json.dumps({"plan": {"kept": [{"kv_group": [0, 2]}, {"kv_group": [1]}]}}))
+(out / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+def stand_in(folder: Path) -> tuple[str, ...]:
+    """The words that start it, for ``launch.TUNE``."""
+    file = folder / "fake_tune.py"
+    file.write_text(FAKE)
+    return sys.executable, "-S", "-E", str(file)
+
+
+def write_comparison(folder: Path, **changes: Any) -> Path:
+    """A comparison of atp with dense LoRA beside its recipe; ``changes`` replace its keys."""
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    raw: dict[str, Any] = {"recipe": "recipe.yaml", "base": "tiny", "domain": "somewhere", "seeds": [0, 1], "keep": [0.8, 0.6]}
+    raw |= {"out": str(folder / "out"), "methods": {"atp": {}, "dense_lora": {"method": "finetune"}}, **changes}
+    file = folder / "comparison.yaml"
+    file.write_text(yaml.safe_dump({key: value for key, value in raw.items() if value is not None}, sort_keys=False))
+    return file
+
+
+def row(method: str, keep: float, seed: int, value: float, metric: str = "domain_ppl", domain: str = "somewhere") -> Row:
+    """A raw row."""
+    where = {"base": "tiny", "domain": domain, "method": method, "keep": keep, "seed": seed}
+    cost = {"tokens": 2_000_000, "gpu_seconds": 30.0, "machine": "a GPU", "base_value": 40.0, "dense_value": None}
+    return {**where, "metric": metric, "value": value, **cost}
