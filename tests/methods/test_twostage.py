@@ -235,4 +235,5 @@ def test_layer_drop_meets_a_budget_between_two_layers() -> None:
         plan, counts = drop_layers([float(layer) for layer in range(12)], level, structure, BudgetConfig(keep=keep))
         assert abs(counts.total_ratio - keep) <= 0.002
         assert plan.layers[-1] == 11
-        assert all(len(plan.kept[layer]["ffn"]) == 1408 for layer in plan.layers[1:])
+        assert all(len(plan.kept[layer]["ffn"]) == 1408 for layer in plan.layers[2:])
+        assert len(plan.layers) in (round(12 - (1 - keep) * 14.85), round(12 - (1 - keep) * 14.85) + 1)
