@@ -52,9 +52,7 @@ class Job:
     @property
     def steps(self) -> int:
         """Optimiser steps of the model."""
-        recipe = self.recipe
-        known = {"finetune": recipe.train.steps, "atp": recipe.search.steps + recipe.recover.steps}
-        return known.get(recipe.method, recipe.windows // recipe.train.batch)
+        return self.recipe.tuning_steps
 
     @property
     def windows(self) -> int:

@@ -19,6 +19,9 @@ DENSE = "dense_lora"
 PLAIN = {"domain_ppl": "ppl", "accuracy": "accuracy", "parameters": "parameters"}
 """Metrics whose key in a summary is another or has no dot. Every key with a dot, a task's figure, is a metric as well."""
 
+ASIDE = ("_se", "_low", "_high", "_majority", ".rows")
+"""Ends of keys that say something about a task's figure and are none themselves."""
+
 
 def of_run(job: Job, summary: Summary) -> list[Row]:
     """The rows of one run, and of the dense LoRA that it may have taken as its reference."""
@@ -37,7 +40,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
 
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
-    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith("_se") and _is_number(value)}
+    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(ASIDE) and _is_number(value)}
     return [
         {
             **common,
