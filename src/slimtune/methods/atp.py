@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
-from slimtune.models.load import attach_lora, enable_checkpointing, load_model
-from slimtune.models.surgery import compile_blocks, cut, lora_slices, place_gates
+from slimtune.methods.start import gated_model
+from slimtune.models.load import load_model
+from slimtune.models.surgery import compile_blocks, cut, lora_slices
 from slimtune.prune import budget, penalties
-from slimtune.prune.gates import MaskBank, Site
+from slimtune.prune.gates import Site
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan, count
-from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
+from slimtune.train.loop import Phase, Turn, resumed, run_phase
 from slimtune.train.objective import Batch, cross_entropy_sum, distillation_sum, forward
 from slimtune.train.session import Figures, Session
 from slimtune.train.tuner import Tuner
@@ -45,13 +46,7 @@ class _Atp:
         self.aware = recipe.lora.semantics == "lora_aware"
         self.settle_steps = recipe.settle_steps
         self.recover_steps = recipe.recover.steps - self.settle_steps
-        torch.manual_seed(hash_seed(recipe.seed, "weights"))  # of init: config; the same ones in a resumed run
-        base = load_model(recipe.model, str(session.device), pick_dtype(recipe.model.dtype, str(session.device)))
-        torch.manual_seed(hash_seed(recipe.seed, "lora"))
-        self.model = attach_lora(base, self.structure, recipe.lora, session.autocast_only)
-        enable_checkpointing(self.model, recipe.model.checkpointing)
-        self.bank = MaskBank()
-        self.handles = place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
+        self.model, self.bank, self.handles = gated_model(session)
         self.groups = lora_slices(self.model, self.structure)
         self.tuner = Tuner(session, self.model, recipe.search.steps + recipe.recover.steps)
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)

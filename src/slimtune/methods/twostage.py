@@ -11,20 +11,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
-from slimtune.models.load import attach_lora, enable_checkpointing, load_model
-from slimtune.models.surgery import compensate, compile_blocks, cut, place_gates
+from slimtune.methods.start import gated_model
+from slimtune.models.surgery import compensate, compile_blocks, cut
 from slimtune.prune.depth import drop_layers
-from slimtune.prune.gates import MaskBank
 from slimtune.prune.solve import solve
-from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Counts, Plan, count
-from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
+from slimtune.train.loop import Phase, Turn, resumed, run_phase
 from slimtune.train.objective import Batch, cross_entropy_sum, forward
 from slimtune.train.session import Session
 from slimtune.train.tuner import Tuner
@@ -39,13 +36,7 @@ class _TwoStage:
     def __init__(self, session: Session):
         self.session, self.recipe, self.structure = session, session.recipe, session.structure
         recipe = self.recipe
-        torch.manual_seed(hash_seed(recipe.seed, "weights"))
-        base = load_model(recipe.model, str(session.device), pick_dtype(recipe.model.dtype, str(session.device)))
-        torch.manual_seed(hash_seed(recipe.seed, "lora"))
-        self.model = attach_lora(base, self.structure, recipe.lora, session.autocast_only)
-        enable_checkpointing(self.model, recipe.model.checkpointing)
-        self.bank = MaskBank()
-        self.handles = place_gates(self.model, self.structure, self.bank.consumer, self.bank.base)
+        self.model, self.bank, self.handles = gated_model(session)
         self.tuner = Tuner(session, self.model, recipe.tuning_steps)
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.plan: Plan | None = None
