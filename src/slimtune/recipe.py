@@ -26,7 +26,9 @@ from slimtune.sections import (
     LoraConfig,
     ModelConfig,
     Names,
+    OpenConfig,
     RecoverConfig,
+    RefitConfig,
     SearchConfig,
     Source,
     TrainConfig,
@@ -53,7 +55,9 @@ class Recipe(Section):
     budget: BudgetConfig = BudgetConfig()
     lora: LoraConfig = LoraConfig()
     generator: GeneratorConfig = GeneratorConfig()
+    open: OpenConfig = OpenConfig()
     search: SearchConfig = SearchConfig()
+    refit: RefitConfig = RefitConfig()
     recover: RecoverConfig = RecoverConfig()
     distill: DistillConfig = DistillConfig()
     twostage: TwoStageConfig = TwoStageConfig()
@@ -68,6 +72,16 @@ class Recipe(Section):
         return min(settle, self.recover.steps)
 
     @property
+    def updates(self) -> int:
+        """Updates of LoRA by ``atp``, over all phases."""
+        return self.open.steps + self.search.steps + self.recover.steps
+
+    @property
+    def refit_windows(self) -> int:
+        """Windows read to refit at the cut."""
+        return self.refit.batches * (self.search.batch or self.train.batch)
+
+    @property
     def decide_windows(self) -> int:
         """Windows that ``atp`` reads for its decision: those of the prior and of all ``decide`` turns."""
         turns = -(-self.search.steps // self.search.decide_every)
@@ -77,7 +91,7 @@ class Recipe(Section):
     @property
     def windows(self) -> int:
         """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
-        return (self.search.steps + self.recover.steps) * self.train.batch + self.decide_windows
+        return self.updates * self.train.batch + self.decide_windows + self.refit_windows
 
     @property
     def prunes(self) -> bool:
@@ -88,16 +102,17 @@ class Recipe(Section):
     def scoring_windows(self) -> int:
         """Windows that ``twostage`` reads before its cut."""
         if self.twostage.scores == "generator":
-            return self.decide_windows
+            return self.decide_windows + self.refit_windows
         counted = self.twostage.scores not in ("random", "magnitude")
-        return self.twostage.batches * (self.search.batch or self.train.batch) if counted else 0
+        read = self.twostage.batches * (self.search.batch or self.train.batch) if counted else 0
+        return read + self.refit_windows
 
     @property
     def tuning_steps(self) -> int:
         """Updates of the model's trainable weights; ``twostage`` makes as many as read the windows of ``atp`` in all."""
         if self.method == "twostage":
             return max(0, self.windows - self.scoring_windows) // self.train.batch
-        return self.train.steps if self.method == "finetune" else self.search.steps + self.recover.steps
+        return self.train.steps if self.method == "finetune" else self.updates
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

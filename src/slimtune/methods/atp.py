@@ -1,5 +1,6 @@
 """ATP: tune and prune in one stage (arXiv 2412.14426; leaf masks and the exact budget are ours, see docs/method.md).
 
+open     optional: ``adapt`` turns on the uncut model, which then may teach (``distill``)
 search   ``decide`` turns teach the generator on decision data, ``adapt`` turns teach LoRA on training data
 settle   only for ``lora_aware``: the Plan is fixed, the lasso empties the LoRA entries of pruned units
 cut      the model is made physically smaller, optimiser moments are sliced along
@@ -8,22 +9,22 @@ recover  ``adapt`` turns on the small model
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
+from slimtune.methods.reconstruct import reconstruct
+from slimtune.methods.scores import prior_scores
 from slimtune.methods.start import gated_model
-from slimtune.models.load import load_model
+from slimtune.methods.teacher import Teacher
 from slimtune.models.surgery import compile_blocks, cut, lora_slices
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
-from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase
 from slimtune.train.objective import Batch, cross_entropy_sum, distillation_sum, forward
@@ -48,22 +49,31 @@ class _Atp:
         self.recover_steps = recipe.recover.steps - self.settle_steps
         self.model, self.bank, self.handles = gated_model(session)
         self.groups = lora_slices(self.model, self.structure)
-        self.tuner = Tuner(session, self.model, recipe.search.steps + recipe.recover.steps)
+        self.tuner = Tuner(session, self.model, recipe.updates)
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
-        self.teacher: nn.Module | None = self._outside_teacher() if recipe.distill.teacher else None
+        self.teacher = Teacher(session, self.model, self.bank)
+        self.refit_tokens: dict[str, int] = {}
         self.plan: Plan | None = None
         self.leak: float | None = None
 
     def run(self) -> Outcome:
         """All phases, from wherever the checkpoint left off."""
         saved = resumed(self.session)
-        name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
+        name, step = (saved["phase"], saved["step"]) if saved else ("open", 0)
         if saved:
             self._restore(saved)
-        elif self.recipe.generator.prior != "none":
-            self.decider.set_prior()
-        search, settle = self.recipe.search.steps, self.settle_steps
+        opened, settle = self.recipe.open.steps, self.settle_steps
+        search = self.recipe.search.steps
+        decided = opened + search
+        if name == "open":
+            if opened:
+                self._phase("open", [Turn("adapt", self._open_adapt)], opened, step)
+            if self.teacher.stays:
+                self.teacher.stay(self.teacher.average)
+            if self.recipe.generator.prior != "none":
+                self.decider.set_prior(prior_scores(self.session, self.model, self.decider))
+            name, step = "search", 0
         if name == "search":
             turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every), Turn("adapt", self._search_adapt)]
             self._phase("search", turns, search, step)
@@ -71,21 +81,26 @@ class _Atp:
             name, step = "settle", 0
         if name == "settle":
             if settle:
-                turns = [Turn("adapt", lambda step: self._adapt(search + step, 1.0, self._settle_share(step)))]
+                turns = [Turn("adapt", lambda step: self._adapt(decided + step, 1.0, self._settle_share(step)))]
                 self._phase("settle", turns, settle, step)
             self._finish_lora_aware()
             self._cut()
             step = 0
-        self._phase("recover", [Turn("adapt", lambda step: self._adapt(search + settle + step))], self.recover_steps, step)
+        self._phase("recover", [Turn("adapt", lambda step: self._adapt(decided + settle + step))], self.recover_steps, step)
         assert self.plan is not None
-        tokens = {**self.decider.tokens, "adapt": self.tuner.tokens}
+        tokens = {**self.decider.tokens, **self.refit_tokens, "adapt": self.tuner.tokens}
         return Outcome(self.model.eval(), self.plan, tokens, {"leak": self.leak})
 
     # --- adapt turns -------------------------------------------------------------------------------------------------
 
+    def _open_adapt(self, step: int) -> dict[str, Any]:
+        figures = self._adapt(step)
+        self.teacher.follow(step)
+        return figures
+
     def _search_adapt(self, step: int) -> dict[str, Any]:
         self.masks = self.decider.masks(step)
-        return self._adapt(step, (step + 1) / max(1, self.recipe.search.steps))
+        return self._adapt(self.recipe.open.steps + step, (step + 1) / max(1, self.recipe.search.steps))
 
     def _adapt(self, step: int, lasso: float = 0.0, share: float = 0.0) -> dict[str, Any]:
         """LoRA step.
@@ -117,25 +132,17 @@ class _Atp:
         """Cross-entropy, with the divergence from the model with open gates where distillation is on."""
         distill = self.recipe.distill
         self._close_gates()
-        if not distill.weight or (self.teacher is None and not self.masks):
+        if not distill.weight or (self.teacher.model is None and not self.masks):
             return lambda batch: cross_entropy_sum(forward(self.tuner.wrapped, batch), batch["labels"])
 
         def loss(batch: Batch) -> Tensor:
-            with torch.no_grad():
-                self.bank.open()
-                theirs = forward(self.teacher or self.model, batch)
+            theirs = self.teacher.logits(batch)
             self._close_gates()
             ours = forward(self.tuner.wrapped, batch)
             divergence = distillation_sum(ours, theirs, batch["labels"], distill.temperature)
             return cross_entropy_sum(ours, batch["labels"]) + distill.weight * divergence
 
         return loss
-
-    def _outside_teacher(self) -> nn.Module:
-        config = self.recipe.model.model_copy(update={"path": self.recipe.distill.teacher, "revision": None, "config": {}})
-        device = str(self.session.device)
-        teacher = load_model(config.model_copy(update={"init": "pretrained"}), device, pick_dtype(config.dtype, device))
-        return teacher.eval().requires_grad_(False)
 
     def _close_gates(self) -> None:
         if self.masks:
@@ -174,9 +181,10 @@ class _Atp:
 
     def _cut(self) -> None:
         assert self.plan is not None
-        if self.recipe.distill.recover and self.recipe.distill.weight and not self.recipe.distill.teacher:
-            self.bank.open()
-            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if self.recipe.distill.recover and self.teacher.model is None:
+            self.teacher.stay()
+        if read := reconstruct(self.session, self.model, self.bank, self.decider, self.plan):
+            self.refit_tokens = {"refit": read}
         for handle in self.handles:
             handle.remove()
         self.bank.open()
@@ -190,8 +198,8 @@ class _Atp:
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
     def _phase(self, name: str, turns: list[Turn], steps: int, first: int) -> None:
-        search = self.recipe.search.steps
-        before = {"search": 0, "settle": search, "recover": search + self.settle_steps}[name]
+        opened, decided = self.recipe.open.steps, self.recipe.open.steps + self.recipe.search.steps
+        before = {"open": 0, "search": opened, "settle": decided, "recover": decided + self.settle_steps}[name]
         run_phase(self.session, Phase(name, steps, turns, self._capture, self._kept, self._figures, before), first)
 
     def _kept(self) -> float:
@@ -212,29 +220,17 @@ class _Atp:
             "decider": self.decider.capture(),
             "plan": self.plan.to_json() if self.plan else None,
             "leak": self.leak,
-            "teacher": _lora_state(self.teacher) if self.teacher is not None and not self.recipe.distill.teacher else None,
+            "teacher": self.teacher.capture(),
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.decider.restore(saved["decider"])
         self.leak = saved["leak"]
+        self.teacher.restore(saved["teacher"])
         if saved["plan"]:
             self.plan = Plan.from_json(saved["plan"])
             self.plan.check(self.structure)
             self.masks = budget.masks_of(self.plan, self.session.device)
         if saved["phase"] == "recover":
             self._cut()
-            if saved["teacher"] is not None and self.teacher is not None:
-                _load_lora(self.teacher, saved["teacher"])
         self.tuner.restore(saved["tuner"])
-
-
-def _lora_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters() if "lora_" in name}
-
-
-@torch.no_grad()
-def _load_lora(model: nn.Module, state: dict[str, Tensor]) -> None:
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.copy_(state[name])

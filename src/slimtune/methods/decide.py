@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from slimtune.train.objective import Batch, accumulate, cross_entropy_sum, forwa
 from slimtune.train.optimizers import adamw
 from slimtune.train.schedule import generator_factor, set_lr
 from slimtune.train.session import Session
+
+_PRIORS = {"taylor": "Taylor scores", "running": "Taylor scores", "wanda": "Wanda scores", "flap": "FLAP scores"}
 
 
 class Decider:
@@ -98,12 +100,12 @@ class Decider:
             value = accumulate(wrapped, parts, self.session.accelerator, loss, sync=False)
         return value, leaves
 
-    def set_prior(self) -> None:
-        """Starting logits from Taylor scores of the open gates, on decision data."""
+    def set_prior(self, scores: Mapping[Site, Tensor] | None = None) -> None:
+        """Starting logits from scores: those given, or Taylor scores of the open gates on decision data."""
         config = self.recipe.generator
-        self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
-        self.scores = self.taylor(config.prior_steps)
-        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale))
+        self.session.progress.say(f"prior: {_PRIORS[config.prior]} from {config.prior_steps} decision batches")
+        self.scores = self.taylor(config.prior_steps) if scores is None else dict(scores)
+        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
 
     def taylor(self, batches: int) -> dict[Site, Tensor]:
         """Mean over ``batches`` of the squared gradients of per-sample gates at one: {site: [units]}."""
@@ -124,7 +126,7 @@ class Decider:
         config = self.recipe.generator
         for site, value in squares_over_ranks(*leaves).items():
             self.scores[site] = config.prior_decay * self.scores[site] + (1 - config.prior_decay) * value
-        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale))
+        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
 
     def target(self, step: int) -> float:
         """The ratio the budget asks for at ``step`` of the search."""

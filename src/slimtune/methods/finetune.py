@@ -21,7 +21,7 @@ from slimtune.train.tuner import Tuner
 def run(session: Session) -> Outcome:
     """Train for ``train.steps`` steps; as the dense reference of ``atp``, for as many as its adapt turns."""
     recipe = session.recipe
-    steps = recipe.train.steps if recipe.method == "finetune" else recipe.search.steps + recipe.recover.steps
+    steps = recipe.train.steps if recipe.method == "finetune" else recipe.updates
     model = _model(session)
     tuner = Tuner(session, model, steps)
 

@@ -17,7 +17,7 @@ from slimtune.methods.decide import Decider
 from slimtune.models.surgery import linears_of
 from slimtune.models.watch import watch
 from slimtune.prune.gates import Site
-from slimtune.prune.prior import layer_logits, prior_logits
+from slimtune.prune.prior import Ranking, prior_logits
 from slimtune.train.loop import hash_seed
 from slimtune.train.objective import IGNORE, Batch, forward
 from slimtune.train.session import Session
@@ -28,14 +28,17 @@ Scores = dict[Site, Tensor]
 class Scorer:
     """A base model with open gates, decision batches, and what was read of them.
 
+    Args:
+        count: decision batches to read.
+
     Attributes:
         tokens: read so far.
         means: of each entry of the consumers' inputs, where a criterion took them (FLAP compensates with them).
     """
 
-    def __init__(self, session: Session, model: nn.Module, decider: Decider):
-        self.session, self.model, self.decider = session, model, decider
-        self.structure, self.config = session.structure, session.recipe.twostage
+    def __init__(self, session: Session, model: nn.Module, decider: Decider, count: int):
+        self.session, self.model, self.decider, self.count = session, model, decider, count
+        self.structure = session.structure
         self.tokens = 0
         self.means: Scores = {}
 
@@ -59,7 +62,7 @@ class Scorer:
 
     def taylor(self) -> Scores:
         """Squared gradients of the gates, per sample (LLM-Pruner's loss change, Ma et al. 2023, in Fisher form)."""
-        scores = self.decider.taylor(self.config.batches)
+        scores = self.decider.taylor(self.count)
         self.tokens += self.decider.tokens.pop("prior")
         self.decider.tokens["prior"] = 0
         return scores
@@ -85,7 +88,7 @@ class Scorer:
         def see(real: Tensor, layer: int, before: Tensor, after: Tensor) -> None:
             totals[layer] += F.cosine_similarity(before[real].float(), after[real].float(), dim=-1).double().sum()
 
-        for real in self._passes(lambda real: {"blocks": lambda *args: see(real, *args)}):
+        for real in self.passes(lambda real: {"blocks": lambda *args: see(real, *args)}):
             count += real.sum()
         totals, count = (self.session.accelerator.reduce(value) for value in (totals, count))
         similar: list[float] = (totals / count).tolist()
@@ -102,18 +105,18 @@ class Scorer:
             sums[site] = sums.get(site, 0) + found.sum(0)
             squares[site] = squares.get(site, 0) + found.square().sum(0)
 
-        for real in self._passes(lambda real: {"consumers": lambda *args: see(real, *args)}):
+        for real in self.passes(lambda real: {"consumers": lambda *args: see(real, *args)}):
             count += real.sum()
         reduce = self.session.accelerator.reduce
         sums, squares = ({site: reduce(value) for site, value in part.items()} for part in (sums, squares))
         return sums, squares, reduce(count)
 
     @torch.no_grad()
-    def _passes(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
+    def passes(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
         """Forward passes over the decision batches, watched; which positions [B, T] of each were real, not padding."""
         batches, seen = self.decider.batches, []
         self.model.eval()
-        for step in range(self.config.batches):
+        for step in range(self.count):
             for part in batches.at(step):
                 real = _real(part, batches.windows.pad)
                 handles = watch(self.model, self.structure, **watchers(real))
@@ -146,6 +149,17 @@ def _real(batch: Batch, pad: int) -> Tensor:
     return (batch["input_ids"] != pad) | (batch["labels"] != IGNORE)
 
 
+def prior_scores(session: Session, model: nn.Module, decider: Decider) -> Scores | None:
+    """Of the generator's prior, where it is a criterion of this module; None where it is the decider's own."""
+    kind = session.recipe.generator.prior
+    if kind not in ("wanda", "flap"):
+        return None
+    scorer = Scorer(session, model, decider, session.recipe.generator.prior_steps)
+    scores = CRITERIA[kind](scorer)
+    decider.tokens["prior"] += scorer.tokens
+    return scores
+
+
 CRITERIA: dict[str, Callable[[Scorer], Scores]] = {
     "random": Scorer.random,
     "magnitude": Scorer.magnitude,
@@ -153,15 +167,19 @@ CRITERIA: dict[str, Callable[[Scorer], Scores]] = {
     "wanda": Scorer.wanda,
     "flap": Scorer.flap,
 }
-_RANKING = {"random": "layer", "magnitude": "layer", "wanda": "layer", "taylor": "global", "flap": "as it is"}
+_RANKING: dict[str, Ranking | None] = {
+    "random": "layer",
+    "magnitude": "layer",
+    "wanda": "layer",
+    "taylor": "global",
+    "flap": None,
+}
 
 
 def ranked(scores: Scores, session: Session) -> Scores:
     """Logits for ``prune.solve``, see ``TwoStageConfig.ranking``."""
     config = session.recipe.twostage
     ranking = _RANKING[config.scores]
-    if config.ranking != "auto" and ranking != "as it is":
+    if ranking is not None and config.ranking != "auto":
         ranking = config.ranking
-    if ranking == "layer":
-        return layer_logits(scores)
-    return prior_logits(scores, session.structure, 1.0) if ranking == "global" else scores
+    return scores if ranking is None else prior_logits(scores, session.structure, 1.0, ranking)

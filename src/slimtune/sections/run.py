@@ -98,9 +98,13 @@ class GeneratorConfig(Section):
     """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
     estimator: Literal["reinmax", "ste"] = "reinmax"
     """Gradient through the hard sample."""
-    prior: Literal["none", "taylor", "running"] = "running"
-    """Logits to add to the generator's: none, squared-gradient Taylor scores of the open gates on decision data, or the
-    same followed through the search (a moving average over the decide turns, free of extra passes)."""
+    prior: Literal["none", "taylor", "running", "wanda", "flap"] = "running"
+    """Logits to add to the generator's: none, scores of the open gates on decision data (``taylor``: squared gradients;
+    ``wanda``, ``flap``: those of ``twostage.scores``), or the Taylor scores followed through the search (``running``: a
+    moving average over the decide turns, free of extra passes)."""
+    prior_ranking: Literal["global", "axis", "layer"] = "global"
+    """Who is ranked against whom: all units by score per parameter, those of one axis (KV groups, MLP channels), or those
+    of one axis in one layer. The prior then wants the same share of each of them kept."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
@@ -129,6 +133,27 @@ class SearchConfig(Section):
     """Weight of the budget loss |log(kept/target)|; see ``generator.calibrate``."""
     ramp: Fraction = 0.4
     """Part of the steps over which the budget's target falls from 1 to its final value."""
+
+
+class OpenConfig(Section):
+    """``atp``: a phase before the search, in which LoRA tunes the uncut model.
+
+    LoRA goes on from there, and with ``distill.weight`` the model as it is then teaches all that follows.
+    """
+
+    steps: Count = 0
+    """Steps."""
+    average: Positive = 50
+    """The teacher's LoRA weights are the running average of about this many steps, in place of a decayed learning rate."""
+
+
+class RefitConfig(Section):
+    """Least squares at the cut: consumers take over what the removed units did, as far as it is linear in the kept ones."""
+
+    batches: Count = 0
+    """Decision batches to read for it; they count as search tokens. 0: off."""
+    damping: Annotated[float, Field(gt=0.0)] = 0.01
+    """Pull towards the old weights, in units of the inputs' mean square."""
 
 
 class RecoverConfig(Section):
@@ -162,9 +187,10 @@ class TwoStageConfig(Section):
     criterion in Fisher form); ``wanda``: weight times input norm; ``flap``: fluctuation of the input times weight;
     ``layer_drop``: whole layers by how little they change the stream (ShortGPT); ``generator``: the generator of ``atp``
     trained on the frozen base for ``search.steps`` (DISP-LLM)."""
-    ranking: Literal["auto", "global", "layer"] = "auto"
-    """``global``: over the whole model, by score per parameter; ``layer``: every layer keeps the same share. ``auto``: as
-    published (random, magnitude, wanda: layer; taylor: global). No effect on flap, layer_drop and generator."""
+    ranking: Literal["auto", "global", "axis", "layer"] = "auto"
+    """``global``: over the whole model, by score per parameter; ``axis``: KV groups and MLP channels keep the same share;
+    ``layer``: so does each of them in every layer. ``auto``: as published (random, magnitude, wanda: layer; taylor: global).
+    No effect on flap, layer_drop and generator."""
     batches: Positive = 16
     """Decision batches read for the scores; they count as search tokens."""
     compensate: bool = True

@@ -1,0 +1,85 @@
+"""Who gives the soft targets of ``distill``: the student with its gates open, an earlier state of it, or another model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.models.load import load_model
+from slimtune.prune.gates import MaskBank
+from slimtune.runtime import pick_dtype
+from slimtune.train.checkpoint import restore_trainable, trainable_state
+from slimtune.train.objective import Batch, forward
+from slimtune.train.session import Session
+
+
+class Teacher:
+    """The teacher of a run.
+
+    Args:
+        session: the run.
+        student: the gated model, LoRA attached.
+        bank: what its gates read.
+
+    Attributes:
+        model: another model than the student, where there is one; None: the student itself, gates open.
+    """
+
+    def __init__(self, session: Session, student: nn.Module, bank: MaskBank):
+        self.session, self.student, self.bank = session, student, bank
+        self.config = session.recipe.distill
+        self.outside = bool(self.config.teacher)
+        self.average: dict[str, Tensor] = {}
+        self.model: nn.Module | None = self._load() if self.outside else None
+
+    @property
+    def stays(self) -> bool:
+        """Whether the student as the ``open`` phase left it is the teacher."""
+        return bool(self.config.weight and not self.outside and self.session.recipe.open.steps)
+
+    @torch.no_grad()
+    def follow(self, step: int) -> None:
+        """After a step of the ``open`` phase: the average of the weights of the last steps, which stands for a decayed rate."""
+        if not self.stays:
+            return
+        now = trainable_state(self.student)
+        if not self.average:
+            self.average = {name: value.clone() for name, value in now.items()}
+            return
+        share = 1 / min(step + 1, self.session.recipe.open.average)
+        torch._foreach_lerp_(list(self.average.values()), list(now.values()), share)
+
+    def stay(self, state: dict[str, Tensor] | None = None) -> None:
+        """The student as it is now, or with ``state``; it shares the frozen weights, until a cut gives the student others."""
+        shared = {id(weight): weight for weight in self.student.parameters() if not weight.requires_grad}
+        teacher = copy.deepcopy(self.student, shared)
+        if state:
+            restore_trainable(teacher, state)
+        self.model = teacher.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, T, V]; opens the gates."""
+        self.bank.open()
+        return forward(self.model or self.student, batch)
+
+    def capture(self) -> dict[str, Any]:
+        own = self.model if self.model is not None and not self.outside else None
+        names = set(trainable_state(self.student))
+        state = {name: value.detach() for name, value in own.named_parameters() if name in names} if own is not None else None
+        return {"average": dict(self.average), "state": state}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Before a restored Plan is cut."""
+        self.average = saved["average"]
+        if saved["state"] is not None:
+            self.stay(saved["state"])
+
+    def _load(self) -> nn.Module:
+        recipe, device = self.session.recipe, str(self.session.device)
+        changed: dict[str, Any] = {"path": self.config.teacher, "revision": None, "config": {}, "init": "pretrained"}
+        config = recipe.model.model_copy(update=changed)
+        return load_model(config, device, pick_dtype(config.dtype, device)).eval().requires_grad_(False)
