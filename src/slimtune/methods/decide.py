@@ -105,7 +105,12 @@ class Decider:
         config = self.recipe.generator
         self.session.progress.say(f"prior: {_PRIORS[config.prior]} from {config.prior_steps} decision batches")
         self.scores = self.taylor(config.prior_steps) if scores is None else dict(scores)
-        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
+        self.generator.set_prior(self._prior())
+
+    def _prior(self) -> dict[Site, Tensor]:
+        config = self.recipe.generator
+        found = prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking)
+        return {site: value + config.prior_scale * config.prior_groups * (site[1] == "kv_group") for site, value in found.items()}
 
     def taylor(self, batches: int) -> dict[Site, Tensor]:
         """Mean over ``batches`` of the squared gradients of per-sample gates at one: {site: [units]}."""
@@ -126,7 +131,7 @@ class Decider:
         config = self.recipe.generator
         for site, value in squares_over_ranks(*leaves).items():
             self.scores[site] = config.prior_decay * self.scores[site] + (1 - config.prior_decay) * value
-        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
+        self.generator.set_prior(self._prior())
 
     def target(self, step: int) -> float:
         """The ratio the budget asks for at ``step`` of the search."""

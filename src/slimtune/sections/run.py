@@ -105,6 +105,8 @@ class GeneratorConfig(Section):
     prior_ranking: Literal["global", "axis", "layer"] = "global"
     """Who is ranked against whom: all units by score per parameter, those of one axis (KV groups, MLP channels), or those
     of one axis in one layer. The prior then wants the same share of each of them kept."""
+    prior_groups: float = 0.0
+    """Added to the prior's logits of KV groups, in units of ``prior_scale``."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
