@@ -26,9 +26,7 @@ from slimtune.sections import (
     LoraConfig,
     ModelConfig,
     Names,
-    OpenConfig,
     RecoverConfig,
-    RefitConfig,
     SearchConfig,
     Source,
     TrainConfig,
@@ -55,9 +53,7 @@ class Recipe(Section):
     budget: BudgetConfig = BudgetConfig()
     lora: LoraConfig = LoraConfig()
     generator: GeneratorConfig = GeneratorConfig()
-    open: OpenConfig = OpenConfig()
     search: SearchConfig = SearchConfig()
-    refit: RefitConfig = RefitConfig()
     recover: RecoverConfig = RecoverConfig()
     distill: DistillConfig = DistillConfig()
     twostage: TwoStageConfig = TwoStageConfig()
@@ -74,24 +70,19 @@ class Recipe(Section):
     @property
     def updates(self) -> int:
         """Updates of LoRA by ``atp``, over all phases."""
-        return self.open.steps + self.search.steps + self.recover.steps
-
-    @property
-    def refit_windows(self) -> int:
-        """Windows read to refit at the cut."""
-        return self.refit.batches * (self.search.batch or self.train.batch)
+        return self.search.steps + self.recover.steps
 
     @property
     def decide_windows(self) -> int:
         """Windows that ``atp`` reads for its decision: those of the prior and of all ``decide`` turns."""
-        turns = -(-self.search.steps // self.search.decide_every)
+        turns = -(-self.search.steps // self.search.decide_every) if self.search.update == "alternating" else 0
         prior = self.generator.prior_steps if self.generator.prior != "none" else 0
         return (turns + prior) * (self.search.batch or self.train.batch)
 
     @property
     def windows(self) -> int:
         """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
-        return self.updates * self.train.batch + self.decide_windows + self.refit_windows
+        return self.updates * self.train.batch + self.decide_windows
 
     @property
     def prunes(self) -> bool:
@@ -102,10 +93,9 @@ class Recipe(Section):
     def scoring_windows(self) -> int:
         """Windows that ``twostage`` reads before its cut."""
         if self.twostage.scores == "generator":
-            return self.decide_windows + self.refit_windows
+            return self.decide_windows
         counted = self.twostage.scores not in ("random", "magnitude")
-        read = self.twostage.batches * (self.search.batch or self.train.batch) if counted else 0
-        return read + self.refit_windows
+        return self.twostage.batches * (self.search.batch or self.train.batch) if counted else 0
 
     @property
     def tuning_steps(self) -> int:
@@ -126,6 +116,10 @@ class Recipe(Section):
             if (value := getattr(self.distill, key)) and not self.distill.weight:
                 shown = "true" if value is True else value
                 raise ValueError(f"distill.{key}={shown} has no effect without distill.weight, e.g. distill.weight=1")
+        if self.search.update == "joint" and (
+            self.distill.weight or self.lora.semantics != "hard" or self.search.decide_every > 1
+        ):
+            raise ValueError("search.update=joint needs lora.semantics=hard, distill.weight=0 and search.decide_every=1")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
         if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:

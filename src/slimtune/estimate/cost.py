@@ -117,7 +117,7 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     updates = search + recover
     reference = [phase("dense LoRA", updates, [(updates, job.adapt())])] if recipe.evaluate.dense_lora else []
-    decides = -(-search // recipe.search.decide_every)
+    decides = -(-search // recipe.search.decide_every) if recipe.search.update == "alternating" else 0
     turns = [(search, job.adapt() + teacher), (small * decides, decide)]
     if recipe.method == "twostage":
         scoring = recipe.scoring_windows / recipe.train.batch

@@ -1,6 +1,5 @@
 """ATP: tune and prune in one stage (arXiv 2412.14426; leaf masks and the exact budget are ours, see docs/method.md).
 
-open     optional: ``adapt`` turns on the uncut model, which then may teach (``distill``)
 search   ``decide`` turns teach the generator on decision data, ``adapt`` turns teach LoRA on training data
 settle   only for ``lora_aware``: the Plan is fixed, the lasso empties the LoRA entries of pruned units
 cut      the model is made physically smaller, optimiser moments are sliced along
@@ -18,8 +17,6 @@ from torch import Tensor
 
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
-from slimtune.methods.reconstruct import reconstruct
-from slimtune.methods.scores import prior_scores
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
 from slimtune.models.surgery import compile_blocks, cut, lora_slices
@@ -53,54 +50,50 @@ class _Atp:
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
         self.teacher = Teacher(session, self.model, self.bank)
-        self.refit_tokens: dict[str, int] = {}
         self.plan: Plan | None = None
         self.leak: float | None = None
 
     def run(self) -> Outcome:
         """All phases, from wherever the checkpoint left off."""
         saved = resumed(self.session)
-        name, step = (saved["phase"], saved["step"]) if saved else ("open", 0)
+        name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
         if saved:
             self._restore(saved)
-        opened, settle = self.recipe.open.steps, self.settle_steps
-        search = self.recipe.search.steps
-        decided = opened + search
-        if name == "open":
-            if opened:
-                self._phase("open", [Turn("adapt", self._open_adapt)], opened, step)
-            if self.teacher.stays:
-                self.teacher.stay(self.teacher.average)
-            if self.recipe.generator.prior != "none":
-                self.decider.set_prior(prior_scores(self.session, self.model, self.decider))
-            name, step = "search", 0
+        elif self.recipe.generator.prior != "none":
+            self.decider.set_prior()
+        search, settle = self.recipe.search.steps, self.settle_steps
         if name == "search":
             turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every), Turn("adapt", self._search_adapt)]
+            if self.recipe.search.update == "joint":
+                turns = [Turn("joint", self._joint)]
             self._phase("search", turns, search, step)
             self._freeze()
             name, step = "settle", 0
         if name == "settle":
             if settle:
-                turns = [Turn("adapt", lambda step: self._adapt(decided + step, 1.0, self._settle_share(step)))]
+                turns = [Turn("adapt", lambda step: self._adapt(search + step, 1.0, self._settle_share(step)))]
                 self._phase("settle", turns, settle, step)
             self._finish_lora_aware()
             self._cut()
             step = 0
-        self._phase("recover", [Turn("adapt", lambda step: self._adapt(decided + settle + step))], self.recover_steps, step)
+        self._phase("recover", [Turn("adapt", lambda step: self._adapt(search + settle + step))], self.recover_steps, step)
         assert self.plan is not None
-        tokens = {**self.decider.tokens, **self.refit_tokens, "adapt": self.tuner.tokens}
+        tokens = {**self.decider.tokens, "adapt": self.tuner.tokens}
         return Outcome(self.model.eval(), self.plan, tokens, {"leak": self.leak})
 
     # --- adapt turns -------------------------------------------------------------------------------------------------
 
-    def _open_adapt(self, step: int) -> dict[str, Any]:
-        figures = self._adapt(step)
-        self.teacher.follow(step)
-        return figures
-
     def _search_adapt(self, step: int) -> dict[str, Any]:
         self.masks = self.decider.masks(step)
-        return self._adapt(self.recipe.open.steps + step, (step + 1) / max(1, self.recipe.search.steps))
+        return self._adapt(step, (step + 1) / max(1, self.recipe.search.steps))
+
+    def _joint(self, step: int) -> dict[str, Any]:
+        """One backward pass for both: LoRA and generator under the same sampled gates, on training data."""
+        sampled, leaves = self.decider.sample(step), list[dict[Site, Tensor]]()
+        figures = self.tuner.update(step, self.decider.gated_loss(sampled, leaves))
+        learned = self.decider.learn(step, sampled, leaves)
+        self.masks = self.decider.masks(step)
+        return figures | {f"generator_{name}": value for name, value in learned.items()}
 
     def _adapt(self, step: int, lasso: float = 0.0, share: float = 0.0) -> dict[str, Any]:
         """LoRA step.
@@ -183,8 +176,6 @@ class _Atp:
         assert self.plan is not None
         if self.recipe.distill.recover and self.teacher.model is None:
             self.teacher.stay()
-        if read := reconstruct(self.session, self.model, self.bank, self.decider, self.plan):
-            self.refit_tokens = {"refit": read}
         for handle in self.handles:
             handle.remove()
         self.bank.open()
@@ -198,8 +189,8 @@ class _Atp:
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
     def _phase(self, name: str, turns: list[Turn], steps: int, first: int) -> None:
-        opened, decided = self.recipe.open.steps, self.recipe.open.steps + self.recipe.search.steps
-        before = {"open": 0, "search": opened, "settle": decided, "recover": decided + self.settle_steps}[name]
+        search = self.recipe.search.steps
+        before = {"search": 0, "settle": search, "recover": search + self.settle_steps}[name]
         run_phase(self.session, Phase(name, steps, turns, self._capture, self._kept, self._figures, before), first)
 
     def _kept(self) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +21,6 @@ from slimtune.train.objective import Batch, accumulate, cross_entropy_sum, forwa
 from slimtune.train.optimizers import adamw
 from slimtune.train.schedule import generator_factor, set_lr
 from slimtune.train.session import Session
-
-_PRIORS = {"taylor": "Taylor scores", "running": "Taylor scores", "wanda": "Wanda scores", "flap": "FLAP scores"}
 
 
 class Decider:
@@ -43,18 +41,29 @@ class Decider:
         self.generator = Generator(self.structure, self.recipe.generator, uniform).to(session.device)
         config = self.recipe.generator
         self.optimizer = adamw(self.generator.parameters(), config.lr, config.weight_decay)
-        self.batches = session.batches(session.splits.decision, "decision", self.recipe.search.batch or self.recipe.train.batch)
+        windows = session.splits.train if self.recipe.search.decide_on == "train" else session.splits.decision
+        self.batches = session.batches(windows, "decision", self.recipe.search.batch or self.recipe.train.batch)
         self.scores: dict[Site, Any] = {}
         self.tokens = {"prior": 0, "decide": 0}
 
     def turn(self, step: int) -> dict[str, Any]:
         """Generator step: full mask on base + LoRA, LoRA frozen, decision data (specification 1.7, 5.4)."""
-        search, config = self.recipe.search, self.recipe.generator
-        set_lr(self.optimizer, generator_factor(step, search.steps))
-        sampled = self._sample(step)
-        turn = step // search.decide_every
+        sampled = self.sample(step)
+        turn = step // self.recipe.search.decide_every
         loss, leaves = self._backward_to_gates(self.batches.at(turn), sampled)
         self.tokens["decide"] += self.batches.tokens(turn)
+        return {"loss": loss, **self.learn(step, sampled, leaves)}
+
+    def learn(self, step: int, sampled: Masks, leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
+        """Update the generator.
+
+        Args:
+            step: of the search.
+            sampled: what ``sample`` gave.
+            leaves: of every micro-batch, detached copies of ``sampled`` (one a sample) with the gradients of the loss.
+        """
+        search, config = self.recipe.search, self.recipe.generator
+        set_lr(self.optimizer, generator_factor(step, search.steps))
         gradients = mean_over_ranks(*leaves)
         ratio = budget.kept_ratio(sampled, self.structure, self.recipe.budget.of)
         over = budget.budget_loss(ratio, self.target(step))
@@ -67,10 +76,10 @@ class Decider:
         self.optimizer.zero_grad()
         if config.prior == "running":
             self._refresh_prior(leaves)
-        figures = {"loss": loss, "sampled": ratio.detach(), "target": self.target(step)}
-        return {**figures, "budget": over.detach(), "grad_norm": norm}
+        return {"sampled": ratio.detach(), "target": self.target(step), "budget": over.detach(), "grad_norm": norm}
 
-    def _sample(self, step: int) -> dict[Site, Tensor]:
+    def sample(self, step: int) -> dict[Site, Tensor]:
+        """Hard gates drawn for ``step`` of the search, differentiable in the generator's weights."""
         config = self.recipe.generator
         rng = torch.Generator().manual_seed(hash_seed(self.recipe.seed, "noise", step))
         found, sampled = self.generator(), {}
@@ -88,29 +97,29 @@ class Decider:
         Returns:
             The mean loss, and for every micro-batch the leaves {site: [B, units]} with their gradients.
         """
-        wrapped, leaves = self.wrapped(), []
+        wrapped = self.wrapped()
+        leaves: list[dict[Site, Tensor]] = []
+        wrapped.train()
+        with quiet(self.model):
+            value = accumulate(wrapped, parts, self.session.accelerator, self.gated_loss(masks, leaves), sync=False)
+        return value, leaves
+
+    def gated_loss(self, masks: Masks, leaves: list[dict[Site, Tensor]]) -> Callable[[Batch], Tensor]:
+        """Summed cross-entropy of a batch under ``masks``; ``leaves`` gains one copy of them for every sample of it."""
 
         def loss(batch: Batch) -> Tensor:
             size = len(batch["input_ids"])
             leaves.append(self.bank.leaves({site: mask.expand(size, -1) for site, mask in masks.items()}))
-            return cross_entropy_sum(forward(wrapped, batch), batch["labels"])
+            return cross_entropy_sum(forward(self.wrapped(), batch), batch["labels"])
 
-        wrapped.train()
-        with quiet(self.model):
-            value = accumulate(wrapped, parts, self.session.accelerator, loss, sync=False)
-        return value, leaves
+        return loss
 
-    def set_prior(self, scores: Mapping[Site, Tensor] | None = None) -> None:
-        """Starting logits from scores: those given, or Taylor scores of the open gates on decision data."""
+    def set_prior(self) -> None:
+        """Starting logits from Taylor scores of the open gates, on decision data."""
         config = self.recipe.generator
-        self.session.progress.say(f"prior: {_PRIORS[config.prior]} from {config.prior_steps} decision batches")
-        self.scores = self.taylor(config.prior_steps) if scores is None else dict(scores)
-        self.generator.set_prior(self._prior())
-
-    def _prior(self) -> dict[Site, Tensor]:
-        config = self.recipe.generator
-        found = prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking)
-        return {site: value + config.prior_scale * config.prior_groups * (site[1] == "kv_group") for site, value in found.items()}
+        self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
+        self.scores = self.taylor(config.prior_steps)
+        self._use_scores()
 
     def taylor(self, batches: int) -> dict[Site, Tensor]:
         """Mean over ``batches`` of the squared gradients of per-sample gates at one: {site: [units]}."""
@@ -131,7 +140,11 @@ class Decider:
         config = self.recipe.generator
         for site, value in squares_over_ranks(*leaves).items():
             self.scores[site] = config.prior_decay * self.scores[site] + (1 - config.prior_decay) * value
-        self.generator.set_prior(self._prior())
+        self._use_scores()
+
+    def _use_scores(self) -> None:
+        config = self.recipe.generator
+        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
 
     def target(self, step: int) -> float:
         """The ratio the budget asks for at ``step`` of the search."""

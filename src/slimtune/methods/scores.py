@@ -88,7 +88,7 @@ class Scorer:
         def see(real: Tensor, layer: int, before: Tensor, after: Tensor) -> None:
             totals[layer] += F.cosine_similarity(before[real].float(), after[real].float(), dim=-1).double().sum()
 
-        for real in self.passes(lambda real: {"blocks": lambda *args: see(real, *args)}):
+        for real in self._passes(lambda real: {"blocks": lambda *args: see(real, *args)}):
             count += real.sum()
         totals, count = (self.session.accelerator.reduce(value) for value in (totals, count))
         similar: list[float] = (totals / count).tolist()
@@ -105,14 +105,14 @@ class Scorer:
             sums[site] = sums.get(site, 0) + found.sum(0)
             squares[site] = squares.get(site, 0) + found.square().sum(0)
 
-        for real in self.passes(lambda real: {"consumers": lambda *args: see(real, *args)}):
+        for real in self._passes(lambda real: {"consumers": lambda *args: see(real, *args)}):
             count += real.sum()
         reduce = self.session.accelerator.reduce
         sums, squares = ({site: reduce(value) for site, value in part.items()} for part in (sums, squares))
         return sums, squares, reduce(count)
 
     @torch.no_grad()
-    def passes(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
+    def _passes(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
         """Forward passes over the decision batches, watched; which positions [B, T] of each were real, not padding."""
         batches, seen = self.decider.batches, []
         self.model.eval()
@@ -147,17 +147,6 @@ def _real(batch: Batch, pad: int) -> Tensor:
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
     return (batch["input_ids"] != pad) | (batch["labels"] != IGNORE)
-
-
-def prior_scores(session: Session, model: nn.Module, decider: Decider) -> Scores | None:
-    """Of the generator's prior, where it is a criterion of this module; None where it is the decider's own."""
-    kind = session.recipe.generator.prior
-    if kind not in ("wanda", "flap"):
-        return None
-    scorer = Scorer(session, model, decider, session.recipe.generator.prior_steps)
-    scores = CRITERIA[kind](scorer)
-    decider.tokens["prior"] += scorer.tokens
-    return scores
 
 
 CRITERIA: dict[str, Callable[[Scorer], Scores]] = {

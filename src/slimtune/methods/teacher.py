@@ -1,4 +1,4 @@
-"""Who gives the soft targets of ``distill``: the student with its gates open, an earlier state of it, or another model."""
+"""Who gives the soft targets of ``distill``: the student with its gates open, the student before its cut, or another model."""
 
 from __future__ import annotations
 
@@ -32,25 +32,7 @@ class Teacher:
         self.session, self.student, self.bank = session, student, bank
         self.config = session.recipe.distill
         self.outside = bool(self.config.teacher)
-        self.average: dict[str, Tensor] = {}
         self.model: nn.Module | None = self._load() if self.outside else None
-
-    @property
-    def stays(self) -> bool:
-        """Whether the student as the ``open`` phase left it is the teacher."""
-        return bool(self.config.weight and not self.outside and self.session.recipe.open.steps)
-
-    @torch.no_grad()
-    def follow(self, step: int) -> None:
-        """After a step of the ``open`` phase: the average of the weights of the last steps, which stands for a decayed rate."""
-        if not self.stays:
-            return
-        now = trainable_state(self.student)
-        if not self.average:
-            self.average = {name: value.clone() for name, value in now.items()}
-            return
-        share = 1 / min(step + 1, self.session.recipe.open.average)
-        torch._foreach_lerp_(list(self.average.values()), list(now.values()), share)
 
     def stay(self, state: dict[str, Tensor] | None = None) -> None:
         """The student as it is now, or with ``state``; it shares the frozen weights, until a cut gives the student others."""
@@ -70,11 +52,10 @@ class Teacher:
         own = self.model if self.model is not None and not self.outside else None
         names = set(trainable_state(self.student))
         state = {name: value.detach() for name, value in own.named_parameters() if name in names} if own is not None else None
-        return {"average": dict(self.average), "state": state}
+        return {"state": state}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Before a restored Plan is cut."""
-        self.average = saved["average"]
         if saved["state"] is not None:
             self.stay(saved["state"])
 

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
-from slimtune.methods.reconstruct import reconstruct
-from slimtune.methods.scores import CRITERIA, Scorer, prior_scores, ranked
+from slimtune.methods.scores import CRITERIA, Scorer, ranked
 from slimtune.methods.start import gated_model
 from slimtune.models.surgery import compensate, compile_blocks, cut
 from slimtune.prune.depth import drop_layers
@@ -81,7 +80,7 @@ class _TwoStage:
     def _generated(self, first: int) -> tuple[Plan, Counts]:
         """DISP-LLM's order (Gao et al. 2024): the generator learns on the frozen base, LoRA comes after."""
         if not first and self.recipe.generator.prior != "none":
-            self.decider.set_prior(prior_scores(self.session, self.model, self.decider))
+            self.decider.set_prior()
         turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every)]
         run_phase(self.session, self._phase("decide", self.recipe.search.steps, turns), first)
         return self.decider.plan()
@@ -98,7 +97,6 @@ class _TwoStage:
 
     def _cut(self) -> None:
         assert self.plan is not None
-        self.scored += reconstruct(self.session, self.model, self.bank, self.decider, self.plan)
         for handle in self.handles:
             handle.remove()
         self.bank.open()

@@ -98,15 +98,12 @@ class GeneratorConfig(Section):
     """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
     estimator: Literal["reinmax", "ste"] = "reinmax"
     """Gradient through the hard sample."""
-    prior: Literal["none", "taylor", "running", "wanda", "flap"] = "running"
-    """Logits to add to the generator's: none, scores of the open gates on decision data (``taylor``: squared gradients;
-    ``wanda``, ``flap``: those of ``twostage.scores``), or the Taylor scores followed through the search (``running``: a
-    moving average over the decide turns, free of extra passes)."""
+    prior: Literal["none", "taylor", "running"] = "running"
+    """Logits to add to the generator's: none, squared-gradient Taylor scores of the open gates on decision data, or the
+    same followed through the search (a moving average over the decide turns, free of extra passes)."""
     prior_ranking: Literal["global", "axis", "layer"] = "global"
     """Who is ranked against whom: all units by score per parameter, those of one axis (KV groups, MLP channels), or those
     of one axis in one layer. The prior then wants the same share of each of them kept."""
-    prior_groups: float = 0.0
-    """Added to the prior's logits of KV groups, in units of ``prior_scale``."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
@@ -131,31 +128,15 @@ class SearchConfig(Section):
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
     decide_every: Positive = 1
     """A ``decide`` turn on every n-th step."""
+    update: Literal["alternating", "joint"] = "alternating"
+    """``alternating``: ``decide`` turns for the generator, ``adapt`` turns for LoRA; ``joint``: both learn from one backward
+    pass on training data, under the sampled gates (``hard`` semantics, no distillation)."""
+    decide_on: Literal["decision", "train"] = "decision"
+    """Rows of the ``decide`` turns and of the prior: the decision rows, which LoRA never sees, or the training rows."""
     alpha: Annotated[float, Field(ge=0.0)] = 5.0
     """Weight of the budget loss |log(kept/target)|; see ``generator.calibrate``."""
     ramp: Fraction = 0.4
     """Part of the steps over which the budget's target falls from 1 to its final value."""
-
-
-class OpenConfig(Section):
-    """``atp``: a phase before the search, in which LoRA tunes the uncut model.
-
-    LoRA goes on from there, and with ``distill.weight`` the model as it is then teaches all that follows.
-    """
-
-    steps: Count = 0
-    """Steps."""
-    average: Positive = 50
-    """The teacher's LoRA weights are the running average of about this many steps, in place of a decayed learning rate."""
-
-
-class RefitConfig(Section):
-    """Least squares at the cut: consumers take over what the removed units did, as far as it is linear in the kept ones."""
-
-    batches: Count = 0
-    """Decision batches to read for it; they count as search tokens. 0: off."""
-    damping: Annotated[float, Field(gt=0.0)] = 0.01
-    """Pull towards the old weights, in units of the inputs' mean square."""
 
 
 class RecoverConfig(Section):
