@@ -21,6 +21,7 @@ from slimtune.methods import atp
 from slimtune.models.load import load_config, load_model, load_tokenizer, structure_of
 from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
+from slimtune.prune.gates import mean_over_ranks
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import count
 
@@ -52,6 +53,8 @@ def randomise_lora(run: Any) -> None:
         {"generator__noise": "gumbel", "generator__estimator": "ste", "generator__train_embedding": False},
         {"budget": {"keep": 0.75, "ffn_multiple": 1, "layout": "uniform"}},
         {"search__decide_every": 2, "train__micro_batch": 2},
+        {"search__update": "joint", "train__micro_batch": 2},
+        {"search__decide_on": "train", "generator__prior": "taylor", "generator__prior_ranking": "axis"},
         {"model__checkpointing": "non_reentrant"},
         {"lora__semantics": "lora_aware", "model__checkpointing": "reentrant"},
         {"lora__semantics": "lora_aware", "lora__lasso": "loss"},
@@ -74,7 +77,8 @@ def test_every_variant_ends_at_the_budget(bench: Bench, tmp_path: Path, override
     assert (summary["leak"] is None) == (recipe.lora.semantics == "hard")
     steps = recipe.search.steps + recipe.recover.steps
     assert len(losses(tmp_path)) == steps
-    assert len(losses(tmp_path, "decide_loss")) == math.ceil(recipe.search.steps / recipe.search.decide_every)
+    turns = math.ceil(recipe.search.steps / recipe.search.decide_every) if recipe.search.update == "alternating" else 0
+    assert len(losses(tmp_path, "decide_loss")) == turns
     assert steps == 0 or math.isfinite(summary["result"]["ppl"])
 
 
@@ -379,6 +383,48 @@ def test_another_teacher_teaches_in_every_phase(bench: Bench, tmp_path: Path) ->
     assert all(one != other for one, other in zip(taught, alone, strict=True))
     saved = torch.load(tmp_path / "taught" / "checkpoint-main.pt", weights_only=True)
     assert saved["teacher"] is None
+
+
+def test_a_joint_turn_teaches_the_generator_by_the_gradients_of_a_decide_turn_on_its_rows(bench: Bench, tmp_path: Path) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, search__update="joint"))
+    randomise_lora(run)
+    sampled = run.decider.sample(0)
+    _, alone = run.decider._backward_to_gates(run.tuner.batches.at(0), sampled)
+    seen: list[Any] = []
+    learn = run.decider.learn
+
+    def spy(step: int, drawn: Any, leaves: Any) -> Any:
+        seen.extend([drawn, leaves])
+        return learn(step, drawn, leaves)
+
+    run.decider.learn = spy
+    before = {name: weight.clone() for name, weight in run.decider.generator.state_dict().items()}
+    lora = {name: weight.clone() for name, weight in run.model.named_parameters() if "lora_B" in name}
+    figures = run._joint(0)
+    drawn, leaves = seen
+    expected, found = mean_over_ranks(*alone), mean_over_ranks(*leaves)
+    for site, mask in sampled.items():
+        assert torch.equal(drawn[site], mask)
+        torch.testing.assert_close(found[site], expected[site])
+    assert any(not torch.equal(before[name], weight) for name, weight in run.decider.generator.state_dict().items())
+    assert any(not torch.equal(lora[name], weight) for name, weight in run.model.named_parameters() if name in lora)
+    assert figures["generator_target"] == run.decider.target(0)
+    assert run.decider.tokens["decide"] == 0
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"distill__weight": 1.0}, {"lora__semantics": "lora_aware"}, {"search__decide_every": 2}]
+)
+def test_a_joint_update_that_cannot_be_is_an_error(bench: Bench, tmp_path: Path, overrides: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"search\.update=joint needs lora\.semantics=hard, distill\.weight=0"):
+        bench.recipe(tmp_path, search__update="joint", **overrides)
+
+
+@pytest.mark.parametrize("kind", ["decision", "train"])
+def test_decide_turns_read_the_rows_they_are_told_to(bench: Bench, tmp_path: Path, kind: str) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, search__decide_on=kind))
+    assert run.decider.batches.windows is getattr(run.session.splits, kind)
+    assert run.tuner.batches.windows is run.session.splits.train
 
 
 def test_a_teacher_that_would_not_teach_is_an_error(bench: Bench, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_samples_are_drawn_as_the_recipe_says(
     chosen = {"generator__noise": noise, "generator__estimator": estimator, "generator__temperature": temperature}
     run = atp._Atp(session_of(bench, tmp_path, **PAPER, **chosen))
     logits = fixed_logits(run.decider)
-    found = run.decider._sample(3)
+    found = run.decider.sample(3)
     rng = torch.Generator().manual_seed(hash_seed(0, "noise", 3))
     for site, values in logits.items():
         again = values.detach().clone().requires_grad_()
@@ -147,7 +147,7 @@ def test_a_rise_of_all_logits_changes_nothing_where_samples_are_calibrated(bench
     """The level takes part in the gradient, so what one logit gains the others lose."""
     run = atp._Atp(session_of(bench, tmp_path, search__ramp=0.0))
     logits = fixed_logits(run.decider)
-    found = run.decider._sample(0)
+    found = run.decider.sample(0)
     pull = {site: torch.rand(mask.shape, generator=torch.Generator().manual_seed(1)) for site, mask in found.items()}
     torch.autograd.backward(list(found.values()), list(pull.values()))
     gradient = torch.cat([values.grad for values in logits.values() if values.grad is not None])

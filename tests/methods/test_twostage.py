@@ -83,7 +83,7 @@ def test_layer_drop_takes_whole_layers_that_change_least(bench: Bench, tmp_path:
 def scorer_of(bench: Bench, out: Path, **overrides: Any) -> tuple[Scorer, Any]:
     session = session_of(bench, out, method="twostage", **overrides)
     run = twostage._TwoStage(session)
-    return Scorer(session, run.model, run.decider), run
+    return Scorer(session, run.model, run.decider, session.recipe.twostage.batches), run
 
 
 def weight(run: Any, layer: int, path: str) -> Tensor:
@@ -175,16 +175,17 @@ def test_influence_is_one_minus_the_cosine(bench: Bench, tmp_path: Path) -> None
     assert min(influence[0], influence[2]) > 1e-3
 
 
-def test_ranking_by_layer_keeps_equal_shares_and_global_does_not(bench: Bench, tmp_path: Path) -> None:
+def test_ranking_by_layer_keeps_equal_shares_and_the_others_do_not(bench: Bench, tmp_path: Path) -> None:
     scores = {(layer, axis): torch.rand(n) * 10.0**layer for layer in range(3) for axis, n in (("kv_group", 2), ("ffn", 96))}
     found = {}
-    for ranking in ("layer", "global"):
+    for ranking in ("layer", "axis", "global"):
         session = session_of(bench, tmp_path / ranking, method="twostage", twostage={"scores": "taylor", "ranking": ranking})
         logits = ranked(scores, session)
         found[ranking] = [int((logits[layer, "ffn"] > logits[1, "ffn"].median()).sum()) for layer in range(3)]
     assert max(found["layer"]) - min(found["layer"]) <= 1
-    assert found["global"][0] < 10
-    assert found["global"][2] > 86
+    for ranking in ("axis", "global"):
+        assert found[ranking][0] < 10
+        assert found[ranking][2] > 86
 
 
 @pytest.mark.parametrize("scores", ["wanda", "generator"])

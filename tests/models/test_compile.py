@@ -1,4 +1,4 @@
-"""Compiled blocks: one graph for all widths of a cut model, the same numbers, and a run that only trains through them."""
+"""Compiled blocks: one graph for layers of the same widths, the same numbers, and a run that only trains through them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 def _fresh_compiler() -> Iterator[None]:
     dynamo.reset()
     dynamo.utils.counters.clear()
-    with dynamo.config.patch(force_parameter_static_shapes=True, force_nn_module_property_static_shapes=True):
+    with dynamo.config.patch(recompile_limit=dynamo.config.recompile_limit):
         yield
     dynamo.reset()
 
@@ -35,9 +35,10 @@ def graphs() -> int:
     return int(dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def test_layers_of_different_widths_share_a_graph_and_compute_the_same() -> None:
+@pytest.mark.parametrize(("widths", "wanted"), [((40, 40, 40), 1), ((40, 33, 80), 3)])
+def test_layers_of_the_same_widths_share_a_graph_and_all_compute_the_same(widths: tuple[int, ...], wanted: int) -> None:
     model, structure = random_model("llama", rank=4)
-    plan = Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in (40, 33, 80)])
+    plan = Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in widths])
     cut(model, structure, plan)
 
     def step() -> list[Tensor]:
@@ -47,12 +48,24 @@ def test_layers_of_different_widths_share_a_graph_and_compute_the_same() -> None
         return [logits, *(parameter.grad for parameter in model.parameters() if parameter.grad is not None)]
 
     expected = step()
-    compile_blocks(model, structure, plan, backend="eager")
+    compile_blocks(model, structure, backend="eager")
     found = step()
-    assert graphs() == 1
+    assert graphs() == wanted
     assert len(found) == len(expected) > 10
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_more_widths_than_dynamo_would_compile_by_itself() -> None:
+    limit = 2
+    with dynamo.config.patch(recompile_limit=limit):
+        model, structure = random_model("llama", rank=4)
+        widths = (40, 33, 80)
+        assert len(widths) > limit
+        cut(model, structure, Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in widths]))
+        compile_blocks(model, structure, backend="eager")
+        model(input_ids=sample_ids(), use_cache=False)
+        assert graphs() == len(widths)
 
 
 def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

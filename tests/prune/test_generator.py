@@ -10,7 +10,7 @@ import torch
 from shapes import sizes, small_structure, tiny_structure
 from slimtune.prune.budget import kept_ratio
 from slimtune.prune.generator import Generator
-from slimtune.prune.prior import prior_logits
+from slimtune.prune.prior import Ranking, prior_logits
 from slimtune.sections import GeneratorConfig
 
 TINY = tiny_structure()
@@ -153,6 +153,32 @@ def test_the_level_of_a_share_is_the_normal_quantile_of_that_share() -> None:
         level = -3.0 * math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * keep - 1)))
         masks = {site: (value >= level).float() for site, value in prior.items()}
         assert float(kept_ratio(masks, structure, "block")) == pytest.approx(keep, abs=0.006)
+
+
+def test_ranked_within_an_axis_or_a_layer_each_of_them_keeps_the_same_share() -> None:
+    structure = small_structure()
+    torch.manual_seed(1)
+    # later layers and KV groups have far larger scores, so the global ranking keeps them whole
+    scores = {
+        (layer, axis): torch.rand(n) * 10.0 ** (layer + 20 * (axis == "kv_group"))
+        for (layer, axis), n in sizes(structure).items()
+    }
+
+    def kept(ranking: Ranking) -> dict[tuple[int, str], float]:
+        return {
+            site: float((value > 0).float().mean()) for site, value in prior_logits(scores, structure, 2.0, ranking).items()
+        }
+
+    layers = range(len(structure.layers))
+    shares = {ranking: kept(ranking) for ranking in ("global", "axis", "layer")}
+    half = {site: 0.5 / n for site, n in sizes(structure).items()}  # an odd unit in the middle
+    assert all(abs(share - 0.5) <= half[site] for site, share in shares["layer"].items())
+    assert min(shares["global"][layer, "kv_group"] for layer in layers) == 1.0
+    for axis in ("kv_group", "ffn"):
+        of_axis = [shares["axis"][layer, axis] for layer in layers]
+        assert sum(of_axis) / len(of_axis) == pytest.approx(0.5, abs=max(half.values()))
+        assert of_axis[0] == 0.0
+        assert of_axis[-1] == 1.0
 
 
 def test_equal_scores_give_a_prior_without_nan() -> None:

@@ -65,7 +65,7 @@ class _Atp:
         if name == "search":
             turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every), Turn("adapt", self._search_adapt)]
             if self.recipe.search.update == "joint":
-                turns = [Turn("joint", self._joint)]
+                turns = [Turn("adapt", self._joint)]
             self._phase("search", turns, search, step)
             self._freeze()
             name, step = "settle", 0
@@ -182,7 +182,7 @@ class _Atp:
         self.masks = {}
         self.tuner.carry_over(cut(self.model, self.structure, self.plan))
         if self.recipe.train.compile:
-            compile_blocks(self.model, self.structure, self.plan)
+            compile_blocks(self.model, self.structure)
         if self.recipe.recover.lr:
             self.tuner.set_peak(self.recipe.recover.lr)
 

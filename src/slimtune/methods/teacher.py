@@ -48,16 +48,17 @@ class Teacher:
         self.bank.open()
         return forward(self.model or self.student, batch)
 
-    def capture(self) -> dict[str, Any]:
-        own = self.model if self.model is not None and not self.outside else None
+    def capture(self) -> dict[str, Tensor] | None:
+        """The trained weights of an earlier state of the student, where that is the teacher."""
+        if self.model is None or self.outside:
+            return None
         names = set(trainable_state(self.student))
-        state = {name: value.detach() for name, value in own.named_parameters() if name in names} if own is not None else None
-        return {"state": state}
+        return {name: value.detach() for name, value in self.model.named_parameters() if name in names}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: dict[str, Tensor] | None) -> None:
         """Before a restored Plan is cut."""
-        if saved["state"] is not None:
-            self.stay(saved["state"])
+        if saved is not None:
+            self.stay(saved)
 
     def _load(self) -> nn.Module:
         recipe, device = self.session.recipe, str(self.session.device)

@@ -104,7 +104,7 @@ class _TwoStage:
             compensate(self.model, self.structure, self.plan, self.means)
         self.tuner.carry_over(cut(self.model, self.structure, self.plan))
         if self.recipe.train.compile:
-            compile_blocks(self.model, self.structure, self.plan)
+            compile_blocks(self.model, self.structure)
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:
         before = self.recipe.search.steps if name == "recover" and self.recipe.twostage.scores == "generator" else 0

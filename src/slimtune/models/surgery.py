@@ -32,25 +32,23 @@ def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     return list(base.get_submodule(structure.family.blocks))
 
 
-def compile_blocks(model: nn.Module, structure: Structure, plan: Plan | None = None, backend: str = "inductor") -> None:
-    """``torch.compile`` every decoder block, in place.
+def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
+    """``torch.compile`` every decoder block, in place: one graph for all blocks of the same widths.
+
+    One with symbolic widths for all of them would be fewer, but tracing it takes ten times as long as tracing a plain one, and
+    rounding leaves few different widths. What inductor made for a graph it finds again on disk in later runs.
 
     Args:
-        plan: what the blocks were cut by. Where it left them unequal widths, one graph with symbolic widths serves them all;
-            torch would make one for each width, at tens of seconds apiece.
         backend: of ``torch.compile``.
     """
-    uneven = plan is not None and not plan.is_uniform
-    if uneven:
-        import torch._dynamo.config as dynamo_config  # costs a second
+    import torch._dynamo.config as dynamo_config  # costs a second
 
-        # dynamo takes the sizes of parameters for constants unless told otherwise; there is no public switch
-        dynamo_config.force_parameter_static_shapes = False
-        dynamo_config.force_nn_module_property_static_shapes = False
+    # all blocks are calls of one function, which dynamo would stop compiling at the eighth width
+    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 2 * len(structure.layers) + 8)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.enable_input_require_grads()  # else the first block, whose input needs no gradient, is compiled by itself
     for block in blocks_of(model, structure):
-        block.compile(backend=backend, dynamic=True if uneven else None)
+        block.compile(backend=backend)
 
 
 def linears_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, Linear, nn.Module]]:
