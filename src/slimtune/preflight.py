@@ -11,9 +11,12 @@ from transformers import PreTrainedConfig
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
 from slimtune.estimate import job_of, phases
+from slimtune.evaluate.rows import held_out
+from slimtune.evaluate.tasks import find_task
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
+from slimtune.sections import DataConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import check_biases
 from slimtune.train.progress import Progress
@@ -30,7 +33,7 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
     """
     progress.say("reading and tokenising data ...")
     need = frozenset({"train", "valid", "test", *(["decision"] if recipe.prunes else [])})
-    splits = load_splits(recipe.data, tokenizer, need)
+    splits = load_splits(_guarded(recipe), tokenizer, need)
     _check_vocabulary(splits, vocabulary, tokenizer)
     sizes = ", ".join(f"{name} {count:,} rows" for name, count in splits.rows.items())
     progress.say(f"data: {sizes}")
@@ -42,6 +45,12 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
         progress.say(f"runs of {recipe.data.ngram} words that also stand somewhere in the train rows: {parts}")
     _check_held_out(splits, recipe)
     return splits
+
+
+def _guarded(recipe: Recipe) -> DataConfig:
+    """The data with the rows of ``evaluate.tasks`` kept from being learned, as those of ``data.protect`` are."""
+    tasks = [find_task(name) for name in recipe.evaluate.tasks]
+    return recipe.data.model_copy(update={"protect": (*recipe.data.protect, *held_out(tasks))})
 
 
 def check_method(recipe: Recipe, structure: Structure) -> None:

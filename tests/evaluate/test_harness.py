@@ -154,3 +154,18 @@ def test_a_run_follows_its_tasks(bench: Any, tmp_path: Path) -> None:
         assert summary[name]["mine.accuracy_majority"] == pytest.approx(1 / 3)
         assert summary[name]["mine.accuracy_low"] <= summary[name]["mine.accuracy"] <= summary[name]["mine.accuracy_high"]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["result"]["mine.rows"] == 6
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_rows_of_a_task_that_is_followed_are_not_learned(bench: Any, tmp_path: Path, split: str) -> None:
+    from slimtune import pipeline
+
+    rows = choice_rows(12)
+    write_rows(tmp_path / "mine-test.jsonl", rows[:6])
+    write_rows(tmp_path / "mine-valid.jsonl", rows[6:])
+    (tmp_path / "mine.yaml").write_text("metric: choice\nsources: [{path: 'mine-{split}.jsonl'}]\n")
+    data = bench.recipe(tmp_path / "run").data
+    train = [*data.train, {"path": str(tmp_path / f"mine-{split}.jsonl")}]
+    keys = {"data": {**data.model_dump(), "train": train}, "evaluate__tasks": [str(tmp_path / "mine.yaml")]}
+    with pytest.raises(UserError, match=rf"mine-{split}\.jsonl\S+ \(data\.\w+\) is the same as \S+mine-{split}\.jsonl"):
+        pipeline.tune(bench.recipe(tmp_path / "run", **keys))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -85,26 +86,58 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
     return Prepared(task, docs, source, _digest(plain), cut, tokens)
 
 
+def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
+    """Where the test rows of tasks are, and their validation rows where they have some: what nothing may learn from.
+
+    Raises:
+        UserError: the test rows of a task cannot be found.
+    """
+    found = []
+    for task in tasks:
+        reasons: list[str] = []
+        tests = next(_sources(task, "test", reasons), None)
+        if tests is None:
+            raise _unread(task, "test", reasons)
+        found += [tests, *islice(_sources(task, "valid", []), 1)]
+    return tuple(found)
+
+
 def _read(task: Task, split: Split) -> tuple[list[Row], str]:
+    reasons: list[str] = []
+    for source in _sources(task, split, reasons):
+        try:
+            return read(source), source.path
+        except UserError as error:
+            if Path(source.path).is_file():
+                raise
+            reasons.append(str(error))
+    raise _unread(task, split, reasons)
+
+
+def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
+    """Those of a task's sources that are there; ``reasons`` gains why others are not."""
     if task.data is not None:
-        keys = {**task.file.sources[0], "path": task.data, "splits": {}}
-        source = task.source(keys, "test")
-        return read(source), source.path
-    reasons = []
+        yield task.source({**task.file.sources[0], "path": task.data, "splits": {}}, "test")
+        return
     for raw in task.file.sources:
         try:
             source = task.source(raw, split)
-            if _there(source):
-                return read(source), source.path
-            reasons.append(f"{source.path!r} does not exist")
         except UserError as error:
             if "path" in raw and Path(str(raw["path"])).is_file():
                 raise
             reasons.append(str(error))
+            continue
+        if _there(source):
+            yield source
+        else:
+            reasons.append(f"{source.path!r} does not exist")
+
+
+def _unread(task: Task, split: Split, reasons: Sequence[str]) -> UserError:
     variable = next(iter(task.variables), None)
     remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
     remedy += f"ame a file: --data {task.name}=FILE"
-    raise UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
+    return UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
 
 
 def _there(source: Source) -> bool:

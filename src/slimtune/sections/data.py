@@ -69,7 +69,8 @@ class DataConfig(Section):
     """When a row stands in two splits, or one to learn from is nearly one of test, valid or protect: stop, or keep it in
     the first of test, valid, protect, decision, train alone."""
     protect: Sources = ()
-    """Rows of evaluations that come later, e.g. the test files of tasks: kept from being learned, not measured."""
+    """Rows of evaluations that come later, e.g. the test files of tasks: kept from being learned, not measured. The rows of
+    ``evaluate.tasks`` are so without being named here."""
     ngram: Count = 13
     """Rows are compared by their runs of this many words (case and punctuation do not count); 0: only for being the same."""
     ngram_share: Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
