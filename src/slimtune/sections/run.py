@@ -101,9 +101,9 @@ class GeneratorConfig(Section):
     prior: Literal["none", "taylor", "running"] = "running"
     """Logits to add to the generator's: none, squared-gradient Taylor scores of the open gates on decision data, or the
     same followed through the search (a moving average over the decide turns, free of extra passes)."""
-    prior_ranking: Literal["global", "axis", "layer"] = "global"
-    """Who is ranked against whom: all units by score per parameter, those of one axis (KV groups, MLP channels), or those
-    of one axis in one layer. The prior then wants the same share of each of them kept."""
+    prior_ranking: Literal["global", "axis", "layer"] = "axis"
+    """Who is ranked against whom for the prior: all units by score per parameter (``global``), those of one axis (KV groups,
+    MLP channels) in all layers, or those of one axis in one layer. The prior wants the same share of each of these kept."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
@@ -111,7 +111,7 @@ class GeneratorConfig(Section):
     border are the units that it explores. Without ``calibrate`` use 2."""
     prior_steps: Positive = 16
     """Decision batches read for the prior; they count as search tokens."""
-    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    lr: Annotated[float, Field(gt=0.0)] = 3e-3
     """AdamW learning rate; times 0.2 in the last fifth of the search."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     """AdamW weight decay."""
