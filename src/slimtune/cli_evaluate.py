@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -60,19 +60,27 @@ def evaluate(
     target = _target(as_json)
     files = dict(_assignment(item) for item in data or ())
     from slimtune.evaluate.command import Options, evaluate_model
-    from slimtune.report.evaluation import render
+    from slimtune.report.counting import Counting
     from slimtune.runtime import quiet_libraries
 
     quiet_libraries()
     options = Options(split=split, limit=limit, batch=batch, device=device, dtype=dtype, seed=seed)
-    found = evaluate_model(
-        model, suite or (), tasks=tasks or (), data=files, write_tasks=write_tasks, options=options, say=_say
-    )
+    with Counting() as counting:
+        found = evaluate_model(
+            model, suite or (), tasks=tasks or (), data=files, write_tasks=write_tasks, options=options, say=_say, see=counting
+        )
+    _deliver(found, as_json, target)
+
+
+def _deliver(found: dict[str, Any], as_json: str | None, target: Path | None) -> None:
+    """The table on stdout, or the JSON there, or both."""
     text = json.dumps(found, indent=2, ensure_ascii=False)
     if as_json == "-":
         typer.echo(text)
         return
     from rich.console import Console
+
+    from slimtune.report.evaluation import render
 
     Console().print(render(found))
     if target is not None:

@@ -6,6 +6,7 @@ import ast
 import json
 import math
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,17 @@ def test_the_harness_is_imported_only_when_tasks_are_run() -> None:
         top = [node for node in ast.parse(source.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
         names = {getattr(node, "module", None) or node.names[0].name for node in top}
         assert not {name for name in names if name.split(".")[0] in ("lm_eval", "rouge_score", "datasets", "tqdm")}, source
+
+
+def test_every_kind_of_request_is_counted_to_its_end(tmp_path: Path) -> None:
+    tokenizer, model = make_tokenizer(), make_model().eval()
+    rows = {"choice": choice_rows(4), "rouge": choice_rows(3), "perplexity": [{"text": text} for text in sentences(5)]}
+    tasks = [prepared(tmp_path, kind, items, tokenizer) for kind, items in rows.items()]
+    seen: list[tuple[str, int, int]] = []
+    evaluate_tasks(model, tokenizer, tasks, batch=2, intervals=False, see=lambda *told: seen.append(told))
+    ends = {(what, total): done for what, done, total in seen}
+    assert ends == {("likelihoods", 17): 17, ("answers", 3): 3}
+    assert all(before[1] < after[1] for before, after in pairwise(seen) if before[::2] == after[::2])
 
 
 def test_a_run_follows_its_tasks(bench: Any, tmp_path: Path) -> None:

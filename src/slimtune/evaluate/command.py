@@ -62,6 +62,7 @@ def evaluate_model(
     write_tasks: str | Path | None = None,
     options: Options | None = None,
     say: Callable[[str], None] = lambda _: None,
+    see: harness.See = lambda what, done, total: None,
     **settings: Any,
 ) -> dict[str, Any]:
     """Measure a model on suites of tasks through lm-evaluation-harness.
@@ -75,6 +76,7 @@ def evaluate_model(
         write_tasks: also write the tasks to this folder, for plain ``lm_eval``.
         options: how; or by keyword: ``split``, ``limit`` (rows of a task), ``batch``, ``device``, ``dtype``, ``seed``.
         say: gets a line as the work goes on.
+        see: gets what is being done, how many requests are through, and of how many, after every batch.
 
     Returns:
         ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``versions``, and how
@@ -98,7 +100,7 @@ def evaluate_model(
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
     say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
-    figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed)
+    figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed, see=see)
     of = {task.name: group for group, members in groups.items() for task in members}
     return {
         "model": where,

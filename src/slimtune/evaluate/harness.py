@@ -9,8 +9,9 @@ import math
 import random
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,11 @@ from slimtune.evaluate.rows import Prepared
 
 Figure = dict[str, Any]
 """``value``; ``low`` and ``high`` (95% interval) if asked for; ``majority`` beside accuracy and macro-F1."""
+See = Callable[[str, int, int], None]
+"""What is being done, how many requests of it are through, and of how many."""
 EXTRA = "pip install 'slimtune[eval]'"
+_WORK = {"Running loglikelihood requests": "likelihoods", "Running generate_until requests": "answers"}
+"""The harness's names of its loops over requests (those of a perplexity are likelihoods too)."""
 
 
 def check_installed() -> None:
@@ -44,6 +49,7 @@ def evaluate_tasks(
     seed: int = 0,
     bf16: bool = False,
     intervals: bool = True,
+    see: See = lambda what, done, total: None,
 ) -> dict[str, dict[str, Figure]]:
     """Run tasks on a model as it stands: a PEFT model with hooks will do. Answers are written greedily.
 
@@ -56,6 +62,7 @@ def evaluate_tasks(
         batch: rows in one pass.
         bf16: run under autocast.
         intervals: make 95% intervals.
+        see: told of every batch that is through.
 
     Returns:
         ``{task: {metric: figure}}``; empty on ranks other than the first of a host, for which the harness has no results.
@@ -67,7 +74,8 @@ def evaluate_tasks(
     with tempfile.TemporaryDirectory(prefix="slimtune-tasks-") as name, _quiet(), _unchanged(model):
         folder = Path(name)
         written.write(folder, tasks)
-        results = _run(getattr(model, "module", model), tokenizer, tasks, folder, batch, seed, bf16)
+        with _watched(see):
+            results = _run(getattr(model, "module", model), tokenizer, tasks, folder, batch, seed, bf16)
     if results is None:
         return {}
     return {task.name: _figures(task, results, seed, intervals) for task in tasks}
@@ -161,6 +169,37 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             config.use_cache = cached  # type: ignore[union-attr]
         for module, mode in modes:
             module.training = mode
+
+
+class _Counter:
+    """Stands in for tqdm in the harness's loops over requests."""
+
+    def __init__(self, see: See, items: Iterable[Any] | None = None, *, total: int = 0, desc: str = "", **_: Any):
+        self.see, self.items, self.total, self.what, self.done = see, items or (), total, _WORK.get(desc), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def update(self, number: int = 1) -> None:
+        self.done += number
+        if self.what:
+            self.see(self.what, self.done, self.total)
+
+    def close(self) -> None:
+        pass
+
+
+@contextmanager
+def _watched(see: See) -> Iterator[None]:
+    """Hear of the harness's loops, also of those whose bars it switches off."""
+    from lm_eval.models import huggingface
+
+    bars: Any = huggingface.tqdm
+    huggingface.tqdm = partial(_Counter, see)
+    try:
+        yield
+    finally:
+        huggingface.tqdm = bars
 
 
 @contextmanager
