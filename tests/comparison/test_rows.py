@@ -26,7 +26,9 @@ SUMMARY = {
         "rqe.accuracy": 0.5,
         "rqe.accuracy_se": 0.1,
         "rqe.accuracy_low": 0.4,
-        "rqe.accuracy_majority": 0.5,
+        "rqe.accuracy_majority": 0.4,
+        "meqsum.rouge1": 0.6,
+        "meqsum.rougeL": 0.3,
         "rqe.rows": 30.0,
         "rqe.note": "text",
     },
@@ -55,6 +57,9 @@ def test_a_row_for_each_metric_and_every_key_with_a_dot_is_one(job: Job) -> None
         "domain_ppl": (20.0, 0.5, 40.0),
         "parameters": (60, None, 100),
         "rqe.accuracy": (0.5, 0.1, 0.3),
+        "meqsum.rouge1": (0.6, None, None),
+        "meqsum.rougeL": (0.3, None, None),
+        "tasks_above_chance": (pytest.approx((0.1 + 0.3) / 2), None, None),
     }
     common = {"base": "tiny", "domain": "somewhere", "method": "atp", "keep": 0.8, "seed": 0, "tokens": 15, "gpu_seconds": 3.0}
     common |= {"machine": "somewhere", "commit": "c", "program": "p", "words": "w", "kv_groups": 3, "block_ratio": 0.5}
@@ -87,7 +92,14 @@ def test_rows_of_several_calls_and_domains_are_joined() -> None:
 def test_a_failed_run_is_a_row_until_it_succeeds(job: Job) -> None:
     failed = of_run(job, {"failed": "error: no", "program": "p"})
     assert [(row["metric"], row["value"], row["keep"]) for row in failed] == [("failed", "error: no", 0.8)]
-    assert [row["metric"] for row in joined(failed, of_run(job, SUMMARY))] == ["domain_ppl", "parameters", "rqe.accuracy"]
+    assert [row["metric"] for row in joined(failed, of_run(job, SUMMARY))] == [
+        "domain_ppl",
+        "parameters",
+        "rqe.accuracy",
+        "meqsum.rouge1",
+        "meqsum.rougeL",
+        "tasks_above_chance",
+    ]
     assert not has_run(failed, job, "p")
 
 

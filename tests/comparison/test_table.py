@@ -33,6 +33,17 @@ def test_one_row_a_method_and_budget() -> None:
     assert "INCOMPLETE" not in found
 
 
+def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_same_seed() -> None:
+    gains = [row("dense_lora", 1.0, 0, 0.2, "tasks_above_chance"), row("dense_lora", 1.0, 1, -0.1, "tasks_above_chance")]
+    gains += [row("atp", 0.6, seed, 0.15, "tasks_above_chance") for seed in (0, 1)]
+    found = text([*some(), *gains])
+    assert "| rqe.accuracy | tasks_above_chance | task retention |" in found
+    # seed 1 has nothing above chance to retain
+    assert "| 0.750 | 0.150 ± 0.000 | 0.750 |" in found
+    assert "task retention: that over dense LoRA's" in found
+    assert "task retention" not in text(some())
+
+
 def test_seconds_of_a_cpu_are_not_called_gpu_seconds() -> None:
     assert "| s | seeds |" in text([{**it, "machine": "1 CPU threads (x86)"} for it in some()])
 

@@ -19,6 +19,8 @@ DENSE = "dense_lora"
 PLAIN = {"domain_ppl": "ppl", "accuracy": "accuracy", "parameters": "parameters"}
 """Metrics whose key in a summary is another or has no dot. Every key with a dot, a task's figure, is a metric as well."""
 
+GAIN = "tasks_above_chance"
+"""Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L, which is nothing by chance."""
 ASIDE = ("_se", "_low", "_high", "_majority", ".rows")
 """Ends of keys that say something about a task's figure and are none themselves."""
 
@@ -41,6 +43,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
     tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(ASIDE) and _is_number(value)}
+    figures, base = _with_gain(figures), _with_gain(base)
     return [
         {
             **common,
@@ -51,9 +54,20 @@ def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Ro
             "dense_value": None,
             "gpu_seconds": figures["seconds"],
         }
-        for metric, key in (PLAIN | tasks).items()
+        for metric, key in (PLAIN | tasks | {GAIN: GAIN}).items()
         if key in figures
     ]
+
+
+def _with_gain(figures: dict[str, Any]) -> dict[str, Any]:
+    """The figures with the mean task score above chance, where there are tasks that have one."""
+    gains = [value for key, value in figures.items() if key.endswith(".rougeL")]
+    gains += [
+        value - figures[f"{key}_majority"]
+        for key, value in figures.items()
+        if key.endswith(".accuracy") and f"{key}_majority" in figures
+    ]
+    return {**figures, GAIN: sum(gains) / len(gains)} if gains else figures
 
 
 def _is_number(value: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import DENSE, Row, key_of
+from slimtune.comparison.rows import DENSE, GAIN, Row, key_of
 
 PPL = "domain_ppl"
 OURS = "atp"
@@ -52,6 +52,11 @@ class Board:
         """Dense LoRA's perplexity over the method's, by seed: 1 is as good as a model that keeps all parameters."""
         dense, mine = self.of(DENSE, 1.0), self.of(method, keep)
         return {seed: dense[seed] / value for seed, value in mine.items() if dense.get(seed)}
+
+    def task_retention(self, method: str, keep: float) -> dict[int, float]:
+        """The method's mean task score above chance over dense LoRA's, by seed, where that is above chance at all."""
+        dense, mine = self.of(DENSE, 1.0, GAIN), self.of(method, keep, GAIN)
+        return {seed: value / dense[seed] for seed, value in mine.items() if dense.get(seed, 0.0) > 0}
 
     def lead(self, rival: str, keep: float) -> dict[int, float]:
         """Perplexity of a rival minus that of atp, by seed: above 0, atp is ahead."""

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import DENSE, Row
+from slimtune.comparison.rows import DENSE, GAIN, Row
 from slimtune.comparison.stats import OURS, PPL, Board, boards, deviation, spread
 
 
@@ -65,7 +65,8 @@ def listing(work: Sequence[Job], there: Container[Job]) -> Sheet:
 
 def _figures(board: Board) -> Sheet:
     seconds = "GPU s" if _on_gpus(board) else "s"
-    columns = ["method", "keep", "M params", "perplexity", "retention", *board.metrics, "M tokens", seconds, "seeds"]
+    gains = ["task retention"] if GAIN in board.metrics else []
+    columns = ["method", "keep", "M params", "perplexity", "retention", *board.metrics, *gains, "M tokens", seconds, "seeds"]
     sheet = Sheet(f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
         sheet.rows.append(
@@ -76,12 +77,18 @@ def _figures(board: Board) -> Sheet:
                 spread(board.of(method, keep).values(), 2),
                 spread(board.retention(method, keep).values(), 3),
                 *(spread(board.of(method, keep, metric).values(), 3) for metric in board.metrics),
+                *(spread(board.task_retention(method, keep).values(), 3) for _ in gains),
                 _millions(_column(board, method, keep, "tokens")),
                 _count(_column(board, method, keep, "gpu_seconds")),
                 _seeds(board, method, keep),
             ]
         )
     sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
+    if gains:
+        sheet.notes.append(
+            f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L; task retention: that "
+            "over dense LoRA's"
+        )
     sheet.notes += _warnings(board)
     return sheet
 
