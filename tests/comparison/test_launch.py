@@ -78,3 +78,19 @@ def test_a_run_that_is_stopped_from_outside_is_no_result(tmp_path: Path) -> None
 
     threading.Thread(target=stop).start()
     assert [end.summary for end in Launcher(1).run_all(work)] == [None]
+
+
+def test_a_run_that_another_call_is_making_is_left_to_it(tmp_path: Path) -> None:
+    work = jobs(tmp_path)[:2]
+    work[0].folder.mkdir(parents=True)
+    (work[0].folder / "summary.json").write_text("theirs")
+    with launch._locked(launch.beside(work[0], ".lock")) as ours:
+        assert ours
+        ended = {end.job.folder.name: end for end in Launcher(2).run_all(work)}
+    left, made = ended["atp-0.8-0"], ended["atp-0.6-0"]
+    assert left.summary is None
+    assert left.why == "left to another call, which is making it now"
+    assert (work[0].folder / "summary.json").read_text() == "theirs"
+    assert made.summary is not None
+    (again,) = Launcher(1).run_all(work[:1])
+    assert again.summary is not None

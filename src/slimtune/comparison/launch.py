@@ -29,11 +29,12 @@ STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Ended:
-    """A run's end: its summary, ``{"failed": end of the log}``, or None when it was stopped; and how long it took."""
+    """A run's end: its summary, ``{"failed": end of the log}``, or None when there is none; how long it took; why none."""
 
     job: Job
     summary: Summary | None
     seconds: float
+    why: str = "stopped from outside"
 
 
 def beside(job: Job, ending: str) -> Path:
@@ -89,8 +90,12 @@ class Launcher:
             pool.shutdown(cancel_futures=True)
 
     def _run(self, job: Job) -> Ended:
-        started, now, log = time.perf_counter(), program(), beside(job, ".log")
         job.folder.mkdir(parents=True, exist_ok=True)
+        with _locked(beside(job, ".lock")) as ours:
+            return self._made(job) if ours else Ended(job, None, 0.0, "left to another call, which is making it now")
+
+    def _made(self, job: Job) -> Ended:
+        started, now, log = time.perf_counter(), program(), beside(job, ".log")
         (job.folder / "summary.json").unlink(missing_ok=True)
         words = command(job)
         stamp = {"words": job.digest, "program": now, "commit": commit(), "command": " ".join(words)}
@@ -131,6 +136,23 @@ class Launcher:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[bool]:
+    """Whether the run is this call's: two calls that write into one folder would take each other's files away."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield True
+        return
+    with file.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 @contextmanager

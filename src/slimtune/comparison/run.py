@@ -143,7 +143,7 @@ class _Clock:
 def _outcome(ended: Ended) -> str:
     summary = ended.summary
     if summary is None:
-        return "stopped from outside"
+        return ended.why
     if "failed" in summary:
         return f"failed, see {beside(ended.job, '.log')}"
     base = f" (base {summary['base']['ppl']:.2f})" if "ppl" in summary["base"] else ""
