@@ -156,6 +156,18 @@ def test_steps_and_tokens_by_phase() -> None:
     assert phases[1].flops / 5 < phases[2].flops / 15  # the smaller model's step is cheaper
 
 
+@pytest.mark.parametrize(("scores", "passes"), [("magnitude", 0.0), ("wanda", 1.0), ("taylor", 2.0)])
+def test_scores_cost_what_they_read(scores: str, passes: float) -> None:
+    """Nothing, forward passes, or forward and backward ones (to the gates: LoRA's products stand in them twice)."""
+    config, _ = tiny(**WIDE)
+    keys = {"method": "twostage", "twostage": {"scores": scores, "batches": 3}, "budget": {"ffn_multiple": 4}}
+    found = cost(config, **keys)
+    decide = next(phase for phase in found.phases if phase.name == "decide")
+    forward = cost(config, **{**keys, "twostage": {"scores": "wanda", "batches": 3}})
+    unit = next(phase for phase in forward.phases if phase.name == "decide").flops
+    assert decide.flops == pytest.approx(passes * unit, rel=0.15)
+
+
 def test_training_from_scratch_has_neither_lora_nor_generator() -> None:
     config, model = tiny()
     result = cost(config, method="finetune")

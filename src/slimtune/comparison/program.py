@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ASIDE = ("comparison", "report", "cli.py", "cli_evaluate.py")
+ASIDE = ("comparison", "report", "estimate", "cli.py", "cli_evaluate.py")
 """What no figure of a run depends on: a change there makes no run old."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 

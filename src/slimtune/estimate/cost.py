@@ -121,7 +121,8 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     turns = [(search, job.adapt() + teacher), (small * decides, decide)]
     if recipe.method == "twostage":
         scoring = recipe.scoring_windows / recipe.train.batch
-        rows = [phase("decide", search if recipe.twostage.scores == "generator" else 0, [], first=[(scoring, decide)])]
+        score = decide if recipe.twostage.scores in ("taylor", "generator") else job.forward()  # the others need no gradient
+        rows = [phase("decide", search if recipe.twostage.scores == "generator" else 0, [], first=[(scoring, score)])]
         rows.append(phase("recover", recipe.tuning_steps, [(recipe.tuning_steps, job.adapt(part))]))
         return rows + reference
     settle = recipe.settle_steps
