@@ -120,6 +120,8 @@ class Recipe(Section):
             self.distill.weight or self.lora.semantics != "hard" or self.search.decide_every > 1
         ):
             raise ValueError("search.update=joint needs lora.semantics=hard, distill.weight=0 and search.decide_every=1")
+        if self.search.update == "joint" and self.method == "twostage":
+            raise ValueError("search.update=joint is for method=atp: a rival has no LoRA yet while it decides")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
         if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:

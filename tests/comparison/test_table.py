@@ -39,7 +39,7 @@ def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_sa
     found = text([*some(), *gains])
     assert "| rqe.accuracy | tasks_above_chance | task retention |" in found
     # seed 1 has nothing above chance to retain
-    assert "| 0.750 | 0.150 ± 0.000 | 0.750 |" in found
+    assert "| 0.750 | 0.150 ± 0.000 | 0.750 (n=1) |" in found
     assert "task retention: that over dense LoRA's" in found
     assert "task retention" not in text(some())
 

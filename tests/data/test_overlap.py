@@ -228,7 +228,9 @@ def test_rows_of_later_evaluations_are_not_learned(tmp_path: Path, tokenizer: An
         test=[text("t", 40)],
         protect=[f"begin {COPY}", text("later", 40), "The Same", text("t", 40)],
     )
-    with pytest.raises(UserError, match=r"train.jsonl:4 \(data.train\) is the same as \S+protect.jsonl:3 \(data.protect\)"):
+    with pytest.raises(
+        UserError, match=r"train.jsonl:4 \(data.train\) is the same as \S+protect.jsonl:3 \(data.protect or evaluate.tasks\)"
+    ):
         load_splits(DataConfig(**paths), tokenizer)
     splits = load_splits(DataConfig(**paths, on_overlap="drop"), tokenizer)
     assert splits.notes == {"train.overlap": 1, "train.near": 2}

@@ -22,7 +22,7 @@ from slimtune.errors import UserError
 from slimtune.evaluate import harness
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.harness import evaluate_tasks, flat
-from slimtune.evaluate.rows import Prepared, prepare
+from slimtune.evaluate.rows import Prepared, held_out, prepare
 from slimtune.evaluate.tasks import find_task
 
 WINDOW = TINY["max_position_embeddings"]
@@ -181,3 +181,9 @@ def test_rows_of_a_task_that_is_followed_are_not_learned(bench: Any, tmp_path: P
     keys = {"data": {**data.model_dump(), "train": train}, "evaluate__tasks": [str(tmp_path / "mine.yaml")]}
     with pytest.raises(UserError, match=rf"mine-{split}\.jsonl\S+ \(data\.\w+\) is the same as \S+mine-{split}\.jsonl"):
         pipeline.tune(bench.recipe(tmp_path / "run", **keys))
+
+
+def test_a_task_without_validation_rows_is_guarded_by_its_test_rows(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", choice_rows(4))
+    (tmp_path / "mine.yaml").write_text(f"metric: choice\nsources: [{{path: {tmp_path / 'rows.jsonl'}}}]\n")
+    assert [source.path for source in held_out([find_task(str(tmp_path / "mine.yaml"))])] == [str(tmp_path / "rows.jsonl")]

@@ -24,6 +24,7 @@ from slimtune.pipeline import tune
 from slimtune.prune.gates import mean_over_ranks
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import count
+from slimtune.train.objective import forward
 
 CPU = torch.device("cpu")
 AWARE: dict[str, Any] = {"lora__semantics": "lora_aware", "search__steps": 12, "recover__steps": 14, "lora__settle": 1.0}
@@ -418,6 +419,30 @@ def test_a_joint_turn_teaches_the_generator_by_the_gradients_of_a_decide_turn_on
 def test_a_joint_update_that_cannot_be_is_an_error(bench: Bench, tmp_path: Path, overrides: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"search\.update=joint needs lora\.semantics=hard, distill\.weight=0"):
         bench.recipe(tmp_path, search__update="joint", **overrides)
+
+
+def test_a_joint_update_is_no_rivals(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"search\.update=joint is for method=atp"):
+        bench.recipe(tmp_path, method="twostage", twostage__scores="generator", search__update="joint")
+
+
+def test_an_earlier_state_that_teaches_shares_the_frozen_weights_and_outlives_the_cut(bench: Bench, tmp_path: Path) -> None:
+    run = atp._Atp(session_of(bench, tmp_path, distill__weight=1.0, distill__recover=True))
+    randomise_lora(run)
+    run._freeze()
+    batch = run.tuner.batches.at(0)[0]
+    run.bank.open()
+    with torch.no_grad():
+        before = forward(run.model.eval(), batch)
+    run._cut()
+    teacher = run.teacher.model
+    assert teacher is not None
+    assert torch.equal(run.teacher.logits(batch), before)
+    assert not torch.equal(forward(run.model, batch), before)
+    frozen = {id(weight) for name, weight in run.model.named_parameters() if "lora_" not in name}
+    kept = [name for name, weight in teacher.named_parameters() if id(weight) in frozen]
+    assert any("embed_tokens" in name for name in kept)  # what no cut replaces is not held twice
+    assert not any(weight.requires_grad for weight in teacher.parameters())
 
 
 @pytest.mark.parametrize("kind", ["decision", "train"])

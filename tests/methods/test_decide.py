@@ -57,8 +57,11 @@ def test_only_the_running_prior_follows_the_turns(bench: Bench, tmp_path: Path, 
 
     run.decider._backward_to_gates = spy  # type: ignore[method-assign]
     run.decider.turn(0)
-    squares = squares_over_ranks(*seen[0][1])
-    expected = prior_logits(run.decider.scores, run.structure, run.recipe.generator.prior_scale)
+    windows = sum(len(part[0, "ffn"]) for part in seen[0][1])
+    assert windows == 4
+    squares = {site: windows * value for site, value in squares_over_ranks(*seen[0][1]).items()}
+    config = run.recipe.generator
+    expected = prior_logits(run.decider.scores, run.structure, config.prior_scale, config.prior_ranking)
     for index, site in enumerate(run.structure.sites()):
         now = getattr(run.decider.generator, f"prior_{index}")
         if prior == "taylor":
@@ -67,6 +70,16 @@ def test_only_the_running_prior_follows_the_turns(bench: Bench, tmp_path: Path, 
         else:
             torch.testing.assert_close(run.decider.scores[site], 0.75 * before[site] + 0.25 * squares[site])
             assert torch.equal(now, expected[site])
+
+
+def test_scores_of_steps_of_different_sizes_compare(bench: Bench, tmp_path: Path) -> None:
+    """The loss is a mean over the step: without the number of windows more of them would look like smaller gradients."""
+    sums = {}
+    for batch in (2, 8):
+        decider = atp._Atp(session_of(bench, tmp_path / str(batch), search__batch=batch)).decider
+        scores = decider.taylor(16 // batch)
+        sums[batch] = sum(float(value.sum()) for value in scores.values())
+    assert sums[8] == pytest.approx(sums[2], rel=0.35)  # a factor of four otherwise
 
 
 def test_decide_turns_have_a_batch_of_their_own(bench: Bench, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def assert_same(out: Path, summary: dict[str, Any], whole: tuple[Path, dict[str,
         ("hard", "main", "search", 0),  # before the first checkpoint
         ("hard", "main", "search", 2),
         ("hard", "main", "recover", 2),
+        ("joint", "main", "search", 2),
+        ("joint", "main", "recover", 2),
         ("lora_aware", "main", "settle", 2),
         ("lora_aware", "main", "recover", 2),
         ("lasso", "main", "recover", 0),

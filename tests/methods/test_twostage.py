@@ -83,7 +83,7 @@ def test_layer_drop_takes_whole_layers_that_change_least(bench: Bench, tmp_path:
 def scorer_of(bench: Bench, out: Path, **overrides: Any) -> tuple[Scorer, Any]:
     session = session_of(bench, out, method="twostage", **overrides)
     run = twostage._TwoStage(session)
-    return Scorer(session, run.model, run.decider, session.recipe.twostage.batches), run
+    return Scorer(session, run.model, run.decider), run
 
 
 def weight(run: Any, layer: int, path: str) -> Tensor:

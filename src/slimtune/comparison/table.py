@@ -77,7 +77,7 @@ def _figures(board: Board) -> Sheet:
                 spread(board.of(method, keep).values(), 2),
                 spread(board.retention(method, keep).values(), 3),
                 *(spread(board.of(method, keep, metric).values(), 3) for metric in board.metrics),
-                *(spread(board.task_retention(method, keep).values(), 3) for _ in gains),
+                *(_task_retention(board, method, keep) for _ in gains),
                 _millions(_column(board, method, keep, "tokens")),
                 _count(_column(board, method, keep, "gpu_seconds")),
                 _seeds(board, method, keep),
@@ -91,6 +91,12 @@ def _figures(board: Board) -> Sheet:
         )
     sheet.notes += _warnings(board)
     return sheet
+
+
+def _task_retention(board: Board, method: str, keep: float) -> str:
+    values, measured = board.task_retention(method, keep), board.of(method, keep, GAIN)
+    few = f" (n={len(values)})" if 0 < len(values) < len(measured) else ""  # dense LoRA was not above chance on the others
+    return spread(values.values(), 3) + few
 
 
 def _column(board: Board, method: str, keep: float, key: str) -> list[float]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from slimtune.data.overlap import apart
+from slimtune.data.overlap import apart, told
 from slimtune.data.prompts import ASSISTANT, Encoded, encode_examples, encode_texts, pad_id
 from slimtune.data.sources import Row, read_counted
 from slimtune.data.windows import Windows
@@ -171,7 +171,7 @@ def guard(rows: Mapping[str, list[Row]], on_overlap: Literal["error", "drop"], n
         name, row, first, twin = clashes[0]
         raise UserError(
             f"{len(clashes)} rows stand in two splits, e.g. {row.origin} (data.{name}) is the same as {twin.origin} "
-            f"(data.{first}); set data.on_overlap=drop to keep such rows in the held-out split only, or remove them"
+            f"({told(first)}); set data.on_overlap=drop to keep such rows in the held-out split only, or remove them"
         )
     return kept
 

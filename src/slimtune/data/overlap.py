@@ -84,9 +84,14 @@ def _told(matches: Sequence[tuple[str, Row, Match]], rows: Mapping[str, list[Row
     return (
         f"{len(matches)} rows to learn from are nearly the same as a held-out row, or have its prompt "
         f"(data.ngram_share={config.ngram_share} or more of the runs of {config.ngram} words), e.g. {row.origin} "
-        f'(data.{name}) and {twin.origin} (data.{home}) share "{common}"; set data.on_overlap=drop to leave such rows out '
+        f'(data.{name}) and {twin.origin} ({told(home)}) share "{common}"; set data.on_overlap=drop to leave such rows out '
         "of train and decision, or remove them"
     )
+
+
+def told(name: str) -> str:
+    """A split as messages call it."""
+    return "data.protect or evaluate.tasks" if name == "protect" else f"data.{name}"
 
 
 def shared_words(row: Row, other: Row, n: int) -> str:

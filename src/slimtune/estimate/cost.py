@@ -126,7 +126,7 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
         rows.append(phase("recover", recipe.tuning_steps, [(recipe.tuning_steps, job.adapt(part))]))
         return rows + reference
     settle = recipe.settle_steps
-    recovering = job.adapt(part) + (teacher if recipe.distill.recover else 0.0)
+    recovering = job.adapt(part) + (teacher if recipe.distill.recover or recipe.distill.teacher else 0.0)
     rows = [phase("search", search, turns, first=[(small * prior, decide)])]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
@@ -154,8 +154,8 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
     logits = teacher * tokens * job.config.vocab_size * (12 if size == 4 else 14)
     items = {**weights, "activations": blocks, "logits": logits}
-    if recipe.distill.recover and teacher == 2:
-        items["teacher weights (recover)"] = items["weights"]
+    if recipe.distill.teacher and teacher == 2:  # an earlier state of the student shares its frozen weights until the cut
+        items["teacher weights"] = items["weights"]
     return {name: int(value) for name, value in items.items() if value}
 
 

@@ -76,7 +76,7 @@ def evaluate_model(
         write_tasks: also write the tasks to this folder, for plain ``lm_eval``.
         options: how; or by keyword: ``split``, ``limit`` (rows of a task), ``batch``, ``device``, ``dtype``, ``seed``.
         say: gets a line as the work goes on.
-        see: gets what is being done, how many requests are through, and of how many, after every batch.
+        see: gets what is being done, how many requests are through, and of how many, as they come.
 
     Returns:
         ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``versions``, and how

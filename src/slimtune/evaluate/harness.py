@@ -62,7 +62,7 @@ def evaluate_tasks(
         batch: rows in one pass.
         bf16: run under autocast.
         intervals: make 95% intervals.
-        see: told of every batch that is through.
+        see: told of every request that is through.
 
     Returns:
         ``{task: {metric: figure}}``; empty on ranks other than the first of a host, for which the harness has no results.
@@ -194,7 +194,7 @@ def _watched(see: See) -> Iterator[None]:
     """Hear of the harness's loops, also of those whose bars it switches off."""
     from lm_eval.models import huggingface
 
-    bars: Any = huggingface.tqdm
+    bars: Any = getattr(huggingface, "tqdm", None)  # without it there is nothing to hear, and no harm
     huggingface.tqdm = partial(_Counter, see)
     try:
         yield

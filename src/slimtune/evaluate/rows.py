@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -98,7 +99,9 @@ def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
         tests = next(_sources(task, "test", reasons), None)
         if tests is None:
             raise _unread(task, "test", reasons)
-        found += [tests, *islice(_sources(task, "valid", []), 1)]
+        found.append(tests)
+        with suppress(UserError):  # a task need not have validation rows
+            found += islice(_sources(task, "valid", []), 1)
     return tuple(found)
 
 
@@ -136,7 +139,7 @@ def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
 def _unread(task: Task, split: Split, reasons: Sequence[str]) -> UserError:
     variable = next(iter(task.variables), None)
     remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
-    remedy += f"ame a file: --data {task.name}=FILE"
+    remedy += f"ame a file (slimtune evaluate --data {task.name}=FILE), or leave the task out"
     return UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
 
 

@@ -1,4 +1,7 @@
-"""The ``decide`` turn: teach the generator on decision data which units the model can live without."""
+"""The ``decide`` turn: teach the generator which units the model can live without, on rows that LoRA does not see.
+
+(``search.decide_on`` may say otherwise.)
+"""
 
 from __future__ import annotations
 
@@ -60,7 +63,10 @@ class Decider:
         Args:
             step: of the search.
             sampled: what ``sample`` gave.
-            leaves: of every micro-batch, detached copies of ``sampled`` (one a sample) with the gradients of the loss.
+            leaves: of every micro-batch of B samples, detached copies {site: [B, units]} with the gradients of the loss.
+
+        Returns:
+            The sampled and the wanted ratio, the budget loss and the norm of the generator's gradient.
         """
         search, config = self.recipe.search, self.recipe.generator
         set_lr(self.optimizer, generator_factor(step, search.steps))
@@ -79,7 +85,7 @@ class Decider:
         return {"sampled": ratio.detach(), "target": self.target(step), "budget": over.detach(), "grad_norm": norm}
 
     def sample(self, step: int) -> dict[Site, Tensor]:
-        """Hard gates drawn for ``step`` of the search, differentiable in the generator's weights."""
+        """Hard gates {site: [units]} drawn for ``step`` of the search, differentiable in the generator's weights."""
         config = self.recipe.generator
         rng = torch.Generator().manual_seed(hash_seed(self.recipe.seed, "noise", step))
         found, sampled = self.generator(), {}
@@ -105,7 +111,7 @@ class Decider:
         return value, leaves
 
     def gated_loss(self, masks: Masks, leaves: list[dict[Site, Tensor]]) -> Callable[[Batch], Tensor]:
-        """Summed cross-entropy of a batch under ``masks``; ``leaves`` gains one copy of them for every sample of it."""
+        """Summed cross-entropy of a batch of B samples under ``masks`` {site: [units]}; ``leaves`` gains {site: [B, units]}."""
 
         def loss(batch: Batch) -> Tensor:
             size = len(batch["input_ids"])
@@ -117,7 +123,7 @@ class Decider:
     def set_prior(self) -> None:
         """Starting logits from Taylor scores of the open gates, on decision data."""
         config = self.recipe.generator
-        self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} decision batches")
+        self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} {self.recipe.search.decide_on} batches")
         self.scores = self.taylor(config.prior_steps)
         self._use_scores()
 
@@ -130,7 +136,7 @@ class Decider:
         }
         for step in range(batches):
             self.tokens["prior"] += self.batches.tokens(step)
-            squares = squares_over_ranks(*self._backward_to_gates(self.batches.at(step), ones)[1])
+            squares = self._squares(self._backward_to_gates(self.batches.at(step), ones)[1])
             scores = {site: scores.get(site, 0.0) + value / batches for site, value in squares.items()}
         self.bank.open()
         return scores
@@ -138,9 +144,18 @@ class Decider:
     def _refresh_prior(self, leaves: list[dict[Site, Tensor]]) -> None:
         """Follow the scores as LoRA adapts and units go: pruned units have a gradient too."""
         config = self.recipe.generator
-        for site, value in squares_over_ranks(*leaves).items():
+        for site, value in self._squares(leaves).items():
             self.scores[site] = config.prior_decay * self.scores[site] + (1 - config.prior_decay) * value
         self._use_scores()
+
+    def _squares(self, leaves: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
+        """Squared per-sample gradients, summed over the samples of a step of N windows, times N.
+
+        The loss is a mean over the step, so each of the N squares is smaller by N^2: steps of different sizes then compare.
+        """
+        here = sum(len(next(iter(part.values()))) for part in leaves)
+        windows = here * self.session.accelerator.num_processes
+        return {site: value * windows for site, value in squares_over_ranks(*leaves).items()}
 
     def _use_scores(self) -> None:
         config = self.recipe.generator

@@ -28,17 +28,14 @@ Scores = dict[Site, Tensor]
 class Scorer:
     """A base model with open gates, decision batches, and what was read of them.
 
-    Args:
-        count: decision batches to read.
-
     Attributes:
         tokens: read so far.
         means: of each entry of the consumers' inputs, where a criterion took them (FLAP compensates with them).
     """
 
-    def __init__(self, session: Session, model: nn.Module, decider: Decider, count: int):
-        self.session, self.model, self.decider, self.count = session, model, decider, count
-        self.structure = session.structure
+    def __init__(self, session: Session, model: nn.Module, decider: Decider):
+        self.session, self.model, self.decider = session, model, decider
+        self.structure, self.count = session.structure, session.recipe.twostage.batches
         self.tokens = 0
         self.means: Scores = {}
 

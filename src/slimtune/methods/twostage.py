@@ -86,7 +86,7 @@ class _TwoStage:
         return self.decider.plan()
 
     def _scored(self, kind: str) -> tuple[Plan, Counts]:
-        scorer, budget = Scorer(self.session, self.model, self.decider, self.recipe.twostage.batches), self.recipe.budget
+        scorer, budget = Scorer(self.session, self.model, self.decider), self.recipe.budget
         if kind == "layer_drop":
             found = drop_layers(scorer.influence(), scorer.magnitude(), self.structure, budget)
         else:

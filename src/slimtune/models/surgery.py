@@ -35,8 +35,8 @@ def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
 def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
     """``torch.compile`` every decoder block, in place: one graph for all blocks of the same widths.
 
-    One with symbolic widths for all of them would be fewer, but tracing it takes ten times as long as tracing a plain one, and
-    rounding leaves few different widths. What inductor made for a graph it finds again on disk in later runs.
+    One with symbolic widths would serve them all, but dynamo needs three of it (some sizes of one are special), and tracing
+    one took half a minute on a CPU where a plain one took three seconds. What inductor made for a graph it finds again on disk.
 
     Args:
         backend: of ``torch.compile``.

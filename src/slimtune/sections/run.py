@@ -132,7 +132,8 @@ class SearchConfig(Section):
     """``alternating``: ``decide`` turns for the generator, ``adapt`` turns for LoRA; ``joint``: both learn from one backward
     pass on training data, under the sampled gates (``hard`` semantics, no distillation)."""
     decide_on: Literal["decision", "train"] = "decision"
-    """Rows of the ``decide`` turns and of the prior: the decision rows, which LoRA never sees, or the training rows."""
+    """Rows of the ``decide`` turns, the prior and the rivals' scores: the decision rows, which LoRA never sees, or the
+    training rows."""
     alpha: Annotated[float, Field(ge=0.0)] = 5.0
     """Weight of the budget loss |log(kept/target)|; see ``generator.calibrate``."""
     ramp: Fraction = 0.4
@@ -208,8 +209,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast. ``auto``: bfloat16 on a GPU and on CPUs that multiply it natively, float32 elsewhere."""
     compile: bool = False
-    """``torch.compile`` the decoder layers; where something is cut, those of the cut model: a graph for each different width,
-    kept on disk by torch for later runs."""
+    """``torch.compile`` the decoder layers; where something is cut, those of the cut model: a graph for each different pair
+    of widths (with free widths nearly one a layer), kept on disk by torch for later runs."""
     checkpoint_every: Count = 100
     """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None
