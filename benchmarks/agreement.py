@@ -125,6 +125,7 @@ def prepare(model: str | None, text: str, batches: int, batch: int, length: int,
     data = {"decision": text, "max_length": length}
     train = {"batch": batch, "micro_batch": max(1, batch // 2), "precision": "float32"}
     raw = {"out": folder, "device": "cpu", "method": "twostage", "model": base, "data": data, "train": train}
+    raw["twostage"] = {"batches": batches}
     recipe = parse(raw)
     structure, run = structure_of(load_config(recipe.model)), RunFolder(folder)
     splits = load_splits(recipe.data, load_tokenizer(recipe.model), frozenset({"decision"}))
@@ -133,8 +134,10 @@ def prepare(model: str | None, text: str, batches: int, batch: int, length: int,
     gated: Any
     gated, bank, handles = gated_model(session)
     decider = Decider(session, gated, bank, lambda: gated)
-    scorer = Scorer(session, gated, decider, batches)
-    ours = {"magnitude": scorer.magnitude(), "taylor": scorer.taylor(), "wanda": scorer.wanda()}
+    scorer = Scorer(session, gated, decider)
+    # sums of squares over a step, times its windows: one number for all units, which the others do not know of
+    taylor = {site: value / batch for site, value in scorer.taylor().items()}
+    ours = {"magnitude": scorer.magnitude(), "taylor": taylor, "wanda": scorer.wanda()}
     read = [[sample for part in decider.batches.at(step) for sample in _samples(part)] for step in range(batches)]
     for handle in handles:
         handle.remove()

@@ -167,7 +167,7 @@ class TwoStageConfig(Section):
     """Of ``method: twostage``: decide once on the untuned base, cut, tune; as many windows as ``atp`` reads in all."""
 
     scores: Literal["random", "magnitude", "taylor", "wanda", "flap", "layer_drop", "generator"] = "taylor"
-    """What ranks the units. ``magnitude``: mean squared weight; ``taylor``: squared gradients of the gates (LLM-Pruner's
+    """What ranks the units. ``magnitude``: squared weights, summed; ``taylor``: squared gradients of the gates (LLM-Pruner's
     criterion in Fisher form); ``wanda``: weight times input norm; ``flap``: fluctuation of the input times weight;
     ``layer_drop``: whole layers by how little they change the stream (ShortGPT); ``generator``: the generator of ``atp``
     trained on the frozen base for ``search.steps`` (DISP-LLM)."""
