@@ -127,6 +127,7 @@ class _Run:
         check_target(self.folder / "model")
         check_model(self.folder, recipe)
         preflight.check_method(recipe, self.structure)
+        preflight.check_teacher(recipe, self.config.vocab_size)
         check_attention(recipe.model, str(self.accelerator.device))
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)

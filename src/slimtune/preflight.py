@@ -13,6 +13,7 @@ from slimtune.errors import UserError
 from slimtune.estimate import job_of, phases
 from slimtune.evaluate.rows import held_out
 from slimtune.evaluate.tasks import find_task
+from slimtune.models.load import check_weights, load_config, locate
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
@@ -63,6 +64,25 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
         check_budget(structure, recipe.budget)
     if scores == "flap" and recipe.twostage.compensate:
         check_biases(structure.family)
+
+
+def check_teacher(recipe: Recipe, vocabulary: int) -> None:
+    """Raise UserError where ``distill.teacher`` is absent, broken, or of another vocabulary, before anything is trained.
+
+    Args:
+        vocabulary: rows of the student's embedding.
+    """
+    path = recipe.distill.teacher
+    if not path or recipe.method != "atp":
+        return
+    locate(path, "distill.teacher")
+    theirs = load_config(recipe.model.at(path)).vocab_size
+    if theirs != vocabulary:
+        raise UserError(
+            f"distill.teacher={path!r} has a vocabulary of {theirs:,} tokens and the model one of {vocabulary:,}; a "
+            "teacher needs the same tokenizer: best the same base, tuned"
+        )
+    check_weights(recipe.model.at(path))
 
 
 def _check_vocabulary(splits: Splits, vocabulary: int, tokenizer: Any) -> None:

@@ -452,6 +452,17 @@ def test_decide_turns_read_the_rows_they_are_told_to(bench: Bench, tmp_path: Pat
     assert run.tuner.batches.windows is run.session.splits.train
 
 
+def test_a_teacher_that_is_not_there_or_speaks_otherwise_is_told_before_anything_is_trained(
+    bench: Bench, tmp_path: Path
+) -> None:
+    given = {"distill__weight": 1.0, "evaluate__dense_lora": True}
+    with pytest.raises(UserError, match=r"distill\.teacher='nowhere/at/all' does not exist"):
+        tune(bench.recipe(tmp_path / "a", distill__teacher="nowhere/at/all", **given))
+    with pytest.raises(UserError, match=r"distill\.teacher='builtin:base-10m' has a vocabulary of 6,144 tokens and the model"):
+        tune(bench.recipe(tmp_path / "b", distill__teacher="builtin:base-10m", **given))
+    assert not list(tmp_path.glob("*/metrics.jsonl"))
+
+
 def test_a_teacher_that_would_not_teach_is_an_error(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"distill\.teacher=x has no effect without distill\.weight"):
         bench.recipe(tmp_path, distill__teacher="x")

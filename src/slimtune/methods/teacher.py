@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +60,6 @@ class Teacher:
             self.stay(saved)
 
     def _load(self) -> nn.Module:
-        recipe, device = self.session.recipe, str(self.session.device)
-        changed: dict[str, Any] = {"path": self.config.teacher, "revision": None, "config": {}, "init": "pretrained"}
-        config = recipe.model.model_copy(update=changed)
+        assert self.config.teacher
+        device, config = str(self.session.device), self.session.recipe.model.at(self.config.teacher)
         return load_model(config, device, pick_dtype(config.dtype, device)).eval().requires_grad_(False)

@@ -30,6 +30,10 @@ class ModelConfig(Section):
     checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"
     """Activation (gradient) checkpointing."""
 
+    def at(self, path: str) -> ModelConfig:
+        """Another pretrained model, loaded the same way."""
+        return self.model_copy(update={"path": path, "revision": None, "config": {}, "init": "pretrained"})
+
     @property
     def tokenizer_source(self) -> tuple[str, str | None]:
         """Where the tokenizer is, and the revision that holds there."""
