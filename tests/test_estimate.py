@@ -168,6 +168,14 @@ def test_scores_cost_what_they_read(scores: str, passes: float) -> None:
     assert decide.flops == pytest.approx(passes * unit, rel=0.15)
 
 
+@pytest.mark.parametrize(("distill", "extra"), [({"recover": True}, 0.5), ({"teacher": "somewhere"}, 1.0), ({}, 0.0)])
+def test_a_teacher_takes_the_memory_of_the_weights_it_does_not_share(distill: dict[str, Any], extra: float) -> None:
+    config, _ = tiny(**WIDE)
+    found = cost(config, distill={"weight": 1.0, **distill}, budget={"keep": 0.5, "ffn_multiple": 4}).memory
+    beside = sum(value for name, value in found.items() if "teacher" in name)
+    assert beside == pytest.approx(extra * found["weights"], abs=1)
+
+
 def test_training_from_scratch_has_neither_lora_nor_generator() -> None:
     config, model = tiny()
     result = cost(config, method="finetune")

@@ -154,8 +154,10 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
     logits = teacher * tokens * job.config.vocab_size * (12 if size == 4 else 14)
     items = {**weights, "activations": blocks, "logits": logits}
-    if recipe.distill.teacher and teacher == 2:  # an earlier state of the student shares its frozen weights until the cut
+    if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = items["weights"]
+    elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
+        items["cut weights beside the teacher's (recover)"] = items["weights"] * recipe.budget.keep
     return {name: int(value) for name, value in items.items() if value}
 
 
