@@ -135,7 +135,8 @@ def test_two_methods_of_a_tiny_model(bench: Bench, tmp_path: Path) -> None:
     rows = slimtune.compare(file, jobs=2, threads=1)
     assert not [row["value"] for row in rows if row["metric"] == "failed"]
     figures = {(row["method"], row["metric"]): row for row in rows}
-    assert set(figures) == {(method, metric) for method in ("atp", "dense_lora") for metric in ("domain_ppl", "parameters")}
+    metrics = ("domain_ppl", "valid_ppl", "parameters")
+    assert set(figures) == {(method, metric) for method in ("atp", "dense_lora") for metric in metrics}
     atp, dense = figures["atp", "domain_ppl"], figures["dense_lora", "domain_ppl"]
     assert atp["dense_value"] == dense["value"]
     assert figures["atp", "parameters"]["value"] < figures["dense_lora", "parameters"]["value"]

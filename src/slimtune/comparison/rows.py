@@ -16,7 +16,7 @@ Summary = dict[str, Any]
 
 DENSE = "dense_lora"
 """The method that supplies ``dense_value``: LoRA on the uncut model."""
-PLAIN = {"domain_ppl": "ppl", "accuracy": "accuracy", "parameters": "parameters"}
+PLAIN = {"domain_ppl": "ppl", "valid_ppl": "valid_ppl", "accuracy": "accuracy", "parameters": "parameters"}
 """Metrics whose key in a summary is another or has no dot. Every key with a dot, a task's figure, is a metric as well."""
 
 GAIN = "tasks_above_chance"

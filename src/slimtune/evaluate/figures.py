@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from slimtune.data.batches import Splits
+from slimtune.data.batches import Splits, Windows
 from slimtune.data.windows import spread
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.harness import check_installed, evaluate_tasks, flat
@@ -42,21 +42,29 @@ class Measure:
 
     def valid(self, model: nn.Module) -> Figures:
         """Perplexity on the validation split, and the chosen tasks on some of their validation rows."""
-        evaluate = self.recipe.evaluate
         with self.eager():
-            figures = perplexity(model, self.splits.valid, evaluate.windows, evaluate.batch, self.device, self.bf16)
+            figures = self._perplexity(model, self.splits.valid)
             return figures | self._tasks(model, self._valid_tasks, False)
 
     def test(self, model: nn.Module) -> Figures:
-        """Perplexity on the test split, the accuracy on its multiple-choice rows, and the chosen tasks with intervals."""
-        evaluate, rows = self.recipe.evaluate, self.splits.choice_rows
-        chosen = [rows[index] for index in spread(len(rows), evaluate.choices)]
+        """Perplexity on the test split, the accuracy on its multiple-choice rows, and the chosen tasks with intervals.
+
+        ``valid_ppl`` beside them is for choosing between settings: what was chosen by the test split has seen it.
+        """
+        rows = self.splits.choice_rows
+        chosen = [rows[index] for index in spread(len(rows), self.recipe.evaluate.choices)]
         with self.eager():
-            figures = perplexity(model, self.splits.test, evaluate.windows, evaluate.batch, self.device, self.bf16)
+            figures = self._perplexity(model, self.splits.test)
+            if self.splits.valid.targets:
+                figures["valid_ppl"] = self._perplexity(model, self.splits.valid)["ppl"]
             if chosen:
                 length = self.recipe.data.max_length
                 figures |= accuracy(model, self.tokenizer, chosen, length, self.device, self.bf16)
             return figures | self._tasks(model, self._test_tasks, True)
+
+    def _perplexity(self, model: nn.Module, windows: Windows) -> Figures:
+        evaluate = self.recipe.evaluate
+        return perplexity(model, windows, evaluate.windows, evaluate.batch, self.device, self.bf16)
 
     def _tasks(self, model: nn.Module, tasks: list[Prepared], intervals: bool) -> Figures:
         if not tasks:

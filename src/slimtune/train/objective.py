@@ -32,7 +32,9 @@ def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy in fp32 over the targets."""
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
+    # the labels are shifted, not the logits: a slice of those would be copied, and its gradient again
+    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
+    return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
 def distillation_sum(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
