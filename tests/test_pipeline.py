@@ -459,15 +459,15 @@ def test_an_earlier_run_is_neither_replaced_nor_continued_unasked(bench: Bench, 
 def test_a_loss_that_is_no_number_stops_the_run(
     bench: Bench, tmp_path: Path, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from slimtune.methods import atp
+    from slimtune.train import tuner
 
-    real = atp.cross_entropy_sum
+    real = tuner.cross_entropy_sum
     calls = iter(range(100))
 
     def poisoned(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return real(logits, labels) * (value if next(calls) == 5 else 1.0)
 
-    monkeypatch.setattr(atp, "cross_entropy_sum", poisoned)
+    monkeypatch.setattr(tuner, "cross_entropy_sum", poisoned)
     with pytest.raises(UserError, match=r"loss is (nan|inf) in phase 'recover', turn 'adapt', step 1: lower train.lr"):
         tune(bench.recipe(tmp_path, train__checkpoint_every=1))
     assert not (tmp_path / "model").exists()
@@ -475,12 +475,12 @@ def test_a_loss_that_is_no_number_stops_the_run(
 
 
 def test_an_infinite_gradient_never_reaches_a_checkpoint(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from slimtune.methods import atp
+    from slimtune.train import tuner
 
     def steep(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return (logits - logits.detach()).sum().abs().sqrt() + 1.0  # value 1, slope infinite
 
-    monkeypatch.setattr(atp, "cross_entropy_sum", steep)
+    monkeypatch.setattr(tuner, "cross_entropy_sum", steep)
     with pytest.raises(UserError, match="grad norm is nan in phase 'search', turn 'adapt', step 0"):
         tune(bench.recipe(tmp_path, train__checkpoint_every=1))
     assert not (tmp_path / "checkpoint-main.pt").exists()

@@ -17,6 +17,8 @@ from slimtune.methods import atp
 from slimtune.models.surgery import compile_blocks, cut
 from slimtune.pipeline import tune
 from slimtune.structure.plan import Plan
+from slimtune.train import tuner
+from slimtune.train.objective import compiled_cross_entropy
 
 # dynamo looks at .grad of inputs that have none, whatever the program does
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -73,6 +75,7 @@ def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: P
     tune(bench.recipe(tmp_path / "eager"))
     assert graphs() == 0
     monkeypatch.setattr(atp, "compile_blocks", partial(compile_blocks, backend="eager"))
+    monkeypatch.setattr(tuner, "compiled_cross_entropy", partial(compiled_cross_entropy, backend="eager"))
     tune(bench.recipe(tmp_path / "compiled", train__compile=True))
     assert losses(tmp_path / "compiled") == losses(tmp_path / "eager")
     trained = graphs()

@@ -24,7 +24,7 @@ from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
 from slimtune.structure.plan import Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase
-from slimtune.train.objective import Batch, cross_entropy_sum, distillation_sum, forward
+from slimtune.train.objective import Batch, distillation_sum, forward
 from slimtune.train.session import Figures, Session
 from slimtune.train.tuner import Tuner
 
@@ -126,14 +126,14 @@ class _Atp:
         distill = self.recipe.distill
         self._close_gates()
         if not distill.weight or (self.teacher.model is None and not self.masks):
-            return lambda batch: cross_entropy_sum(forward(self.tuner.wrapped, batch), batch["labels"])
+            return self.tuner.loss
 
         def loss(batch: Batch) -> Tensor:
             theirs = self.teacher.logits(batch)
             self._close_gates()
             ours = forward(self.tuner.wrapped, batch)
             divergence = distillation_sum(ours, theirs, batch["labels"], distill.temperature)
-            return cross_entropy_sum(ours, batch["labels"]) + distill.weight * divergence
+            return self.tuner.cross_entropy(ours, batch["labels"]) + distill.weight * divergence
 
         return loss
 

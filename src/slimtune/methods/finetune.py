@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from slimtune.methods.outcome import Outcome
 from slimtune.models.load import attach_lora, enable_checkpointing, load_model
@@ -13,7 +12,6 @@ from slimtune.models.surgery import compile_blocks
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan
 from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
-from slimtune.train.objective import Batch, cross_entropy_sum, forward
 from slimtune.train.session import Session
 from slimtune.train.tuner import Tuner
 
@@ -25,11 +23,8 @@ def run(session: Session) -> Outcome:
     model = _model(session)
     tuner = Tuner(session, model, steps)
 
-    def loss(batch: Batch) -> Tensor:
-        return cross_entropy_sum(forward(tuner.wrapped, batch), batch["labels"])
-
     def adapt(step: int) -> dict[str, Any]:
-        return tuner.update(step, loss)
+        return tuner.update(step, tuner.loss)
 
     first = 0
     saved = resumed(session)

@@ -22,7 +22,6 @@ from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import Counts, Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase
-from slimtune.train.objective import Batch, cross_entropy_sum, forward
 from slimtune.train.session import Session
 from slimtune.train.tuner import Tuner
 
@@ -61,10 +60,7 @@ class _TwoStage:
         return Outcome(self.model.eval(), self.plan, tokens)
 
     def _adapt(self, step: int) -> dict[str, Any]:
-        def loss(batch: Batch) -> Tensor:
-            return cross_entropy_sum(forward(self.tuner.wrapped, batch), batch["labels"])
-
-        return self.tuner.update(step, loss)
+        return self.tuner.update(step, self.tuner.loss)
 
     def _decide(self, first: int) -> None:
         kind = self.recipe.twostage.scores

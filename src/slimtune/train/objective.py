@@ -37,6 +37,12 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def compiled_cross_entropy(backend: str = "inductor") -> Callable[[Tensor, Tensor], Tensor]:
+    """The same through ``torch.compile``: without the fp32 copies of the logits, a step's largest tensors where V is large."""
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(cross_entropy_sum, backend=backend)
+    return compiled
+
+
 def distillation_sum(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Summed KL(teacher || student) at the targets, times temperature squared (Hinton et al. 2015)."""
     ours, _ = _shifted(student, labels)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.train import checkpoint
-from slimtune.train.objective import Batch, accumulate
+from slimtune.train.objective import Batch, accumulate, compiled_cross_entropy, cross_entropy_sum, forward
 from slimtune.train.optimizers import ReplacedParameter, carry_over, model_optimizers
 from slimtune.train.schedule import lr_factor, set_lr
 from slimtune.train.session import Session
@@ -27,6 +27,7 @@ class Tuner:
         self.batches = session.batches(session.splits.train, "train", session.recipe.train.batch)
         self.tokens = 0
         self.wrapped = self._wrap()
+        self.cross_entropy = compiled_cross_entropy() if session.recipe.train.compile else cross_entropy_sum
 
     def _wrap(self) -> nn.Module:
         accelerator = self.session.accelerator
@@ -34,6 +35,10 @@ class Tuner:
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross-entropy of a micro-batch, summed over its targets."""
+        return self.cross_entropy(forward(self.wrapped, batch), batch["labels"])
 
     def update(self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None) -> dict[str, Any]:
         """One optimiser step on batch ``step``; ``loss`` sums over a micro-batch's targets, ``penalty`` comes once."""
