@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -93,6 +94,18 @@ def test_debug_shows_the_traceback(file: str, calls: list[Any], monkeypatch: pyt
 def test_a_bug_is_not_hidden(file: str, calls: list[Any]) -> None:
     calls.append(RuntimeError("a bug"))
     assert isinstance(run(app, ["tune", file]).exception, RuntimeError)
+
+
+@pytest.mark.parametrize("kind", ["OutOfMemoryError", "AcceleratorError"])
+def test_a_full_gpu_is_one_line_with_what_to_do(file: str, calls: list[Any], kind: str) -> None:
+    error: type[Exception] = getattr(torch, kind)
+    calls.append(error("CUDA out of memory. Tried to allocate 1.00 GiB.\nFor debugging ..."))
+    result = run(app, ["tune", file])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: the GPU is out of memory; work in smaller parts (tune: train.micro_batch, ")
+    assert result.stderr.endswith("(CUDA out of memory. Tried to allocate 1.00 GiB.)\n")
+    calls[:] = [error("CUDA error: an illegal memory access")]
+    assert isinstance(run(app, ["tune", file]).exception, error)
 
 
 def test_an_interrupt_says_how_to_go_on(file: str, calls: list[Any]) -> None:

@@ -35,6 +35,24 @@ class _Group(TyperGroup):
         except KeyboardInterrupt:
             _complain("interrupted; continue with --resume")
             raise typer.Exit(130) from None
+        except Exception as error:
+            if os.environ.get("SLIMTUNE_DEBUG") == "1" or not _out_of_memory(error):
+                raise
+            _complain(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0][:160]})")
+            raise typer.Exit(1) from None
+
+
+OUT_OF_MEMORY = (
+    "the GPU is out of memory; work in smaller parts (tune: train.micro_batch, evaluate.batch, "
+    "model.checkpointing=non_reentrant; evaluate: --batch), or free what other processes hold of it; slimtune estimate tells "
+    "what a run takes"
+)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """By name, for torch may not be loaded: its own class, and CUDA's error where the allocator was not asked."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "AcceleratorError"}) and "out of memory" in str(error)
 
 
 def _complain(message: str) -> None:
