@@ -102,6 +102,16 @@ def test_the_digest_follows_the_words_and_the_recipe_but_not_the_folder(tmp_path
     assert jobs_of(load(tmp_path / "comparison.yaml"))[0].digest != first[0].digest
 
 
+def test_the_digest_follows_the_tasks_that_are_measured(tmp_path: Path) -> None:
+    task = tmp_path / "mine.yaml"
+    file = write_comparison(tmp_path, set={"evaluate.tasks": [str(task)]})
+    found = []
+    for tokens in (8, 9, 8):
+        task.write_text(f"metric: rouge\ntokens: {tokens}\nsources: [{{path: rows.jsonl}}]\n")
+        found.append(jobs_of(load(file))[0].digest)
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_part_can_be_chosen(tmp_path: Path) -> None:
     jobs = runs(tmp_path)
     assert {(job.method, job.keep) for job in chosen(jobs, keep=[0.6])} == {("atp", 0.6), ("dense_lora", 1.0)}

@@ -29,6 +29,7 @@ SUMMARY = {
         "rqe.accuracy_majority": 0.4,
         "meqsum.rouge1": 0.6,
         "meqsum.rougeL": 0.3,
+        "meqsum.rougeL_chance": 0.25,
         "rqe.rows": 30.0,
         "rqe.note": "text",
     },
@@ -59,8 +60,11 @@ def test_a_row_for_each_metric_and_every_key_with_a_dot_is_one(job: Job) -> None
         "rqe.accuracy": (0.5, 0.1, 0.3),
         "meqsum.rouge1": (0.6, None, None),
         "meqsum.rougeL": (0.3, None, None),
-        "tasks_above_chance": (pytest.approx((0.1 + 0.3) / 2), None, None),
+        "tasks_above_chance": (pytest.approx((0.1 + 0.05) / 2), None, None),
     }
+    beside = {row["metric"]: [row.get(name) for name in ("low", "high", "majority", "chance")] for row in rows}
+    assert beside["rqe.accuracy"] == [0.4, None, 0.4, None]
+    assert beside["meqsum.rougeL"] == [None, None, None, 0.25]
     common = {"base": "tiny", "domain": "somewhere", "method": "atp", "keep": 0.8, "seed": 0, "tokens": 15, "gpu_seconds": 3.0}
     common |= {"machine": "somewhere", "commit": "c", "program": "p", "words": "w", "kv_groups": 3, "block_ratio": 0.5}
     for found in rows:

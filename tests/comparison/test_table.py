@@ -75,15 +75,16 @@ def test_the_best_of_each_budget_is_marked() -> None:
 
 
 def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
-    rivals = {"clear": (1.0, 1.2), "close": (0.1, 2.0), "mixed": (-0.5, 1.0), "better": (-1.0, -0.5)}
+    rivals = {"clear": (1.1, 1.2), "close": (0.1, 2.0), "mixed": (-0.5, 1.0), "better": (-1.0, -0.5), "best": (-1.0, -1.1)}
     rows = some() + [row(name, 0.6, seed, 15.0 + 2 * seed + gap[seed]) for name, gap in rivals.items() for seed in (0, 1)]
     rows.append(row("single", 0.6, 1, 18.0))
     found = text(rows)
-    assert "| clear | ▲ +1.10 ± 0.14 |" in found
+    assert "| clear | ▲ +1.15 ± 0.07 |" in found
     assert "| close | △ +1.05 ± 1.34 |" in found
     assert "| mixed | ≈ +0.25 ± 1.06 |" in found
     assert "| better | ▽ -0.75 ± 0.35 |" in found
-    assert "| single | △ +1.00 (n=1) |" in found
+    assert "| best | ▼ -1.05 ± 0.07 |" in found
+    assert "| single | +1.00 (n=1) |" in found
 
 
 def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> None:

@@ -135,9 +135,14 @@ def test_flap_scores_the_fluctuation_and_compensates_with_the_mean(bench: Bench,
     scorer, run = scorer_of(bench, tmp_path, twostage={"scores": "flap", "batches": 2})
     scores = scorer.flap()
     x, w = inputs_of(run, 2, "self_attn.o_proj", 2), weight(run, 2, "self_attn.o_proj").double()
-    groups = (w.square().sum(0) * x.var(0, correction=0)).view(2, -1).sum(1)
-    expected = (groups - groups.mean()) / groups.std(correction=0)
+    entries = (w.square().sum(0) * x.var(0, correction=0)).square()  # in attention squared once more, as in the authors' code
+    expected = ((entries - entries.mean()) / entries.std()).view(2, -1).mean(1)
     torch.testing.assert_close(scores[2, "kv_group"].double(), expected, rtol=1e-4, atol=1e-4)
+    x, w = inputs_of(run, 2, "mlp.down_proj", 2), weight(run, 2, "mlp.down_proj").double()
+    entries = w.square().sum(0) * x.var(0, correction=0)
+    expected = (entries - entries.mean()) / entries.std()
+    torch.testing.assert_close(scores[2, "ffn"].double(), expected, rtol=1e-4, atol=1e-4)
+    x, w = inputs_of(run, 2, "self_attn.o_proj", 2), weight(run, 2, "self_attn.o_proj").double()
     kept = [{"kv_group": [0], "ffn": range(64)} for _ in run.structure.layers]
     run.plan, run.means = Plan.of(run.structure, kept), dict(scorer.means)
     run._cut()

@@ -82,7 +82,7 @@ def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | Non
 
     launcher = Launcher(side_by_side(jobs, gpus), gpus, threads)
     try:
-        found = run(asked.work, asked.rows, launcher, typer.echo)
+        found = run(asked.work, asked.rows, launcher, typer.echo, asked.sources)
     except KeyboardInterrupt:
         typer.secho("interrupted; the same command goes on with the runs that are left", fg=typer.colors.RED, err=True)
         raise typer.Exit(130) from None
@@ -127,11 +127,14 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
 
 def _list(asked: Order) -> None:
     """What would be run."""
+    from slimtune.comparison.needs import missing
     from slimtune.comparison.run import present
     from slimtune.comparison.table import listing, render
 
     there = present(asked.work, asked.rows)
-    _wide().print(render([listing(asked.work, there)]))
+    todo = [job for job in asked.work if job not in there]
+    before = [job for job in missing(todo, asked.sources) if job not in todo]
+    _wide().print(render([listing(asked.work, there, before)]))
 
 
 def _wide() -> Console:

@@ -40,7 +40,8 @@ class Method(Section):
     keep: Keeps | None = None
     """Budgets; default: those of the comparison, and none for ``method: finetune``, which cuts nothing."""
     changes: dict[str, Any] = {}
-    """Keys of the recipe, with dots, and their values. ``{keep}`` in a text becomes the budget."""
+    """Keys of the recipe, with dots, and their values. In a text ``{keep}`` becomes the budget, ``{seed}`` the seed and
+    ``{out}`` the folder of the runs."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,6 +51,25 @@ class Method(Section):
             raise ValueError("it must be a mapping of recipe keys to values, or {}")
         changes = {key: value for key, value in raw.items() if key != "keep"}
         return {**({"keep": raw["keep"]} if "keep" in raw else {}), "changes": _flat(changes)}
+
+
+class First(Section):
+    """A model that methods start from and that is made first: a recipe of its own."""
+
+    recipe: str
+    """Relative to the comparison's file."""
+    out: Annotated[str, Field(min_length=1)]
+    """Its folder. A finished run there is taken as it is."""
+    changes: dict[str, Any] = {}
+    """Keys of that recipe, with dots, and their values."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _parted(cls, raw: Any) -> Any:
+        if not isinstance(raw, dict):
+            raise ValueError("it must be a mapping with recipe and out")
+        own = {key: raw[key] for key in ("recipe", "out") if key in raw}
+        return {**own, "changes": _flat({key: value for key, value in raw.items() if key not in own})}
 
 
 class Comparison(Section):
@@ -69,6 +89,8 @@ class Comparison(Section):
     """Folder of the runs, rows.json, table.md and figure.svg."""
     set: dict[str, Any] = {}
     """Keys of the recipe that every run changes."""
+    first: tuple[First, ...] = ()
+    """Models that methods name as ``model.path`` or ``distill.teacher``: made before them, where they are not there yet."""
     methods: Annotated[dict[Name, Method], Field(min_length=1)]
     """A name for each method, and what it changes of the recipe."""
 
@@ -101,10 +123,18 @@ def load(path: str | Path) -> Comparison:
         UserError: the file is missing or not a mapping, a key is unknown, a value is invalid or a variable unset.
     """
     comparison = Comparison.model_validate(read_yaml(path, "comparison", "recipes/compare/health.yaml"))
-    recipe = Path(path).parent / comparison.recipe
-    if not recipe.is_file():
-        raise UserError(f"comparison: recipe={comparison.recipe!r} does not exist beside {str(path)!r} ({recipe})")
-    return comparison.model_copy(update={"recipe": str(recipe)})
+    first = tuple(
+        item.model_copy(update={"recipe": _beside(path, item.recipe, f"first.{index}.recipe")})
+        for index, item in enumerate(comparison.first)
+    )
+    return comparison.model_copy(update={"recipe": _beside(path, comparison.recipe, "recipe"), "first": first})
+
+
+def _beside(path: str | Path, recipe: str, key: str) -> str:
+    file = Path(path).parent / recipe
+    if not file.is_file():
+        raise UserError(f"comparison: {key}={recipe!r} does not exist beside {str(path)!r} ({file})")
+    return str(file)
 
 
 def _flat(changes: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from slimtune.comparison.config import Comparison, Method
 from slimtune.errors import UserError, nearest
+from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe, load, read_yaml
 
 Key = tuple[str, str, str, float, int]
@@ -45,9 +47,15 @@ class Job:
         return f"{self.method}{'' if self.keep == 1 else f' {self.keep:g}'} seed {self.seed}"
 
     @property
+    def filled(self) -> tuple[str, ...]:
+        """The words with the folder of the runs in the place of ``{out}``."""
+        return tuple(word.replace("{out}", str(self.folder.parent)) for word in self.words)
+
+    @property
     def digest(self) -> str:
-        """Of the shared recipe's text and all words but ``out``: the same on every machine."""
-        return hashlib.sha256(json.dumps([self.shared, *self.words, self.seed]).encode()).hexdigest()[:12]
+        """Of the shared recipe's text, all words but ``out``, and the tasks that are measured: the same on every machine."""
+        parts = [self.shared, *self.words, self.seed, *tasks_text(self.recipe.evaluate.tasks)]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     @property
     def steps(self) -> int:
@@ -87,7 +95,7 @@ def jobs_of(comparison: Comparison, out: str | Path | None = None) -> list[Job]:
             keep,
             seed,
             comparison.recipe,
-            words,
+            tuple(word.replace("{seed}", str(seed)) for word in words),
             folder / (f"{name}-{seed}" if keep == 1 else f"{name}-{keep:g}-{seed}"),
             recipe,
             shared,
@@ -95,6 +103,34 @@ def jobs_of(comparison: Comparison, out: str | Path | None = None) -> list[Job]:
         for seed in comparison.seeds
         for name, keep, words, recipe in parts
     ]
+
+
+def first_of(comparison: Comparison) -> list[Job]:
+    """The models that are made before the methods that name them. Raises UserError as :func:`jobs_of` does."""
+    found = []
+    for item in comparison.first:
+        words, folder = words_of(item.changes), Path(item.out)
+        recipe = _checked(f"first: {item.out}", item.recipe, words)
+        where = (comparison.base, comparison.domain, folder.name, 1.0, recipe.seed)
+        found.append(Job(*where, item.recipe, tuple(words), folder, recipe, shared_text(item.recipe)))
+    return found
+
+
+def tasks_text(names: Sequence[str]) -> list[str]:
+    """What the figures of tasks depend on besides the program: their files, and the versions of what measures."""
+    if not names:
+        return []
+    return [
+        *(find_task(name).file.model_dump_json() for name in names),
+        *(_installed(name) for name in ("lm_eval", "rouge_score")),
+    ]
+
+
+def _installed(package: str) -> str:
+    try:
+        return f"{package} {version(package)}"
+    except PackageNotFoundError:
+        return package
 
 
 def shared_text(file: str | Path) -> str:

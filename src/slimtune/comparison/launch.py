@@ -44,7 +44,7 @@ def beside(job: Job, ending: str) -> Path:
 
 def command(job: Job) -> list[str]:
     """The words of the run."""
-    return [*TUNE, job.file, *job.words, f"seed={job.seed}", f"out={job.folder}", "--overwrite"]
+    return [*TUNE, job.file, *job.filled, f"seed={job.seed}", f"out={job.folder}", "--overwrite"]
 
 
 def finished(job: Job, now: str) -> Summary | None:
@@ -80,6 +80,7 @@ class Launcher:
 
     def run_all(self, work: Sequence[Job]) -> Generator[Ended, None, None]:
         """The ends of the runs, as they come. An interrupt stops the runs and goes on to the caller."""
+        self.stopping = False  # the end of an earlier call left it set
         pool = ThreadPoolExecutor(self.jobs)
         try:
             with _terminable():

@@ -20,8 +20,10 @@ PLAIN = {"domain_ppl": "ppl", "valid_ppl": "valid_ppl", "accuracy": "accuracy", 
 """Metrics whose key in a summary is another or has no dot. Every key with a dot, a task's figure, is a metric as well."""
 
 GAIN = "tasks_above_chance"
-"""Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L, which is nothing by chance."""
-ASIDE = ("_se", "_low", "_high", "_majority", ".rows")
+"""Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's answer."""
+BESIDE = ("low", "high", "majority", "chance")
+"""What a task's figure has beside it: its interval, and what answers get that know nothing."""
+ASIDE = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
 """Ends of keys that say something about a task's figure and are none themselves."""
 
 
@@ -53,6 +55,7 @@ def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Ro
             "base_value": base.get(key),
             "dense_value": None,
             "gpu_seconds": figures["seconds"],
+            **{name: figures[f"{key}_{name}"] for name in BESIDE if f"{key}_{name}" in figures},
         }
         for metric, key in (PLAIN | tasks | {GAIN: GAIN}).items()
         if key in figures
@@ -61,11 +64,12 @@ def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Ro
 
 def _with_gain(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures with the mean task score above chance, where there are tasks that have one."""
-    gains = [value for key, value in figures.items() if key.endswith(".rougeL")]
-    gains += [
-        value - figures[f"{key}_majority"]
+    baselines = {".accuracy": "majority", ".rougeL": "chance"}
+    gains = [
+        value - figures[f"{key}_{baseline}"]
         for key, value in figures.items()
-        if key.endswith(".accuracy") and f"{key}_majority" in figures
+        for end, baseline in baselines.items()
+        if key.endswith(end) and f"{key}_{baseline}" in figures
     ]
     return {**figures, GAIN: sum(gains) / len(gains)} if gains else figures
 

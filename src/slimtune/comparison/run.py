@@ -11,8 +11,9 @@ from pathlib import Path
 
 from slimtune.comparison import rows as raw
 from slimtune.comparison.config import Comparison, load
-from slimtune.comparison.jobs import Job, chosen, jobs_of
+from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
 from slimtune.comparison.launch import Ended, Launcher, beside, finished
+from slimtune.comparison.needs import missing, waves
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
 
@@ -21,13 +22,14 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What a comparison is asked for: its runs, all of them and those of this call, and where things go."""
+    """What a comparison is asked for: its runs, all of them and those of this call, what they may read, where things go."""
 
     comparison: Comparison
     jobs: list[Job]
     work: list[Job]
     out: Path
     rows: Path
+    sources: list[Job]
 
 
 def order(
@@ -43,7 +45,8 @@ def order(
     comparison = load(file)
     folder = Path(out or comparison.out)
     jobs = jobs_of(comparison, folder)
-    return Order(comparison, jobs, chosen(jobs, only, keep, seeds), folder, Path(rows or folder / "rows.json"))
+    sources = [*first_of(comparison), *jobs]
+    return Order(comparison, jobs, chosen(jobs, only, keep, seeds), folder, Path(rows or folder / "rows.json"), sources)
 
 
 def compare(
@@ -78,7 +81,7 @@ def compare(
         UserError: a run is not a valid recipe, the file asks for something unknown, or a folder cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
-    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say)
+    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say, asked.sources)
 
 
 def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
@@ -88,8 +91,12 @@ def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
     return jobs or len(gpus) or 1
 
 
-def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -> list[raw.Row]:
-    """Rows of finished runs, then those of the others as they end; the file is whole after each of them."""
+def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print, sources: Sequence[Job] = ()) -> list[raw.Row]:
+    """Rows of finished runs, then those of the others as they end; the file is whole after each of them.
+
+    Args:
+        sources: runs whose folders others may read; those that are read and absent are made as well.
+    """
     now, rows = program(), raw.read(file)
     left = [job for job in work if not raw.has_run(rows, job, now)]
     _check_folders(left)
@@ -97,16 +104,18 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
     rows = raw.joined(rows, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
     raw.write(file, rows)  # also the proof, before hours of work, that it can be written
     todo = [job for job in left if job not in there]
+    before = [job for job in missing(todo, sources) if job not in todo]
     if len(todo) < len(work):
         say(f"{len(work) - len(todo)} of {len(work)} runs are there already, made by the same words and the same program")
-    clock = _Clock(len(todo), launcher.jobs)
-    with closing(launcher.run_all(todo)) as ends:  # closed at once: an interrupt in here must stop the runs too
-        for ended in ends:
-            if ended.summary is not None:
-                # read again: another call may have added to it
-                rows = raw.joined(raw.read(file), raw.of_run(ended.job, ended.summary))
-                raw.write(file, rows)
-            say(clock.line(ended))
+    clock = _Clock(len(before) + len(todo), launcher.jobs)
+    for wave in waves([*before, *todo]):
+        with closing(launcher.run_all(wave)) as ends:  # closed at once: an interrupt in here must stop the runs too
+            for ended in ends:
+                if ended.summary is not None and ended.job not in before:
+                    # read again: another call may have added to it
+                    rows = raw.joined(raw.read(file), raw.of_run(ended.job, ended.summary))
+                    raw.write(file, rows)
+                say(clock.line(ended))
     return rows
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimtune.comparison.jobs import Job
@@ -63,6 +63,13 @@ class Board:
         ours = self.of(OURS, keep)
         return {seed: value - ours[seed] for seed, value in self.of(rival, keep).items() if seed in ours}
 
+    def baseline(self, metric: str) -> float | None:
+        """What answers get on a task that know nothing, where the rows tell it."""
+        for row in self.rows:
+            if row["metric"] == metric and (found := row.get("majority", row.get("chance"))) is not None:
+                return float(found)
+        return None
+
     def missing(self, method: str, keep: float) -> list[int]:
         """Seeds that should be there and are not."""
         return sorted(self.seeds[method, keep] - set(self.of(method, keep)))
@@ -112,6 +119,19 @@ def _all_seeds(seeds: Mapping[Cell, set[int]]) -> set[int]:
 def _place(item: tuple[Cell, set[int]]) -> tuple[bool, str, float]:
     (method, keep), _ = item
     return method != OURS, method, -keep
+
+
+STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
+"""95th percentiles of Student's t with 1 to 9 degrees of freedom; with more the last, which is a little too strict."""
+
+
+def beyond_chance(differences: Sequence[float]) -> bool:
+    """One-sided paired t-test at 5%: whether the mean of paired differences is so far from 0. False for fewer than two."""
+    count = len(differences)
+    if count < 2:
+        return False
+    error = statistics.stdev(differences) / count**0.5
+    return abs(statistics.mean(differences)) > STUDENT[min(count - 1, len(STUDENT)) - 1] * error
 
 
 def spread(values: Iterable[float], digits: int) -> str:

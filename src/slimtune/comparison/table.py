@@ -13,7 +13,7 @@ from rich.text import Text
 
 from slimtune.comparison.jobs import Job
 from slimtune.comparison.rows import DENSE, GAIN, Row
-from slimtune.comparison.stats import OURS, PPL, Board, boards, deviation, spread
+from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, spread
 
 
 @dataclass
@@ -50,8 +50,8 @@ def markdown(found: Iterable[Sheet]) -> str:
     return "\n".join(_marked(sheet) for sheet in found)
 
 
-def listing(work: Sequence[Job], there: Container[Job]) -> Sheet:
-    """What a call would run: steps, tokens, and which seeds are there already."""
+def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = ()) -> Sheet:
+    """What a call would run: steps, tokens, which seeds are there already, and what is made first because others read it."""
     sheet = Sheet("runs", ["method", "keep", "steps", "windows", "tokens, at most", "to run: seeds", "there: seeds"])
     todo = [job for job in work if job not in there]
     for method, keep in dict.fromkeys((job.method, job.keep) for job in work):
@@ -60,13 +60,17 @@ def listing(work: Sequence[Job], there: Container[Job]) -> Sheet:
         numbers = [f"{number:,}" for number in (mine[0].steps, mine[0].windows, mine[0].tokens)]
         sheet.rows.append([method, _budget(keep), *numbers, _list(run), _list(done)])
     sheet.notes.append(f"{len(todo)} of {len(work)} runs to make, {sum(job.tokens for job in todo):,} tokens at most")
+    if before:
+        told = ", ".join(f"{job.folder} ({job.steps:,} steps)" for job in before)
+        sheet.notes.append(f"made first, for others read it: {told}")
     return sheet
 
 
 def _figures(board: Board) -> Sheet:
     seconds = "GPU s" if _on_gpus(board) else "s"
     gains = ["task retention"] if GAIN in board.metrics else []
-    columns = ["method", "keep", "M params", "perplexity", "retention", *board.metrics, *gains, "M tokens", seconds, "seeds"]
+    measured = [_headed(board, metric) for metric in board.metrics]
+    columns = ["method", "keep", "M params", "perplexity", "retention", *measured, *gains, "M tokens", seconds, "seeds"]
     sheet = Sheet(f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
         sheet.rows.append(
@@ -86,11 +90,17 @@ def _figures(board: Board) -> Sheet:
     sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
     if gains:
         sheet.notes.append(
-            f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L; task retention: that "
-            "over dense LoRA's"
+            f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another "
+            "row's answer; task retention: that over dense LoRA's; in brackets: what answers get that know nothing"
         )
     sheet.notes += _warnings(board)
     return sheet
+
+
+def _headed(board: Board, metric: str) -> str:
+    """A metric and, in brackets, what answers get that know nothing."""
+    baseline = board.baseline(metric)
+    return metric if baseline is None else f"{metric} [{baseline:.3f}]"
 
 
 def _task_retention(board: Board, method: str, keep: float) -> str:
@@ -185,8 +195,9 @@ def _mean(board: Board, method: str, keep: float) -> str:
 
 
 LEGEND = (
-    "rival minus atp, the same seed each: mean ± standard deviation; "
-    "▲ atp ahead on every seed, by more than the deviation; △ on every seed; ≈ not on every seed; ▽ behind on every seed"
+    "rival minus atp, the same seed each: mean ± standard deviation; ▲ atp ahead on every seed, beyond chance (one-sided "
+    "paired t-test, 5%: of twenty equal rivals one gets it); △ on every seed; ≈ not on every seed; ▽ behind on every seed, "
+    "▼ beyond chance; no sign: one seed"
 )
 
 
@@ -206,12 +217,14 @@ def _lead(board: Board, rival: str, keep: float) -> str:
     if not values:
         return ""
     mean, sign = statistics.mean(values), "≈"
-    if all(value > 0 for value in values):
-        sign = "▲" if len(values) > 1 and mean > deviation(values) else "△"
+    if len(values) == 1:
+        sign = ""
+    elif all(value > 0 for value in values):
+        sign = "▲" if beyond_chance(values) else "△"
     elif all(value < 0 for value in values):
-        sign = "▽"
+        sign = "▼" if beyond_chance(values) else "▽"
     few = f" (n={len(values)})" if len(values) < len(board.seeds[rival, keep]) else ""
-    return f"{sign} {'+' if mean >= 0 else ''}{spread(values, 2)}{few}"
+    return f"{sign} {'+' if mean >= 0 else ''}{spread(values, 2)}{few}".strip()
 
 
 def _drawn(sheet: Sheet) -> RenderableType:

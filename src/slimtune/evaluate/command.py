@@ -80,7 +80,7 @@ def evaluate_model(
 
     Returns:
         ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``versions``, and how
-        it was run. A figure has ``value``, ``low``, ``high`` and, where there is one, ``majority``.
+        it was run. A figure has ``value``, ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
 
     Raises:
         UserError: anything the user can mend.

@@ -21,11 +21,12 @@ from torch import nn
 
 from slimtune.errors import UserError
 from slimtune.evaluate import folder as written
-from slimtune.evaluate.intervals import interval, majority
+from slimtune.evaluate.intervals import chance, interval, majority
 from slimtune.evaluate.rows import Prepared
 
 Figure = dict[str, Any]
-"""``value``; ``low`` and ``high`` (95% interval) if asked for; ``majority`` beside accuracy and macro-F1."""
+"""``value``; ``low`` and ``high`` (95% interval) if asked for; ``majority`` beside accuracy and macro-F1, ``chance`` beside
+ROUGE."""
 See = Callable[[str, int, int], None]
 """What is being done, how many requests of it are through, and of how many."""
 EXTRA = "pip install 'slimtune[eval]'"
@@ -127,15 +128,18 @@ def _without_questions(evaluator: Any) -> Iterator[None]:
 def _figures(task: Prepared, results: Mapping[str, Any], seed: int, intervals: bool) -> dict[str, Figure]:
     name = written.PREFIX + task.name
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    baseline = majority([doc["label"] for doc in task.docs]) if task.task.file.metric == "choice" else {}
+    kind = task.task.file.metric
+    baseline = (
+        majority([doc["label"] for doc in task.docs]) if kind == "choice" else chance(task.docs) if kind == "rouge" else {}
+    )
     figures: dict[str, Figure] = {}
-    for metric in written.METRICS[task.task.file.metric]:
+    for metric in written.METRICS[kind]:
         figure: Figure = {"value": float(results["results"][name][f"{metric},none"])}
         if intervals:
             ends = interval(metric, [sample[metric] for sample in samples], seed, task.name)
             figure["low"], figure["high"] = ends or (None, None)
         if metric in baseline:
-            figure["majority"] = baseline[metric]
+            figure["majority" if kind == "choice" else "chance"] = baseline[metric]
         figures[metric] = figure
     return figures
 

@@ -1,4 +1,4 @@
-"""95% intervals of figures: a seeded bootstrap over the rows that the harness logged; and what the majority answer gets.
+"""95% intervals of figures: a seeded bootstrap over the rows that the harness logged; and what answers get that know nothing.
 
 Rows are drawn with replacement ``DRAWS`` times, the figure is computed anew on each draw (for a perplexity the ratio of
 sums, for macro-F1 the F1 of every class), and the interval runs from the 2.5th to the 97.5th percentile.
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slimtune.evaluate.metrics import macro_f1
+from slimtune.evaluate.metrics import ROUGE, macro_f1, rouge
 
 DRAWS = 1000
 LEVEL = 0.95
@@ -47,6 +47,13 @@ def majority(labels: Sequence[int]) -> dict[str, float]:
     """Accuracy and macro-F1 of the answer that is most often right."""
     first = max(sorted(set(labels)), key=labels.count)
     return {"accuracy": labels.count(first) / len(labels), "macro_f1": macro_f1([(label, first) for label in labels])}
+
+
+def chance(docs: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """ROUGE of the reference answer of the next row: what an answer of the right kind to another question gets."""
+    pairs = list(zip(docs, [*docs[1:], *docs[:1]], strict=True)) if len(docs) > 1 else []
+    scores = [rouge(dict(doc), [other["completion"]]) for doc, other in pairs]
+    return {name: sum(score[name] for score in scores) / len(scores) for name in ROUGE} if scores else {}
 
 
 def _mean(values: Values) -> float:

@@ -1,7 +1,9 @@
 """Scores of units on the untuned base: what the published prune-then-tune methods rank by.
 
-Each criterion in its published form, on whole KV groups and MLP channels. A score is of a unit; ``ranked`` makes logits
-that one common level cuts, as ``prune.solve`` does with those of the generator.
+Each criterion on whole KV groups and MLP channels; its docstring says where that differs from the paper or its code, and
+docs/method.md says it in words. All read the same batches of the base as it is: none is taken again on a model that is half
+cut. A score is of a unit; ``ranked`` makes logits that one common level cuts, as ``prune.solve`` does with those of the
+generator.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from slimtune.models.surgery import linears_of
 from slimtune.models.watch import watch
 from slimtune.prune.gates import Site
 from slimtune.prune.prior import Ranking, prior_logits
+from slimtune.structure.axes import KV_GROUP
 from slimtune.train.loop import hash_seed
 from slimtune.train.objective import IGNORE, Batch, forward
 from slimtune.train.session import Session
@@ -58,24 +61,41 @@ class Scorer:
         return scores
 
     def taylor(self) -> Scores:
-        """Squared gradients of the gates, per sample (LLM-Pruner's loss change, Ma et al. 2023, in Fisher form)."""
+        """Squared gradients of the gates, per sample: the loss change in Fisher form (Molchanov et al. 2019).
+
+        LLM-Pruner (Ma et al. 2023) estimates the same change from the gradients of the single weights and sums their absolute
+        values over a unit.
+        """
         scores = self.decider.taylor(self.count)
         self.tokens += self.decider.tokens.pop("prior")
         self.decider.tokens["prior"] = 0
         return scores
 
     def wanda(self) -> Scores:
-        """Weight times input norm, sum over a unit's columns of the consumer: sum_ij |W_ij| * ||x_j||_2 (Sun et al. 2024)."""
+        """Weight times input norm, sum over a unit's columns of the consumer: sum_ij |W_ij| * ||x_j||_2.
+
+        Wanda (Sun et al. 2024) scores single weights; summed over units it is the Wanda-sp of An et al. 2024, which goes from
+        layer to layer on inputs that are pruned already.
+        """
         _, squares, _ = self._inputs()
-        return self._by_columns({site: value.sqrt() for site, value in squares.items()}, power=1)
+        entries = self._by_columns({site: value.sqrt() for site, value in squares.items()}, power=1)
+        return {site: value.view(self._units(site), -1).sum(1).float() for site, value in entries.items()}
 
     def flap(self) -> Scores:
-        """Fluctuation of the input times weight, Var(x_j) * ||W_:j||^2, standardised by layer and axis (An et al. 2024)."""
+        """Fluctuation of the input times weight, Var(x_j) * ||W_:j||^2 (An et al. 2024, "WIFV").
+
+        In the order of the authors' code: squared once more in attention, standardised over the entries of a layer and axis,
+        then averaged over a unit's entries.
+        """
         sums, squares, count = self._inputs()
         self.means = {site: value / count for site, value in sums.items()}
         spread = {site: (squares[site] / count - self.means[site].square()).clamp(min=0) for site in squares}
-        scores = self._by_columns(spread, power=2)
-        return {site: (value - value.mean()) / value.std(correction=0).clamp(min=1e-30) for site, value in scores.items()}
+        scores = {}
+        for site, entries in self._by_columns(spread, power=2).items():
+            value = entries.square() if site[1] == KV_GROUP else entries
+            value = (value - value.mean()) / value.std().clamp(min=1e-30)
+            scores[site] = value.view(self._units(site), -1).mean(1).float()
+        return scores
 
     def influence(self) -> list[float]:
         """1 - mean cosine similarity of each block's input and output (ShortGPT, Men et al. 2024, equation 1)."""
@@ -126,14 +146,14 @@ class Scorer:
         return seen
 
     def _by_columns(self, values: Scores, power: int) -> Scores:
-        """Sum over a unit's input entries j of values_j * sum_i |W_ij|^power, W of the consumer."""
+        """values_j * sum_i |W_ij|^power for each input entry j, W of the consumer; the entries of a unit lie together."""
         scores = {}
         for layer, row, module in linears_of(self.model, self.structure):
             if row.into:
                 weight: Any = getattr(module, "base_layer", module).weight
                 columns = weight.detach().double().abs().pow(power).sum(0)
                 site = (layer, row.into.axis)
-                scores[site] = (columns * values[site]).view(-1, self.structure.rows(row.into)).sum(1).float()
+                scores[site] = columns * values[site]
         return scores
 
     def _units(self, site: Site) -> int:
@@ -157,7 +177,7 @@ _RANKING: dict[str, Ranking | None] = {
     "random": "layer",
     "magnitude": "layer",
     "wanda": "layer",
-    "taylor": "global",
+    "taylor": "axis",
     "flap": None,
 }
 

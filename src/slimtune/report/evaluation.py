@@ -23,7 +23,7 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
 def render(found: dict[str, Any]) -> RenderableType:
-    """Tasks by suite: each figure with its interval, the most frequent answer's, and the rows that it was taken on."""
+    """Tasks by suite: each figure with its interval, what answers get that know nothing, and the rows that it was taken on."""
     dtype = _SHORT.get(found["dtype"], found["dtype"])
     title = Text.assemble(
         (found["model"], "bold"), f"\n{found['parameters']:,} parameters, {dtype}, {found['split']} rows", style="default"
@@ -31,7 +31,7 @@ def render(found: dict[str, Any]) -> RenderableType:
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("metric", no_wrap=True)
-    for name in ("value", "95% interval", "majority", "rows"):
+    for name in ("value", "95% interval", "baseline", "rows"):
         table.add_column(name, justify="right", no_wrap=True)
     poor = False
     for suite, names in found["suites"].items():
@@ -43,18 +43,18 @@ def render(found: dict[str, Any]) -> RenderableType:
 
 
 def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
-    """Rows of one task; whether a figure is not clearly above that of the most frequent answer."""
+    """Rows of one task; whether a figure is not clearly above that of answers that know nothing."""
     poor = False
     for index, (metric, figure) in enumerate(task["figures"].items()):
-        majority = figure.get("majority")
-        weak = majority is not None and (figure["low"] if figure["low"] is not None else figure["value"]) <= majority
+        baseline = figure.get("majority", figure.get("chance"))
+        weak = baseline is not None and (figure["low"] if figure["low"] is not None else figure["value"]) <= baseline
         poor |= weak
         table.add_row(
             Text(f" {name}" if index == 0 else ""),
             Text(_LABELS.get(metric, metric) + (" ↓" if metric in _LOWER else "")),
             Text(_number(metric, figure["value"]), style="bold yellow" if weak else "bold"),
             Text(_interval(metric, figure), style="dim"),
-            Text("" if majority is None else _number(metric, majority)),
+            Text("" if baseline is None else _number(metric, baseline)),
             Text(f"{task['rows']:,}" if index == 0 else ""),
         )
     return poor
@@ -75,9 +75,10 @@ def _number(metric: str, value: float) -> str:
 
 
 def _footer(found: dict[str, Any], poor: bool) -> str:
-    lines = ["Accuracy, macro-F1 and ROUGE in percent; ↓ lower is better. majority: the most frequent answer, always given."]
+    lines = ["Accuracy, macro-F1 and ROUGE in percent; ↓ lower is better."]
+    lines.append("baseline: the most frequent answer, always given; of ROUGE, the reference answer of another row.")
     if poor:
-        lines.append("Yellow: the interval does not lie above the majority's figure.")
+        lines.append("Yellow: the interval does not lie above the baseline.")
     cut = {name: task["prompts_cut"] for name, task in found["tasks"].items() if task["prompts_cut"]}
     if cut:
         told = ", ".join(f"{count} of {name}" for name, count in cut.items())

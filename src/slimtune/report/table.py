@@ -32,7 +32,7 @@ def render(summary: Summary) -> RenderableType:
 
 def _of_task(key: str) -> bool:
     """``rqe.accuracy``, and none of what stands beside it."""
-    return "." in key and not key.endswith((".rows", "_low", "_high", "_majority"))
+    return "." in key and not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))
 
 
 def _task_cell(figures: Summary, key: str) -> str:

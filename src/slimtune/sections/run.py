@@ -126,7 +126,7 @@ class GeneratorConfig(Section):
 class SearchConfig(Section):
     """The phase in which ``decide`` and ``adapt`` turns alternate."""
 
-    steps: Count = 200
+    steps: Count = 80
     """Steps (one ``adapt`` turn each)."""
     batch: Positive | None = None
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
@@ -140,14 +140,14 @@ class SearchConfig(Section):
     training rows."""
     alpha: Annotated[float, Field(ge=0.0)] = 5.0
     """Weight of the budget loss |log(kept/target)|; see ``generator.calibrate``."""
-    ramp: Fraction = 0.4
+    ramp: Fraction = 0.7
     """Part of the steps over which the budget's target falls from 1 to its final value."""
 
 
 class RecoverConfig(Section):
     """The phase that tunes the physically smaller model."""
 
-    steps: Count = 200
+    steps: Count = 320
     """Steps."""
     lr: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of this phase; default: ``train.lr``."""
@@ -171,14 +171,14 @@ class TwoStageConfig(Section):
     """Of ``method: twostage``: decide once on the untuned base, cut, tune; as many windows as ``atp`` reads in all."""
 
     scores: Literal["random", "magnitude", "taylor", "wanda", "flap", "layer_drop", "generator"] = "taylor"
-    """What ranks the units. ``magnitude``: squared weights, summed; ``taylor``: squared gradients of the gates (LLM-Pruner's
-    criterion in Fisher form); ``wanda``: weight times input norm; ``flap``: fluctuation of the input times weight;
+    """What ranks the units. ``magnitude``: squared weights, summed; ``taylor``: squared gradients of the gates (the loss
+    change in Fisher form); ``wanda``: weight times input norm; ``flap``: fluctuation of the input times weight;
     ``layer_drop``: whole layers by how little they change the stream (ShortGPT); ``generator``: the generator of ``atp``
     trained on the frozen base for ``search.steps`` (DISP-LLM)."""
     ranking: Literal["auto", "global", "axis", "layer"] = "auto"
     """``global``: over the whole model, by score per parameter; ``axis``: KV groups and MLP channels keep the same share;
-    ``layer``: so does each of them in every layer. ``auto``: as published (random, magnitude, wanda: layer; taylor: global).
-    No effect on flap, layer_drop and generator."""
+    ``layer``: so does each of them in every layer. ``auto``: layer, as published, for random, magnitude and wanda; axis for
+    taylor, where it is the strongest of the three. No effect on flap, layer_drop and generator."""
     batches: Positive = 16
     """Decision batches read for the scores; they count as search tokens."""
     compensate: bool = True
