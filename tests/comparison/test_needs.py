@@ -72,7 +72,7 @@ def test_runs_that_wait_for_one_another_are_told(tmp_path: Path) -> None:
         for name, other in (("a", "b"), ("b", "a"))
     }
     jobs = jobs_of(load(write_comparison(tmp_path, seeds=[0], keep=[0.6], methods=methods)))
-    with pytest.raises(UserError, match="these runs wait for one another: a 0.6 seed 0, b 0.6 seed 0"):
+    with pytest.raises(UserError, match=r"these runs wait for one another: a 0\.6 seed 0, b 0\.6 seed 0"):
         list(waves(jobs))
 
 
