@@ -96,8 +96,27 @@ def test_published_rows_are_flat_and_whole() -> None:
             if file.stem == "crosscheck":
                 assert {"library", "version", "criterion", "axis", "measure", "value"} <= set(row)
                 continue
+            if file.stem == "lm-eval":
+                assert {"task", "metric", "ours", "plain", "difference", "dtype", "lm_eval"} <= set(row)
+                continue
             assert {"base", "domain", "method", "seed", "metric", "value"} <= set(row)
             assert row["metric"] != "failed"
+
+
+def test_figures_of_plain_lm_eval_are_held_against_ours() -> None:
+    figures = {"accuracy": {"value": 0.5}, "perplexity": {"value": 202.0}}
+    ours = {
+        "tasks": {"pick": {"rows": 3, "figures": figures}},
+        "dtype": "float32",
+        "device": "cpu",
+        "versions": {"lm_eval": "1"},
+    }
+    rows = script("plain_lm_eval").compared(ours, {"slimtune_pick": {"accuracy,none": 0.52, "perplexity,none": 200.0}})
+    assert [(row["metric"], row["plain"], row["lm_eval"]) for row in rows] == [
+        ("accuracy", 0.52, "1"),
+        ("perplexity", 200.0, "1"),
+    ]
+    assert [row["difference"] for row in rows] == pytest.approx([0.02, 0.01])
 
 
 def test_a_run_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ SHAPES: dict[str, dict[str, Any]] = json.loads((FOLDER.parent / "benchmarks" / "
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_short_and_valid(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLIMTUNE_DATA", "somewhere")
+    for name in ("SLIMTUNE_DATA", "SLIMTUNE_MEDNLI"):
+        monkeypatch.setenv(name, "somewhere")
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 30
     recipe = load(path)
     assert recipe.data.train
