@@ -50,9 +50,11 @@ OUT_OF_MEMORY = (
 
 
 def _out_of_memory(error: Exception) -> bool:
-    """By name, for torch may not be loaded: its own class, and CUDA's error where the allocator was not asked."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"OutOfMemoryError", "AcceleratorError"}) and "out of memory" in str(error)
+    """By name, for torch may not be loaded: its own class, or CUDA's error where the allocator was not asked."""
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or (
+        isinstance(error, RuntimeError) and "CUDA error: out of memory" in text
+    )
 
 
 def _complain(message: str) -> None:

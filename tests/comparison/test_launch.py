@@ -15,6 +15,7 @@ from slimtune.comparison import launch
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import Job, jobs_of
 from slimtune.comparison.launch import Launcher, finished
+from slimtune.comparison.lock import held
 from slimtune.comparison.program import program
 
 
@@ -84,7 +85,7 @@ def test_a_run_that_another_call_is_making_is_left_to_it(tmp_path: Path) -> None
     work = jobs(tmp_path)[:2]
     work[0].folder.mkdir(parents=True)
     (work[0].folder / "summary.json").write_text("theirs")
-    with launch._locked(launch.beside(work[0], ".lock")) as ours:
+    with held(launch.beside(work[0], ".lock")) as ours:
         assert ours
         ended = {end.job.folder.name: end for end in Launcher(2).run_all(work)}
     left, made = ended["atp-0.8-0"], ended["atp-0.6-0"]

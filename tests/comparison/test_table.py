@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import jobs_of
 from slimtune.comparison.rows import Row, joined
+from slimtune.comparison.stats import beyond_chance
 from slimtune.comparison.table import listing, markdown, render, sheets
 
 
@@ -72,6 +74,30 @@ def test_the_best_of_each_budget_is_marked() -> None:
     assert "| flap | 10.00 | **10.00** |" in found
     assert "nothing cut: dense_lora 12.50 ± 0.71" in found
     assert "not all seeds are there" in found
+
+
+def test_a_task_has_its_baseline_in_the_head() -> None:
+    rows = [{**row("atp", 0.6, 0, 0.5, "rqe.accuracy"), "majority": 0.4}, row("atp", 0.6, 0, 15.0)]
+    assert "| rqe.accuracy [0.400] |" in text(rows)
+
+
+@pytest.mark.parametrize(
+    ("differences", "expected"),
+    [
+        ([1.0], False),
+        ([1.0, 1.2], True),
+        ([1.0, 2.0], False),
+        ([0.1, 0.1, 0.4], False),  # t = 2.0, to be above 2.92
+        ([0.1, 0.12, 0.15], True),
+        ([-0.1, -0.12, -0.15], True),
+        ([1.0, 1.0], True),
+        ([0.0, 0.0], False),
+        ([1.0, -1.0] * 8 + [3.0], False),
+        ([1.0, 2.0] * 8, True),
+    ],
+)
+def test_beyond_chance(differences: list[float], expected: bool) -> None:
+    assert beyond_chance(differences) is expected
 
 
 def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from slimtune.evaluate import intervals, metrics
-from slimtune.evaluate.intervals import interval, majority
+from slimtune.evaluate.intervals import chance, interval, majority
 
 
 def test_of_a_mean_it_is_about_that_of_theory() -> None:
@@ -41,3 +41,11 @@ def test_one_row_has_no_interval() -> None:
 
 def test_majority() -> None:
     assert majority([0, 1, 1, 1]) == {"accuracy": 0.75, "macro_f1": pytest.approx((0 + 6 / 7) / 2)}
+
+
+def test_chance_of_rouge_is_what_the_next_rows_answer_gets() -> None:
+    docs = [{"completion": " the cat sat"}, {"completion": " the dog sat"}, {"completion": " nothing"}]
+    found = chance(docs)
+    assert found["rouge1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
+    assert found["rouge2"] == 0
+    assert chance(docs[:1]) == {}

@@ -51,3 +51,11 @@ def test_figures_intervals_and_baselines_fit_80_columns() -> None:
 def test_a_figure_no_better_than_the_majority_is_marked() -> None:
     assert "Yellow" in text(found(low=0.49))
     assert "one row: none" in text(found(low=None, high=None))
+
+
+def test_rouge_has_its_baseline_in_the_same_column() -> None:
+    value = found()
+    value["tasks"]["uscode_headings"]["figures"] = {"rougeL": {"value": 0.2, "low": 0.18, "high": 0.22, "chance": 0.06}}
+    assert "uscode_headings ROUGE-L 20.0 18.0 to 22.0 6.0 1,500" in [
+        " ".join(line.split()) for line in text(value).splitlines()
+    ]

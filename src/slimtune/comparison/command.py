@@ -78,17 +78,21 @@ def compare(
 
 def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | None) -> None:
     from slimtune.comparison.launch import Launcher
+    from slimtune.comparison.rows import key_of
     from slimtune.comparison.run import run, side_by_side
 
     launcher = Launcher(side_by_side(jobs, gpus), gpus, threads)
     try:
-        found = run(asked.work, asked.rows, launcher, typer.echo, asked.sources)
+        found = run(asked.work, asked.rows, launcher, typer.echo)
     except KeyboardInterrupt:
         typer.secho("interrupted; the same command goes on with the runs that are left", fg=typer.colors.RED, err=True)
         raise typer.Exit(130) from None
     failed = _failed(found, asked.work)  # told before a figure that may not come about
     _show(found, asked.jobs, asked.out)
-    if failed:
+    lost = [job.label for job in asked.work if job.key not in {key_of(row) for row in found}]
+    if lost:
+        typer.secho(f"no result of {', '.join(lost)}: see above", fg=typer.colors.RED, err=True)
+    if failed or lost:
         raise typer.Exit(1)
 
 
@@ -127,13 +131,12 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
 
 def _list(asked: Order) -> None:
     """What would be run."""
-    from slimtune.comparison.needs import missing
-    from slimtune.comparison.run import present
+    from slimtune.comparison.run import needed, present
     from slimtune.comparison.table import listing, render
 
     there = present(asked.work, asked.rows)
     todo = [job for job in asked.work if job not in there]
-    before = [job for job in missing(todo, asked.sources) if job not in todo]
+    before = needed(todo)
     _wide().print(render([listing(asked.work, there, before)]))
 
 

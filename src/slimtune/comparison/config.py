@@ -101,6 +101,9 @@ class Comparison(Section):
 
     @model_validator(mode="after")
     def _free(self) -> Comparison:
+        for index, item in enumerate(self.first):
+            if "{" in item.out or item.out in [other.out for other in self.first[:index]]:
+                raise ValueError(f"first.{index}: out={item.out!r} must be a folder of its own, without braces")
         for where, changes in (("set", self.set), *((f"methods.{name}", it.changes) for name, it in self.methods.items())):
             for key in changes:
                 if key in RESERVED:

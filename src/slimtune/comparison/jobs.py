@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,13 +18,21 @@ from slimtune.errors import UserError, nearest
 from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe, load, read_yaml
 
+OUT = "{out}"
+"""In a text of a method: the folder of the runs."""
 Key = tuple[str, str, str, float, int]
 """What a run is in the rows: base, domain, method, keep, seed."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run: what it is called in the rows, and the words of ``slimtune tune`` that make it."""
+    """One run: what it is called in the rows, and the words of ``slimtune tune`` that make it.
+
+    Attributes:
+        shared: the text of the shared recipe; measured: of the tasks that it measures. Both are part of the digest.
+        reads: runs whose folders it reads, with theirs.
+        first: a model that is made for others and has no rows.
+    """
 
     base: str
     domain: str
@@ -35,6 +44,9 @@ class Job:
     folder: Path
     recipe: Recipe = field(compare=False, repr=False)
     shared: str = field(default="", repr=False)
+    measured: tuple[str, ...] = field(default=(), repr=False)
+    reads: tuple[Job, ...] = field(default=(), compare=False, repr=False)
+    first: bool = False
 
     @property
     def key(self) -> Key:
@@ -46,15 +58,19 @@ class Job:
         """For a line of progress."""
         return f"{self.method}{'' if self.keep == 1 else f' {self.keep:g}'} seed {self.seed}"
 
-    @property
-    def filled(self) -> tuple[str, ...]:
-        """The words with the folder of the runs in the place of ``{out}``."""
-        return tuple(word.replace("{out}", str(self.folder.parent)) for word in self.words)
+    def fill(self, text: str) -> str:
+        """A text with the folder of the runs in the place of ``{out}``."""
+        return text.replace(OUT, self.folder.parent.as_posix())
 
     @property
+    def filled(self) -> tuple[str, ...]:
+        """The words as the run gets them."""
+        return tuple(map(self.fill, self.words))
+
+    @cached_property
     def digest(self) -> str:
-        """Of the shared recipe's text, all words but ``out``, and the tasks that are measured: the same on every machine."""
-        parts = [self.shared, *self.words, self.seed, *tasks_text(self.recipe.evaluate.tasks)]
+        """Of the shared recipe's text, all words but ``out``, what is measured and what is read: the same on every machine."""
+        parts = [self.shared, *self.words, self.seed, *self.measured, *(source.digest for source in self.reads)]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     @property
@@ -87,6 +103,7 @@ def jobs_of(comparison: Comparison, out: str | Path | None = None) -> list[Job]:
         for keep in _budgets(comparison, name, method, common):
             words, recipe = _run(comparison, name, method, keep, common)
             parts.append((name, 1.0 if keep is None else keep, words, recipe))
+    measured = {tasks: tasks_text(tasks) for tasks in {recipe.evaluate.tasks for *_, recipe in parts}}
     return [
         Job(
             comparison.base,
@@ -97,8 +114,9 @@ def jobs_of(comparison: Comparison, out: str | Path | None = None) -> list[Job]:
             comparison.recipe,
             tuple(word.replace("{seed}", str(seed)) for word in words),
             folder / (f"{name}-{seed}" if keep == 1 else f"{name}-{keep:g}-{seed}"),
-            recipe,
+            _seeded(recipe, seed),
             shared,
+            measured[recipe.evaluate.tasks],
         )
         for seed in comparison.seeds
         for name, keep, words, recipe in parts
@@ -112,18 +130,27 @@ def first_of(comparison: Comparison) -> list[Job]:
         words, folder = words_of(item.changes), Path(item.out)
         recipe = _checked(f"first: {item.out}", item.recipe, words)
         where = (comparison.base, comparison.domain, folder.name, 1.0, recipe.seed)
-        found.append(Job(*where, item.recipe, tuple(words), folder, recipe, shared_text(item.recipe)))
+        texts = shared_text(item.recipe), tasks_text(recipe.evaluate.tasks)
+        found.append(Job(*where, item.recipe, tuple(words), folder, recipe, *texts, first=True))
     return found
 
 
-def tasks_text(names: Sequence[str]) -> list[str]:
+def _seeded(recipe: Recipe, seed: int) -> Recipe:
+    """The recipe with the seed in the texts that may name another run's folder."""
+    path, teacher = recipe.model.path, recipe.distill.teacher
+    model = recipe.model.model_copy(update={"path": path.replace("{seed}", str(seed))})
+    distill = recipe.distill.model_copy(update={"teacher": teacher and teacher.replace("{seed}", str(seed))})
+    return recipe.model_copy(update={"model": model, "distill": distill})
+
+
+def tasks_text(names: Sequence[str]) -> tuple[str, ...]:
     """What the figures of tasks depend on besides the program: their files, and the versions of what measures."""
     if not names:
-        return []
-    return [
+        return ()
+    return (
         *(find_task(name).file.model_dump_json() for name in names),
         *(_installed(name) for name in ("lm_eval", "rouge_score")),
-    ]
+    )
 
 
 def _installed(package: str) -> str:

@@ -11,14 +11,16 @@ import sys
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slimtune.comparison.jobs import Job
+from slimtune.comparison.lock import held
 from slimtune.comparison.program import commit, program
+from slimtune.errors import UserError
 
 Summary = dict[str, Any]
 
@@ -58,6 +60,25 @@ def finished(job: Job, now: str) -> Summary | None:
     return {**json.loads(summary.read_text(encoding="utf-8")), **made, "kv_groups": _kv_groups(job.folder / "plan.json")}
 
 
+def told(ended: Ended) -> str:
+    """Why a run has no result, in a few words."""
+    return ended.why if ended.summary is None else f"failed, see {beside(ended.job, '.log')}"
+
+
+def made_for_others(job: Job) -> bool:
+    """Whether a model of ``first`` is there, whatever program made it: by a comparison, or by hand.
+
+    Raises:
+        UserError: a comparison made it by other words.
+    """
+    stamp = beside(job, ".json")
+    if not (job.folder / "summary.json").is_file():
+        return False
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["words"] != job.digest:
+        raise UserError(f"first: {str(job.folder)!r} was made by other words; remove it, or give another out")
+    return True
+
+
 def _kv_groups(plan: Path) -> int | None:
     """KV groups that stay, over all layers: what the KV cache holds."""
     if not plan.is_file():
@@ -79,21 +100,48 @@ class Launcher:
         self.lock = threading.Lock()
 
     def run_all(self, work: Sequence[Job]) -> Generator[Ended, None, None]:
-        """The ends of the runs, as they come. An interrupt stops the runs and goes on to the caller."""
+        """The ends of the runs, as they come. An interrupt stops the runs and goes on to the caller.
+
+        A run starts when those of ``work`` that it reads have ended, and not at all where one of them has no result.
+        """
         self.stopping = False  # the end of an earlier call left it set
         pool = ThreadPoolExecutor(self.jobs)
+        left, going, without = list(work), dict[Future[Ended], Job](), dict[Job, Ended]()
         try:
             with _terminable():
-                for future in as_completed([pool.submit(self._run, job) for job in work]):
-                    yield future.result()
+                while left or going:
+                    yield from self._start(pool, left, going, without)
+                    for future in wait(going, return_when=FIRST_COMPLETED).done:
+                        ended = future.result()
+                        del going[future]
+                        if ended.summary is None or "failed" in ended.summary:
+                            without[ended.job] = ended
+                        yield ended
         finally:  # also when the caller leaves early
             self._stop()
             pool.shutdown(cancel_futures=True)
 
+    def _start(
+        self, pool: ThreadPoolExecutor, left: list[Job], going: dict[Future[Ended], Job], without: dict[Job, Ended]
+    ) -> Iterator[Ended]:
+        """Fill the free places in order; the ends of those that cannot start."""
+        for job in list(left):
+            lost = next((without[source] for source in job.reads if source in without), None)
+            if lost:
+                left.remove(job)
+                without[job] = Ended(job, None, 0.0, f"not started: it reads {lost.job.label} ({told(lost)})")
+                yield without[job]
+            elif len(going) < self.jobs and not any(source in left or source in going.values() for source in job.reads):
+                left.remove(job)
+                going[pool.submit(self._run, job)] = job
+
     def _run(self, job: Job) -> Ended:
         job.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(beside(job, ".lock")) as ours:
-            return self._made(job) if ours else Ended(job, None, 0.0, "left to another call, which is making it now")
+        with held(beside(job, ".lock")) as ours:
+            if not ours:
+                return Ended(job, None, 0.0, "left to another call, which is making it now")
+            there = finished(job, program())  # another call may have made it since
+            return Ended(job, there, 0.0) if there else self._made(job)
 
     def _made(self, job: Job) -> Ended:
         started, now, log = time.perf_counter(), program(), beside(job, ".log")
@@ -137,23 +185,6 @@ class Launcher:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[bool]:
-    """Whether the run is this call's: two calls that write into one folder would take each other's files away."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield True
-        return
-    with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 @contextmanager

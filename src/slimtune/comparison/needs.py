@@ -1,39 +1,73 @@
-"""Which runs must end before which: those whose folder another one reads, as a teacher or as the model it starts from."""
+"""Which runs read another run's folder, as the model they start from, its tokenizer, or their teacher."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
-from slimtune.comparison.jobs import Job
+from slimtune.comparison.jobs import OUT, Job
 from slimtune.errors import UserError
 
 
-def read_by(job: Job, others: Sequence[Job]) -> list[Job]:
-    """Those of ``others`` whose folder stands in the words of ``job``."""
-    return [other for other in others if other is not job and any(f"{other.folder}/" in word for word in job.filled)]
-
-
-def missing(work: Sequence[Job], sources: Sequence[Job]) -> list[Job]:
-    """The runs among ``sources`` that ``work`` reads, directly or through others, and that have not been made."""
-    found: list[Job] = []
-    look = list(work)
-    while look:
-        new = [job for job in read_by(look.pop(), sources) if job not in found and not (job.folder / "summary.json").is_file()]
-        found += new
-        look += new
-    return [job for job in sources if job in found]
-
-
-def waves(work: Sequence[Job]) -> Iterator[list[Job]]:
-    """The runs in parts, each of which reads only earlier ones.
+def linked(jobs: Sequence[Job], first: Sequence[Job]) -> list[Job]:
+    """The runs, each with those of ``jobs`` and ``first`` whose folders it reads.
 
     Raises:
-        UserError: runs read one another in a circle.
+        UserError: runs read one another in a circle, a text names a folder in ``{out}`` that no run makes, or a model of
+            ``first`` is read by nobody.
     """
-    left = list(work)
-    while left:
-        ready = [job for job in left if not read_by(job, left)]
-        if not ready:
-            raise UserError(f"comparison: these runs wait for one another: {', '.join(job.label for job in left)}")
-        yield ready
-        left = [job for job in left if job not in ready]
+    everything, done = [*first, *jobs], dict[Path, Job]()
+
+    def link(job: Job, path: tuple[Job, ...]) -> Job:
+        if job in path:
+            told = " reads ".join(item.label for item in (*path[path.index(job) :], job))
+            raise UserError(f"comparison: no run can be the first of these: {told}")
+        if job.folder not in done:
+            sources = [other for other in everything if _reads(job, other)]
+            done[job.folder] = replace(job, reads=tuple(link(other, (*path, job)) for other in sources))
+        return done[job.folder]
+
+    found = [link(job, ()) for job in jobs]
+    used = {source.folder for job in done.values() for source in job.reads}
+    for item in first:
+        if item.folder not in used:
+            raise UserError(
+                f"comparison: first: {str(item.folder)!r} is read by no method; name it, e.g. as model.path, or drop it"
+            )
+    for job in found:
+        _check_out(job)
+    return found
+
+
+def missing(work: Iterable[Job], made: Callable[[Job], bool]) -> list[Job]:
+    """The runs that ``work`` reads, directly or through others, and that are not ``made``; sources before their readers."""
+    work, found = list(work), list[Job]()
+
+    def look(job: Job) -> None:
+        for source in job.reads:
+            if source not in work and source not in found and not made(source):
+                look(source)
+                found.append(source)
+
+    for job in work:
+        look(job)
+    return found
+
+
+def _read_paths(job: Job) -> list[Path]:
+    recipe = job.recipe
+    given = (recipe.model.path, recipe.model.tokenizer, recipe.distill.teacher)
+    return [Path(os.path.abspath(job.fill(str(path)))) for path in given if path]
+
+
+def _reads(job: Job, other: Job) -> bool:
+    folder = os.path.abspath(other.folder)
+    return any(path.is_relative_to(folder) for path in _read_paths(job))
+
+
+def _check_out(job: Job) -> None:
+    if not job.reads and any(OUT in word for word in job.words):
+        names = [word for word in job.words if OUT in word]
+        raise UserError(f"comparison: {job.label}: {names[0]} names a folder that no run of this comparison makes")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from slimtune.comparison.jobs import Job, Key
+from slimtune.comparison.lock import held
 from slimtune.errors import UserError
 from slimtune.runtime import write_atomically
 
@@ -91,6 +94,16 @@ def joined(kept: Iterable[Row], new: Iterable[Row]) -> list[Row]:
     rows.sort(key=lambda row: (*key_of(row)[:3], -key_of(row)[3], key_of(row)[4]))
     dense = {_reference(row): row["value"] for row in rows if row["method"] == DENSE}
     return [{**row, "dense_value": dense.get(_reference(row))} if "dense_value" in row else row for row in rows]
+
+
+def added(file: Path, new: Iterable[Row]) -> list[Row]:
+    """Join rows to those of a file and write it, as one step among all calls that share the file. Returns all rows."""
+    new = list(new)
+    name = hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:16]
+    with held(Path(tempfile.gettempdir()) / f"slimtune-rows-{name}.lock", wait=True):
+        rows = joined(read(file), new)
+        write(file, rows)
+    return rows
 
 
 def _reference(row: Row) -> tuple[Any, ...]:

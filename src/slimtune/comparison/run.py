@@ -12,8 +12,8 @@ from pathlib import Path
 from slimtune.comparison import rows as raw
 from slimtune.comparison.config import Comparison, load
 from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
-from slimtune.comparison.launch import Ended, Launcher, beside, finished
-from slimtune.comparison.needs import missing, waves
+from slimtune.comparison.launch import Ended, Launcher, finished, made_for_others, told
+from slimtune.comparison.needs import linked, missing
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
 
@@ -22,14 +22,13 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What a comparison is asked for: its runs, all of them and those of this call, what they may read, where things go."""
+    """What a comparison is asked for: its runs, all of them and those of this call, and where things go."""
 
     comparison: Comparison
     jobs: list[Job]
     work: list[Job]
     out: Path
     rows: Path
-    sources: list[Job]
 
 
 def order(
@@ -44,9 +43,8 @@ def order(
     """Read a comparison file and check all its runs. Raises UserError; see :func:`compare`."""
     comparison = load(file)
     folder = Path(out or comparison.out)
-    jobs = jobs_of(comparison, folder)
-    sources = [*first_of(comparison), *jobs]
-    return Order(comparison, jobs, chosen(jobs, only, keep, seeds), folder, Path(rows or folder / "rows.json"), sources)
+    jobs = linked(jobs_of(comparison, folder), first_of(comparison))
+    return Order(comparison, jobs, chosen(jobs, only, keep, seeds), folder, Path(rows or folder / "rows.json"))
 
 
 def compare(
@@ -81,7 +79,7 @@ def compare(
         UserError: a run is not a valid recipe, the file asks for something unknown, or a folder cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
-    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say, asked.sources)
+    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say)
 
 
 def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
@@ -91,32 +89,35 @@ def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
     return jobs or len(gpus) or 1
 
 
-def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print, sources: Sequence[Job] = ()) -> list[raw.Row]:
+def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -> list[raw.Row]:
     """Rows of finished runs, then those of the others as they end; the file is whole after each of them.
 
-    Args:
-        sources: runs whose folders others may read; those that are read and absent are made as well.
+    Runs that these read and that are absent are made as well.
     """
     now, rows = program(), raw.read(file)
     left = [job for job in work if not raw.has_run(rows, job, now)]
-    _check_folders(left)
     there = {job: summary for job in left if (summary := finished(job, now))}
-    rows = raw.joined(rows, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
-    raw.write(file, rows)  # also the proof, before hours of work, that it can be written
     todo = [job for job in left if job not in there]
-    before = [job for job in missing(todo, sources) if job not in todo]
+    before = needed(todo)
+    _check_folders([*left, *before])
+    rows = raw.added(file, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
     if len(todo) < len(work):
         say(f"{len(work) - len(todo)} of {len(work)} runs are there already, made by the same words and the same program")
+    if before:
+        say(f"made first, for others read it: {', '.join(str(job.folder) for job in before)}")
     clock = _Clock(len(before) + len(todo), launcher.jobs)
-    for wave in waves([*before, *todo]):
-        with closing(launcher.run_all(wave)) as ends:  # closed at once: an interrupt in here must stop the runs too
-            for ended in ends:
-                if ended.summary is not None and ended.job not in before:
-                    # read again: another call may have added to it
-                    rows = raw.joined(raw.read(file), raw.of_run(ended.job, ended.summary))
-                    raw.write(file, rows)
-                say(clock.line(ended))
+    with closing(launcher.run_all([*before, *todo])) as ends:  # closed at once: an interrupt in here must stop the runs too
+        for ended in ends:
+            if ended.summary is not None and not ended.job.first:
+                rows = raw.added(file, raw.of_run(ended.job, ended.summary))
+            say(clock.line(ended))
     return rows
+
+
+def needed(todo: Sequence[Job]) -> list[Job]:
+    """What ``todo`` reads and is not there. Raises UserError where a model of ``first`` was made by other words."""
+    now = program()
+    return missing(todo, lambda job: made_for_others(job) if job.first else finished(job, now) is not None)
 
 
 def present(work: Sequence[Job], file: Path) -> set[Job]:
@@ -151,10 +152,8 @@ class _Clock:
 
 def _outcome(ended: Ended) -> str:
     summary = ended.summary
-    if summary is None:
-        return ended.why
-    if "failed" in summary:
-        return f"failed, see {beside(ended.job, '.log')}"
+    if summary is None or "failed" in summary:
+        return told(ended)
     base = f" (base {summary['base']['ppl']:.2f})" if "ppl" in summary["base"] else ""
     return f"perplexity {summary['result']['ppl']:.2f}{base}"
 

@@ -60,9 +60,8 @@ def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = 
         numbers = [f"{number:,}" for number in (mine[0].steps, mine[0].windows, mine[0].tokens)]
         sheet.rows.append([method, _budget(keep), *numbers, _list(run), _list(done)])
     sheet.notes.append(f"{len(todo)} of {len(work)} runs to make, {sum(job.tokens for job in todo):,} tokens at most")
-    if before:
-        told = ", ".join(f"{job.folder} ({job.steps:,} steps)" for job in before)
-        sheet.notes.append(f"made first, for others read it: {told}")
+    for job in before:
+        sheet.notes.append(f"and first, for others read it: {job.folder} ({job.steps:,} steps, {job.tokens:,} tokens at most)")
     return sheet
 
 
@@ -231,7 +230,7 @@ def _drawn(sheet: Sheet) -> RenderableType:
     table = Table(title=Text(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, name in enumerate(sheet.columns):
         left = index == 0 or name == "seeds"
-        table.add_column(name, justify="left" if left else "right", no_wrap=index == 0)
+        table.add_column(Text(name), justify="left" if left else "right", no_wrap=index == 0)
     for number, row in enumerate(sheet.rows):
         best = [(number, column) in sheet.best for column in range(len(row))]
         table.add_row(*(Text(f"▸ {cell}", "bold green") if it else Text(cell) for cell, it in zip(row, best, strict=True)))

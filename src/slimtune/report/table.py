@@ -55,6 +55,10 @@ def _perplexity(value: float, figures: Summary, base: Summary | None) -> str:
     return f"{value:.2f} ± {figures.get('ppl_se', 0.0):.2f}"
 
 
+def _plain(value: float, figures: Summary, base: Summary | None) -> str:
+    return f"{value:.2f}"
+
+
 def _accuracy(value: float, figures: Summary, base: Summary | None) -> str:
     return f"{value:.1%} ± {figures.get('accuracy_se', 0.0):.1%}"
 
@@ -75,6 +79,7 @@ _ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
     ("parameters", "parameters", _parameters),
     ("kept of the blocks", "block_ratio", _ratio),
     ("perplexity, test", "ppl", _perplexity),
+    ("perplexity, validation", "valid_ppl", _plain),
     ("accuracy, test", "accuracy", _accuracy),
     ("most frequent answer", "majority", _ratio),
     ("on disk", "bytes", _bytes),
