@@ -132,9 +132,21 @@ def test_runs_that_wait_for_one_another_are_told(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_no_run_makes_is_told(tmp_path: Path) -> None:
-    methods = {"taught": {"distill.weight": 1, "distill.teacher": "{out}/nobody-{seed}/model"}}
-    with pytest.raises(UserError, match=r'taught 0.6 seed 0: .*"\{out\}/nobody-0/model" names a folder that no run'):
-        order(write_comparison(tmp_path, seeds=[0], keep=[0.6], methods=methods))
+    taught = {"distill.weight": 1, "distill.teacher": "{out}/nobody-{seed}/model"}
+    methods = {"taught": taught, "both": {**taught, "model.tokenizer": "{out}/taught-0.6-{seed}/model"}}
+    for name in methods:  # also where another of its folders is made
+        chosen = {**methods, "taught": {}} if name == "both" else {name: taught}
+        with pytest.raises(UserError, match=rf"{name} 0\.6 seed 0: '\{{out\}}/nobody-0/model' names a folder that no run"):
+            order(write_comparison(tmp_path, seeds=[0], keep=[0.6], methods=chosen))
+
+
+def test_a_tokenizer_by_seed_is_read_too(tmp_path: Path) -> None:
+    methods = {"atp": {}, "reader": {"model.tokenizer": "{out}/atp-0.6-{seed}/model"}}
+    jobs = order(write_comparison(tmp_path, seeds=[0, 1], keep=[0.6], methods=methods)).jobs
+    assert [[source.label for source in job.reads] for job in jobs if job.method == "reader"] == [
+        ["atp 0.6 seed 0"],
+        ["atp 0.6 seed 1"],
+    ]
 
 
 @pytest.mark.parametrize(

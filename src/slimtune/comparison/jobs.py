@@ -137,9 +137,12 @@ def first_of(comparison: Comparison) -> list[Job]:
 
 def _seeded(recipe: Recipe, seed: int) -> Recipe:
     """The recipe with the seed in the texts that may name another run's folder."""
-    path, teacher = recipe.model.path, recipe.distill.teacher
-    model = recipe.model.model_copy(update={"path": path.replace("{seed}", str(seed))})
-    distill = recipe.distill.model_copy(update={"teacher": teacher and teacher.replace("{seed}", str(seed))})
+
+    def seeded(text: str | None) -> str | None:
+        return text and text.replace("{seed}", str(seed))
+
+    model = recipe.model.model_copy(update={"path": seeded(recipe.model.path), "tokenizer": seeded(recipe.model.tokenizer)})
+    distill = recipe.distill.model_copy(update={"teacher": seeded(recipe.distill.teacher)})
     return recipe.model_copy(update={"model": model, "distill": distill})
 
 

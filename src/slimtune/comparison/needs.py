@@ -56,18 +56,21 @@ def missing(work: Iterable[Job], made: Callable[[Job], bool]) -> list[Job]:
     return found
 
 
-def _read_paths(job: Job) -> list[Path]:
+def _read_texts(job: Job) -> list[str]:
     recipe = job.recipe
-    given = (recipe.model.path, recipe.model.tokenizer, recipe.distill.teacher)
-    return [Path(os.path.abspath(job.fill(str(path)))) for path in given if path]
+    return [text for text in (recipe.model.path, recipe.model.tokenizer, recipe.distill.teacher) if text]
+
+
+def _lies_in(text: str, job: Job, other: Job) -> bool:
+    """Whether the folder that ``job`` calls so lies in that of ``other``."""
+    return Path(os.path.abspath(job.fill(text))).is_relative_to(os.path.abspath(other.folder))
 
 
 def _reads(job: Job, other: Job) -> bool:
-    folder = os.path.abspath(other.folder)
-    return any(path.is_relative_to(folder) for path in _read_paths(job))
+    return any(_lies_in(text, job, other) for text in _read_texts(job))
 
 
 def _check_out(job: Job) -> None:
-    if not job.reads and any(OUT in word for word in job.words):
-        names = [word for word in job.words if OUT in word]
-        raise UserError(f"comparison: {job.label}: {names[0]} names a folder that no run of this comparison makes")
+    for text in _read_texts(job):
+        if OUT in text and not any(_lies_in(text, job, source) for source in job.reads):
+            raise UserError(f"comparison: {job.label}: {text!r} names a folder that no run of this comparison makes")
