@@ -90,7 +90,17 @@ def test_what_reads_a_failed_run_is_not_started(file: Path, tmp_path: Path) -> N
     assert not [name for name in starts(tmp_path / "out") if name.startswith("taught")]
     assert any("taught 0.6 seed 0: not started: it reads dense_lora seed 0 (failed, see" in line for line in said)
     assert {row["method"] for row in rows if row["metric"] != "failed"} == {"small"}
-    assert ask(app, ["compare", str(file), "--only", "taught", "--seeds", "0"]).exit_code == 1
+
+
+def test_an_older_row_of_a_run_that_could_not_start_is_no_success(file: Path, tmp_path: Path) -> None:
+    words = ["compare", str(file), "--only", "taught", "--seeds", "0", "--keep", "0.6"]
+    assert ask(app, words).exit_code == 0
+    raw = yaml.safe_load(file.read_text())
+    raw["methods"]["dense_lora"]["lora.rank"] = 13  # fails in the stand-in
+    file.write_text(yaml.safe_dump(raw, sort_keys=False))
+    result = ask(app, words)
+    assert result.exit_code == 1
+    assert "no result of taught 0.6 seed 0: see above" in result.stderr
 
 
 def test_what_another_call_is_making_is_not_read(file: Path, tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ def compare(
 
 def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | None) -> None:
     from slimtune.comparison.launch import Launcher
-    from slimtune.comparison.rows import key_of
+    from slimtune.comparison.program import program
+    from slimtune.comparison.rows import has_run, key_of
     from slimtune.comparison.run import run, side_by_side
 
     launcher = Launcher(side_by_side(jobs, gpus), gpus, threads)
@@ -89,7 +90,8 @@ def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | Non
         raise typer.Exit(130) from None
     failed = _failed(found, asked.work)  # told before a figure that may not come about
     _show(found, asked.jobs, asked.out)
-    lost = [job.label for job in asked.work if job.key not in {key_of(row) for row in found}]
+    now, told = program(), {key_of(row) for row in found if row["metric"] == "failed"}  # an older row is no result
+    lost = [job.label for job in asked.work if job.key not in told and not has_run(found, job, now)]
     if lost:
         typer.secho(f"no result of {', '.join(lost)}: see above", fg=typer.colors.RED, err=True)
     if failed or lost:
