@@ -1,11 +1,11 @@
-# Targets: demo test check golden bench setup clean. The set-up lives in .venv and is made again when its inputs change.
+# Targets: demo test check golden results bench setup clean. The set-up lives in .venv and is made again when its inputs change.
 PYTHON ?= python3
 BIN := .venv/bin
 # Idle OpenMP threads spin; beside other work that costs more than the tests themselves.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 CODE := $(wildcard src tests benchmarks scripts)
 
-.PHONY: demo test check golden bench setup clean
+.PHONY: demo test check golden results bench setup clean
 
 setup: .venv/.ok
 
@@ -31,7 +31,11 @@ golden: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 0 tests/golden --record
 	git diff --stat -- tests/golden
 
-# The published tables, from their raw rows. What makes new rows stands beside each table in docs/RESULTS.md.
+# The tables and figures in docs/RESULTS.md, from the raw rows in docs/results/. What makes new rows stands beside each table.
+results: setup
+	$(BIN)/python benchmarks/results.py docs/RESULTS.md
+
+# All tables on the screen, the earlier ones too (docs/results/EARLIER.md).
 GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))
 bench: setup
 	@for rows in $(GRIDS); do echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done

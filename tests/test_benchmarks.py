@@ -161,3 +161,40 @@ def test_a_dry_run_goes_from_random_weights_to_a_row(tmp_path: Path, capsys: pyt
     assert "measured (expected)" in capsys.readouterr().out
     dry_run.print_table([{**row, "peak_gib": 1.0, "expected_peak_gib": 2.0}])
     assert f"| 1.00 (2.00) | {row['search_seconds']:.2f} (" in capsys.readouterr().out
+
+
+def test_tables_of_the_results_are_those_of_their_rows() -> None:
+    results, file = script("results"), ROOT / "docs" / "RESULTS.md"
+    text = file.read_text(encoding="utf-8")
+    assert len(results.TABLES.findall(text)) == text.count("<!-- rows ") > 3
+    assert results.filled(text, file.parent) == text  # else: make results
+    assert all(picture.is_file() for _, picture in results.pictures(text, file.parent))
+
+
+def test_a_document_gets_its_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"base": "tiny", "domain": "words", "keep": 0.6, "metric": "domain_ppl", "tokens": 10, "gpu_seconds": 1.0}
+    rows = [
+        {**common, "method": method, "seed": seed, "value": value + seed / 3}
+        for method, value in (("atp", 10.0), ("wanda", 12.0), ("flap", 14.0))
+        for seed in (0, 1)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    document = tmp_path / "page.md"
+    start, end = (
+        "before\n<!-- rows rows.json: leads of atp,wanda -->\n",
+        "<!-- /rows -->\n<!-- figure rows.json -->\n![x](x.svg)\n",
+    )
+    marks = f"{start}old\n{end}"
+    document.write_text(marks, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["results.py", str(document)])
+    script("results").main()
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith(f"{start}**words, tiny")
+    assert text.endswith(end)
+    assert "| wanda | ▲ +2.00 ± 0.00 |" in text
+    assert "flap" not in text
+    assert "old" not in text
+    assert "<svg" in (tmp_path / "x.svg").read_text(encoding="utf-8")
+    document.write_text(marks.replace("leads of", "nothing of"), encoding="utf-8")
+    with pytest.raises(SystemExit, match=r"rows\.json: no nothing"):
+        script("results").main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -20,6 +21,7 @@ from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, s
 class Sheet:
     """A table before it is drawn: texts, the best cells, and lines below."""
 
+    kind: Literal["figures", "means", "leads", "runs"]
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)
@@ -52,7 +54,7 @@ def markdown(found: Iterable[Sheet]) -> str:
 
 def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = ()) -> Sheet:
     """What a call would run: steps, tokens, which seeds are there already, and what is made first because others read it."""
-    sheet = Sheet("runs", ["method", "keep", "steps", "windows", "tokens, at most", "to run: seeds", "there: seeds"])
+    sheet = Sheet("runs", "runs", ["method", "keep", "steps", "windows", "tokens, at most", "to run: seeds", "there: seeds"])
     todo = [job for job in work if job not in there]
     for method, keep in dict.fromkeys((job.method, job.keep) for job in work):
         mine = [job for job in work if (job.method, job.keep) == (method, keep)]
@@ -68,15 +70,29 @@ def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = 
 def _figures(board: Board) -> Sheet:
     seconds = "GPU s" if _on_gpus(board) else "s"
     gains = ["task retention"] if GAIN in board.metrics else []
+    groups = ["KV groups"] if any(row.get("kv_groups") for row in board.rows) else []
     measured = [_headed(board, metric) for metric in board.metrics]
-    columns = ["method", "keep", "M params", "perplexity", "retention", *measured, *gains, "M tokens", seconds, "seeds"]
-    sheet = Sheet(f"{board.name}: all figures", columns)
+    columns = [
+        "method",
+        "keep",
+        "M params",
+        *groups,
+        "perplexity",
+        "retention",
+        *measured,
+        *gains,
+        "M tokens",
+        seconds,
+        "seeds",
+    ]
+    sheet = Sheet("figures", f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
         sheet.rows.append(
             [
                 method,
                 _budget(keep),
                 _millions(board.of(method, keep, "parameters").values()),
+                *(_count(_column(board, method, keep, "kv_groups")) for _ in groups),
                 spread(board.of(method, keep).values(), 2),
                 spread(board.retention(method, keep).values(), 3),
                 *(spread(board.of(method, keep, metric).values(), 3) for metric in board.metrics),
@@ -164,7 +180,7 @@ def _warnings(board: Board) -> list[str]:
 
 def _overview(board: Board) -> Sheet:
     columns = ["method", *(f"keep {keep:g}" for keep in board.keeps)]
-    sheet = Sheet(f"{board.name}: mean perplexity", columns)
+    sheet = Sheet("means", f"{board.name}: mean perplexity", columns)
     for method in board.methods:
         sheet.rows.append([method, *(_mean(board, method, keep) for keep in board.keeps)])
     for column, keep in enumerate(board.keeps, 1):
@@ -175,8 +191,11 @@ def _overview(board: Board) -> Sheet:
         }
         if len(means) > 1:
             sheet.best |= {(index, column) for index, value in means.items() if value == min(means.values())}
-    uncut = [name for name, keep in board.seeds if keep == 1 and board.of(name, 1.0)]
-    sheet.notes += [f"nothing cut: {name} {spread(board.of(name, 1.0).values(), 2)}" for name in uncut]
+    uncut = [
+        f"{name} {spread(board.of(name, 1.0).values(), 2)}" for name, keep in board.seeds if keep == 1 and board.of(name, 1.0)
+    ]
+    if uncut:
+        sheet.notes.append(f"nothing cut: {', '.join(uncut)}")
     if any(board.missing(method, keep) and board.of(method, keep) for method in board.methods for keep in _own(board, method)):
         sheet.notes.append("* not all seeds are there")
     return sheet
@@ -202,7 +221,8 @@ LEGEND = (
 
 def _leads(board: Board) -> Sheet:
     keeps = [keep for keep in board.keeps if board.of(OURS, keep)]
-    sheet = Sheet(f"{board.name}: what atp is ahead by, in perplexity", ["rival", *(f"keep {keep:g}" for keep in keeps)])
+    columns = ["rival", *(f"keep {keep:g}" for keep in keeps)]
+    sheet = Sheet("leads", f"{board.name}: what atp is ahead by, in perplexity", columns)
     for rival in board.methods:
         cells = [_lead(board, rival, keep) for keep in keeps]
         if rival != OURS and any(cells):
