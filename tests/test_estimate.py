@@ -134,6 +134,19 @@ def test_activations_agree_with_what_autograd_saves(whole: bool) -> None:
     assert saved == pytest.approx(result.memory["activations"], rel=0.03)
 
 
+def test_a_compiled_loss_needs_no_copies_of_the_logits() -> None:
+    config, tokens = tiny_config("llama", **WIDE).to_dict(), 2 * 32 * WIDE["vocab_size"]
+
+    def logits(**sections: Any) -> int:
+        return cost(config, **sections).memory["logits"]
+
+    assert logits() == 12 * tokens
+    assert logits(method="finetune", train={"compile": True}) == 8 * tokens
+    assert logits(train={"compile": True}, search={"batch": 1}) == 8 * tokens
+    assert logits(train={"compile": True}) == 12 * tokens  # a decide turn of as many windows
+    assert logits(train={"compile": True}, distill={"weight": 1.0}) == 24 * tokens
+
+
 def test_checkpointing_trades_memory_for_operations() -> None:
     plain = cost(LLAMA_3_8B)
     light = cost(LLAMA_3_8B, model={"checkpointing": "non_reentrant"})

@@ -13,7 +13,8 @@ Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` w
 ``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
 fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
 ``s D`` a layer and one whole block. Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments),
-logits ``12 B T V`` bytes (``14 B T V`` in 16-bit), twice with a teacher.
+logits ``12 B T V`` bytes (``14 B T V`` in 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled
+(``train.compile``, no teacher), beside which a decide turn of many windows may need more.
 """
 
 from __future__ import annotations
@@ -152,13 +153,27 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     if recipe.model.checkpointing != "none":
         blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
-    logits = teacher * tokens * job.config.vocab_size * (12 if size == 4 else 14)
-    items = {**weights, "activations": blocks, "logits": logits}
+    items: dict[str, float] = {
+        **weights,
+        "activations": blocks,
+        "logits": teacher * _logits(job, tokens, compiled=teacher == 1),
+    }
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = items["weights"]
     elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
         items["cut weights beside the teacher's (recover)"] = items["weights"] * recipe.budget.keep
     return {name: int(value) for name, value in items.items() if value}
+
+
+def _logits(job: Job, tokens: int, *, compiled: bool) -> int:
+    """Bytes of the logits, of what a loss makes of them and of their gradient: of ``tokens`` in an adapt turn, or a decide turn."""
+    recipe, vocabulary = job.recipe, int(job.config.vocab_size)
+    eager = tokens * vocabulary * (12 if job.bytes_ == 4 else 14)
+    if not (compiled and recipe.train.compile):
+        return eager
+    windows = (recipe.search.batch or recipe.train.batch) if recipe.prunes else 0
+    decide = eager * min(1.0, windows / recipe.train.batch)  # its loss is not compiled
+    return int(max(2 * job.bytes_ * tokens * vocabulary, decide))
 
 
 def activation_bytes(job: Job) -> int:
