@@ -67,24 +67,19 @@ def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = 
     return sheet
 
 
+GAINS = (
+    f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's "
+    "answer; task retention: that over dense LoRA's; in brackets: what answers get that know nothing"
+)
+
+
 def _figures(board: Board) -> Sheet:
     seconds = "GPU s" if _on_gpus(board) else "s"
     gains = ["task retention"] if GAIN in board.metrics else []
     groups = ["KV groups"] if any(row.get("kv_groups") for row in board.rows) else []
     measured = [_headed(board, metric) for metric in board.metrics]
-    columns = [
-        "method",
-        "keep",
-        "M params",
-        *groups,
-        "perplexity",
-        "retention",
-        *measured,
-        *gains,
-        "M tokens",
-        seconds,
-        "seeds",
-    ]
+    before = ["method", "keep", "M params", *groups, "perplexity", "retention"]
+    columns = [*before, *measured, *gains, "M tokens", seconds, "seeds"]
     sheet = Sheet("figures", f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
         sheet.rows.append(
@@ -104,10 +99,7 @@ def _figures(board: Board) -> Sheet:
         )
     sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
     if gains:
-        sheet.notes.append(
-            f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another "
-            "row's answer; task retention: that over dense LoRA's; in brackets: what answers get that know nothing"
-        )
+        sheet.notes.append(GAINS)
     sheet.notes += _warnings(board)
     return sheet
 

@@ -166,7 +166,7 @@ def memory(job: Job, kind: str) -> dict[str, int]:
 
 
 def _logits(job: Job, tokens: int, *, compiled: bool) -> int:
-    """Bytes of the logits, of what a loss makes of them and of their gradient: of ``tokens`` in an adapt turn, or a decide turn."""
+    """Bytes of the logits, what a loss makes of them and their gradient: of an adapt turn of ``tokens``, or its decide turn."""
     recipe, vocabulary = job.recipe, int(job.config.vocab_size)
     eager = tokens * vocabulary * (12 if job.bytes_ == 4 else 14)
     if not (compiled and recipe.train.compile):
