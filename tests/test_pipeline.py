@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ def test_the_folder_holds_everything_and_nothing_else(bench: Bench, finished: tu
         "recipe.yaml",
         "stages.json",
         "summary.json",
+        "windows.json",
     ]
     recipe = Recipe.model_validate(yaml.safe_load((out / "recipe.yaml").read_text()))
     assert recipe == bench.recipe(out, export__verify=True, evaluate__dense_lora=True)
@@ -88,6 +90,14 @@ def test_the_folder_holds_everything_and_nothing_else(bench: Bench, finished: tu
         ["main", "recover", 4],
     ]
     assert {row["stage"] for row in rows if "stage" in row} == {"dense_lora", "main"}
+
+
+def test_what_test_windows_add_to_the_loss_explains_its_standard_error(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, summary = finished
+    found, figures = json.loads((out / "windows.json").read_text())["test"], summary["result"]
+    assert sum(found) == pytest.approx(0, abs=1e-6)
+    assert statistics.stdev(found) / len(found) ** 0.5 * figures["ppl"] == pytest.approx(figures["ppl_se"], rel=1e-5)
+    assert all(summary[library] for library in ("torch", "transformers", "peft", "accelerate"))
 
 
 def test_the_summary_is_what_can_be_counted(bench: Bench, finished: tuple[Path, dict[str, Any]]) -> None:

@@ -57,7 +57,7 @@ from slimtune.train import checkpoint
 from slimtune.train.claim import check_model, claim, open_folder, same_input
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator
-from slimtune.version import __version__
+from slimtune.version import __version__, versions
 
 RELOAD_LIMIT = 1e-4
 """Largest allowed difference of the reloaded model's logits, relative to the largest logit. A tighter, absolute one would
@@ -185,7 +185,7 @@ class _Run:
             "tokens": outcome.tokens,
             **self.splits.summary,
             "machine": machine(self.accelerator.device),
-            "torch": torch.__version__,
+            **(versions() | {"torch": torch.__version__}),
         }
 
     def _stage(self, name: str, measure: Callable[[], Figures]) -> Figures:
@@ -242,7 +242,7 @@ class _Run:
         model: Any = merge_lora(outcome.model.float())
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
             parameter.data = parameter.data.to(dtype).float()
-        differences: list[float] = []
+        differences, influences = list[float](), list[float]()
         if rank() == 0:
             self.progress.say(f"writing {escape(str(target))} ...")
             model = without_flash(model.cpu()).eval()
@@ -262,11 +262,12 @@ class _Run:
             )
         result = {
             "class": kind,
-            **self.figures.test(loaded.to(self.accelerator.device)),
+            **self.figures.test(loaded.to(self.accelerator.device), influences),
             "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
             "block_ratio": counts.block_ratio,
             "bytes": weight_bytes(target),
         }
+        self.folder.write_json("windows.json", {"test": influences})
         if rank() == 0:
             with writing(target / "README.md"):
                 card.write(target, self._facts(counts.total, {**figures, "result": result}, difference), plan)

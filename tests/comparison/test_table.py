@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import jobs_of
-from slimtune.comparison.rows import Row, joined
+from slimtune.comparison.rows import Row, joined, packed
 from slimtune.comparison.stats import beyond_chance
 from slimtune.comparison.table import listing, markdown, render, sheets
 
@@ -111,6 +112,25 @@ def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     assert "| better | ▽ -0.75 ± 0.35 |" in found
     assert "| best | ▼ -1.05 ± 0.07 |" in found
     assert "| single | +1.00 (n=1) |" in found
+
+
+def test_a_lead_tells_how_far_other_text_would_move_it() -> None:
+    """The difference of what a window adds, in perplexity, over two seeds and four windows."""
+    ours, theirs = ([1.0, -1.0, 0.5, -0.5], [1.0, -1.0, 0.0, 0.0]), ([1.25, -1.25, 0.5, -0.5], [1.0, -1.0, 0.25, -0.25])
+    rows = [{**row("atp", 0.6, seed, 10.0), "windows": packed(ours[seed])} for seed in (0, 1)]
+    rows += [{**row("flap", 0.6, seed, 12.0 + seed), "windows": packed(theirs[seed])} for seed in (0, 1)]
+    rows += [row("wanda", 0.6, seed, 12.0) for seed in (0, 1)]
+    mean = [
+        ((12 * a - 10 * b) + (13 * c - 10 * d)) / 2 for a, b, c, d in zip(theirs[0], ours[0], theirs[1], ours[1], strict=True)
+    ]
+    error = statistics.stdev(mean) / 2
+    found = text(rows)
+    assert f"| flap | △ +2.50 ± 0.71, text ± {error:.2f} |" in found
+    assert "| wanda | ▲ +2.00 ± 0.00 |" in found
+    assert "text: standard error of that mean over the test windows" in found
+    assert "text: standard error" not in text(some())
+    rows[2]["windows"] = packed([1.0, 2.0])  # other windows: nothing can be paired
+    assert "| flap | △ +2.50 ± 0.71 |" in text(rows)
 
 
 def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> None:

@@ -168,6 +168,31 @@ def test_a_run_follows_its_tasks(bench: Any, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["result"]["mine.rows"] == 6
 
 
+def test_texts_are_read_in_passes_of_no_more_tokens_than_the_runs_own(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    from slimtune import pipeline
+    from slimtune.evaluate import figures
+
+    seen: list[tuple[list[str], int]] = []
+
+    def spy(model: Any, tokenizer: Any, tasks: Any, batch: int, **words: Any) -> Any:
+        seen.append(([task.name for task in tasks], batch))
+        return evaluate_tasks(model, tokenizer, tasks, batch=batch, **words)
+
+    write_rows(tmp_path / "pick-test.jsonl", choice_rows(4))
+    write_rows(tmp_path / "texts-test.jsonl", [{"text": "a few words and some more"}] * 2)
+    for name, metric in (("pick", "choice"), ("texts", "perplexity")):
+        (tmp_path / f"{name}.yaml").write_text(f"metric: {metric}\nsources: [{{path: '{name}-{{split}}.jsonl'}}]\n")
+    monkeypatch.setattr(figures, "evaluate_tasks", spy)
+    names = [str(tmp_path / "pick.yaml"), str(tmp_path / "texts.yaml")]
+    recipe = bench.recipe(tmp_path / "run", evaluate__tasks=names, evaluate__batch=16)
+    summary = pipeline.tune(recipe)
+    window = figures.window_of(pipeline.load_config(recipe.model))
+    assert window > recipe.data.max_length  # else nothing is shown
+    expected = max(1, 16 * recipe.data.max_length // window)
+    assert seen == [(["texts"], expected), (["pick"], 16)] * 2  # base and result
+    assert {"texts.perplexity", "texts.rows", "pick.accuracy", "pick.rows"} < set(summary["result"])
+
+
 @pytest.mark.parametrize("split", ["test", "valid"])
 def test_rows_of_a_task_that_is_followed_are_not_learned(bench: Any, tmp_path: Path, split: str) -> None:
     from slimtune import pipeline

@@ -106,6 +106,8 @@ def test_the_standard_error_by_hand() -> None:
     residuals = [2 - 2 * loss, 4 - 2 * loss, 9 - 4 * loss]
     error = math.sqrt(3 / 2 * sum(r**2 for r in residuals)) / 8
     assert figures["ppl_se"] == pytest.approx(math.exp(loss) * error)
+    module._figures(torch.tensor([2.0, 4.0, 9.0]), torch.tensor([2.0, 2.0, 4.0]), influences := [0.5])
+    assert influences == pytest.approx([0.5, *(3 * r / 8 for r in residuals)])  # to what the caller had
 
 
 def test_a_limit_takes_windows_from_all_over() -> None:

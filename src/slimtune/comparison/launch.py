@@ -57,7 +57,8 @@ def finished(job: Job, now: str) -> Summary | None:
     made: Summary = json.loads(stamp.read_text(encoding="utf-8"))
     if (made["words"], made["program"]) != (job.digest, now):
         return None
-    return {**json.loads(summary.read_text(encoding="utf-8")), **made, "kv_groups": _kv_groups(job.folder / "plan.json")}
+    beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _windows(job.folder / "windows.json")}
+    return {**json.loads(summary.read_text(encoding="utf-8")), **made, **beyond}
 
 
 def told(ended: Ended) -> str:
@@ -85,6 +86,11 @@ def _kv_groups(plan: Path) -> int | None:
         return None
     kept = json.loads(plan.read_text(encoding="utf-8"))["plan"]["kept"]
     return sum(len(layer["kv_group"]) for layer in kept)
+
+
+def _windows(file: Path) -> list[float] | None:
+    """What each test window adds to the loss."""
+    return json.loads(file.read_text(encoding="utf-8"))["test"] or None if file.is_file() else None
 
 
 class Launcher:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from slimtune.version import versions
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ASIDE = ("comparison", "report", "estimate", "cli.py", "cli_evaluate.py")
 """What no figure of a run depends on: a change there makes no run old."""
-LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 
 def commit(package: Path = PACKAGE) -> str | None:
@@ -35,9 +35,6 @@ def program(package: Path = PACKAGE) -> str:
         name = path.relative_to(package)
         if name.parts[0] not in ASIDE:
             found.update(name.as_posix().encode() + b"\0" + path.read_bytes())
-    for library in LIBRARIES:
-        try:
-            found.update(f"{library} {version(library)}".encode())
-        except PackageNotFoundError:
-            continue
+    for library, number in versions().items():
+        found.update(f"{library} {number}".encode())
     return found.hexdigest()[:12]

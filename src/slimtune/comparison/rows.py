@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
+import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from slimtune.comparison.jobs import Job, Key
 from slimtune.comparison.lock import held
 from slimtune.errors import UserError
 from slimtune.runtime import write_atomically
+from slimtune.version import LIBRARIES
 
 Row = dict[str, Any]
 Summary = dict[str, Any]
@@ -33,13 +36,15 @@ ASIDE = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
 def of_run(job: Job, summary: Summary) -> list[Row]:
     """The rows of one run, and of the dense LoRA that it may have taken as its reference."""
     where = dict(zip(("base", "domain", "method", "keep", "seed"), job.key, strict=True))
-    made = {key: summary.get(key) for key in ("of", "version", "machine", "torch", "commit", "program", "words")}
+    made = {key: summary.get(key) for key in ("of", "version", "machine", *LIBRARIES, "commit", "program", "words")}
     if "failed" in summary:
         return [{**where, "metric": "failed", "value": summary["failed"], **{key: made[key] for key in ("commit", "program")}}]
     own = {"tokens": sum(summary["tokens"].values()), "leak": summary.get("leak"), "plan": summary["plan"]}
     own |= {"reload_difference": summary["reload_difference"], "kv_groups": summary.get("kv_groups")}
     own |= {"block_ratio": summary["result"]["block_ratio"]}
     rows = _rows({**where, **made, **own}, summary["result"], summary["base"])
+    if summary.get("windows"):
+        rows[0]["windows"] = packed(summary["windows"])  # of the first metric, which is the perplexity on the test split
     if reference := summary.get(DENSE):
         own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}
         rows += _rows({**where, **made, **own}, reference, summary["base"])
@@ -63,6 +68,17 @@ def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Ro
         for metric, key in (PLAIN | tasks | {GAIN: GAIN}).items()
         if key in figures
     ]
+
+
+def packed(numbers: Sequence[float]) -> str:
+    """Half floats as text: rows are flat, and for a standard error three digits are enough."""
+    return base64.b64encode(struct.pack(f"<{len(numbers)}e", *numbers)).decode("ascii")
+
+
+def unpacked(text: str) -> list[float]:
+    """What ``packed`` made text of."""
+    raw = base64.b64decode(text)
+    return list(struct.unpack(f"<{len(raw) // 2}e", raw))
 
 
 def _with_gain(figures: dict[str, Any]) -> dict[str, Any]:

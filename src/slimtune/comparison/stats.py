@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import DENSE, GAIN, Row, key_of
+from slimtune.comparison.rows import DENSE, GAIN, Row, key_of, unpacked
 
 PPL = "domain_ppl"
 OURS = "atp"
@@ -62,6 +62,27 @@ class Board:
         """Perplexity of a rival minus that of atp, by seed: above 0, atp is ahead."""
         ours = self.of(OURS, keep)
         return {seed: value - ours[seed] for seed, value in self.of(rival, keep).items() if seed in ours}
+
+    def text_error(self, rival: str, keep: float) -> float | None:
+        """Standard error of the mean lead over test windows: how far it would move with other text of the kind.
+
+        From what each window adds to the two losses, paired by seed and window, in perplexity. None where the rows do not tell.
+        """
+        ours, theirs = self.windows(OURS, keep), self.windows(rival, keep)
+        mean: list[float] = []
+        for seed in (seeds := sorted(set(ours) & set(theirs))):
+            if len(ours[seed]) != len(theirs[seed]):
+                return None
+            weights = self.of(rival, keep)[seed], self.of(OURS, keep)[seed]  # d ppl = ppl d loss
+            pairs = zip(theirs[seed], ours[seed], strict=True)
+            differences = [(weights[0] * rival_ - weights[1] * own) / len(seeds) for rival_, own in pairs]
+            mean = [left + right for left, right in zip(mean or [0.0] * len(differences), differences, strict=True)]
+        return statistics.stdev(mean) / len(mean) ** 0.5 if len(mean) > 1 else None
+
+    def windows(self, method: str, keep: float) -> dict[int, list[float]]:
+        """What each test window adds to the loss, by seed, where the rows tell it."""
+        mine = [row for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, PPL) and row.get("windows")]
+        return {row["seed"]: unpacked(row["windows"]) for row in mine}
 
     def baseline(self, metric: str) -> float | None:
         """What answers get on a task that know nothing, where the rows tell it."""

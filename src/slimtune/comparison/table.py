@@ -220,6 +220,8 @@ def _leads(board: Board) -> Sheet:
         if rival != OURS and any(cells):
             sheet.rows.append([rival, *cells])
     sheet.notes.append(LEGEND)
+    if any("text" in cell for row in sheet.rows for cell in row[1:]):
+        sheet.notes.append("text: standard error of that mean over the test windows, which are the same for all")
     return sheet
 
 
@@ -235,7 +237,9 @@ def _lead(board: Board, rival: str, keep: float) -> str:
     elif all(value < 0 for value in values):
         sign = "▼" if beyond_chance(values) else "▽"
     few = f" (n={len(values)})" if len(values) < len(board.seeds[rival, keep]) else ""
-    return f"{sign} {'+' if mean >= 0 else ''}{spread(values, 2)}{few}".strip()
+    error = board.text_error(rival, keep)
+    text = "" if error is None else f", text ± {error:.2f}"
+    return f"{sign} {'+' if mean >= 0 else ''}{spread(values, 2)}{few}{text}".strip()
 
 
 def _drawn(sheet: Sheet) -> RenderableType:

@@ -32,6 +32,7 @@ class Measure:
         self.device = accelerator.device
         self.bf16 = figures_in_bf16(accelerator)
         names, window = recipe.evaluate.tasks, window_of(config)
+        self.window = window
         if names:
             check_installed()
         tasks = [find_task(name) for name in names]
@@ -46,15 +47,18 @@ class Measure:
             figures = self._perplexity(model, self.splits.valid)
             return figures | self._tasks(model, self._valid_tasks, False)
 
-    def test(self, model: nn.Module) -> Figures:
+    def test(self, model: nn.Module, influences: list[float] | None = None) -> Figures:
         """Perplexity on the test split, the accuracy on its multiple-choice rows, and the chosen tasks with intervals.
 
         ``valid_ppl`` beside them is for choosing between settings: what was chosen by the test split has seen it.
+
+        Args:
+            influences: gains what each test window adds to the loss, see ``perplexity``.
         """
         rows = self.splits.choice_rows
         chosen = [rows[index] for index in spread(len(rows), self.recipe.evaluate.choices)]
         with self.eager():
-            figures = self._perplexity(model, self.splits.test)
+            figures = self._perplexity(model, self.splits.test, influences)
             if self.splits.valid.targets:
                 figures["valid_ppl"] = self._perplexity(model, self.splits.valid)["ppl"]
             if chosen:
@@ -62,18 +66,27 @@ class Measure:
                 figures |= accuracy(model, self.tokenizer, chosen, length, self.device, self.bf16)
             return figures | self._tasks(model, self._test_tasks, True)
 
-    def _perplexity(self, model: nn.Module, windows: Windows) -> Figures:
+    def _perplexity(self, model: nn.Module, windows: Windows, influences: list[float] | None = None) -> Figures:
         evaluate = self.recipe.evaluate
-        return perplexity(model, windows, evaluate.windows, evaluate.batch, self.device, self.bf16)
+        return perplexity(model, windows, evaluate.windows, evaluate.batch, self.device, self.bf16, influences)
 
     def _tasks(self, model: nn.Module, tasks: list[Prepared], intervals: bool) -> Figures:
-        if not tasks:
-            return {}
-        evaluate, seed = self.recipe.evaluate, self.recipe.seed
-        found = evaluate_tasks(
-            model, self.tokenizer, tasks, batch=evaluate.batch, seed=seed, bf16=self.bf16, intervals=intervals
-        )
-        return flat(found) | ({f"{task.name}.rows": float(len(task.docs)) for task in tasks} if intervals else {})
+        evaluate, figures = self.recipe.evaluate, Figures()
+        # a text fills the model's window, and the logits of every position are needed: no more tokens in a pass than elsewhere
+        wide = max(1, evaluate.batch * self.recipe.data.max_length // self.window)
+        texts = [task for task in tasks if task.task.file.metric == "perplexity"]
+        for some, batch in (
+            (texts, min(wide, evaluate.batch)),
+            ([task for task in tasks if task not in texts], evaluate.batch),
+        ):
+            if some:
+                found = evaluate_tasks(
+                    model, self.tokenizer, some, batch=batch, seed=self.recipe.seed, bf16=self.bf16, intervals=intervals
+                )
+                figures |= flat(found)
+        if tasks and self.device.type == "cuda":
+            torch.cuda.empty_cache()  # passes of other shapes than training's: nothing would find a use for their memory
+        return figures | ({f"{task.name}.rows": float(len(task.docs)) for task in tasks} if intervals else {})
 
     def eager(self) -> AbstractContextManager[Any]:
         """A few passes in other shapes and modes than training's: not worth a compilation of their own."""

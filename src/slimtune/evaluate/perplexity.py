@@ -14,9 +14,20 @@ from slimtune.train.objective import IGNORE, forward
 
 @torch.no_grad()
 def perplexity(
-    model: nn.Module, windows: Windows, limit: int, batch: int, device: torch.device, bf16: bool = False
+    model: nn.Module,
+    windows: Windows,
+    limit: int,
+    batch: int,
+    device: torch.device,
+    bf16: bool = False,
+    influences: list[float] | None = None,
 ) -> dict[str, float]:
     """Next-token loss and perplexity over at most ``limit`` evenly spaced windows.
+
+    Args:
+        influences: gains one number a window, what it adds to the loss in the linearised ratio of sums, (sum - loss * count) /
+            mean count. Their standard error is that of the loss; that of their difference between two models on the
+            same windows is that of the difference of their losses.
 
     Returns:
         ``loss`` (nats a token), ``ppl`` = exp(loss), ``ppl_se`` (standard error of ppl, from the spread between windows),
@@ -37,18 +48,20 @@ def perplexity(
         sums.append(losses.sum(1).double().cpu())
         counts.append((labels != IGNORE).sum(1).double().cpu())
     model.train(training)
-    return _figures(torch.cat(sums), torch.cat(counts))
+    return _figures(torch.cat(sums), torch.cat(counts), influences)
 
 
-def _figures(sums: torch.Tensor, counts: torch.Tensor) -> dict[str, float]:
+def _figures(sums: torch.Tensor, counts: torch.Tensor, influences: list[float] | None = None) -> dict[str, float]:
     """Ratio estimate sum/count over windows and its linearised standard error."""
     total = float(counts.sum())
     if total == 0:
         return {"loss": math.nan, "ppl": math.nan, "ppl_se": math.nan, "tokens": 0.0}
     loss = float(sums.sum()) / total
     n = len(sums)
-    spread = float(((sums - loss * counts) ** 2).sum()) * n / max(1, n - 1)
-    error = math.sqrt(spread) / total
+    influence = (sums - loss * counts) * n / total
+    error = math.sqrt(float((influence**2).sum()) / max(1, n - 1) / n)
+    if influences is not None:
+        influences += influence.tolist()
     return {
         "loss": loss,
         "ppl": math.exp(min(loss, 700.0)),

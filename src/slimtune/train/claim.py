@@ -12,7 +12,15 @@ from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, rank
 
 _RECIPE = "recipe.yaml"
-_FILES = ("summary.json", "stages.json", "plan.json", "metrics.jsonl", "checkpoint-main.pt", "checkpoint-dense_lora.pt")
+_FILES = (
+    "summary.json",
+    "windows.json",
+    "stages.json",
+    "plan.json",
+    "metrics.jsonl",
+    "checkpoint-main.pt",
+    "checkpoint-dense_lora.pt",
+)
 """What a run leaves beside ``recipe.yaml`` and ``model``. By full name: a pattern would catch the files of others."""
 
 FREE_ON_RESUME = frozenset(
