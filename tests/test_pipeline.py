@@ -674,3 +674,12 @@ def test_overwrite_leaves_what_is_not_the_runs(bench: Bench, earlier: Path) -> N
     assert (earlier / "notes.txt").read_text() == "mine"
     assert not (earlier / "checkpoint-dense_lora.pt").exists()
     assert len(losses(earlier)) == 2
+
+
+def test_the_base_need_not_be_measured_again(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path / "run", evaluate__base=False)
+    summary = tune(recipe)
+    assert summary["base"] == {}
+    assert summary["result"]["ppl"] > 1
+    assert json.loads((tmp_path / "run" / "stages.json").read_text()).keys() == {"data", "weights"}
+    assert "perplexity" in (tmp_path / "run" / "model" / "README.md").read_text()

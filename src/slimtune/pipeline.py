@@ -150,7 +150,7 @@ class _Run:
         base = self.recipe.model
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
-        read = base.init == "config" or "base" in self.stages  # weights that cannot be read may still be mended
+        read = not self.recipe.measures_base or "base" in self.stages  # weights that cannot be read may still be mended
         self.folder.write_json("stages.json", self.stages if read else {"data": self.stages["data"]})
         before = None
         for stage in ("main", "dense_lora"):
@@ -163,7 +163,7 @@ class _Run:
     def execute(self) -> Summary:
         """Measure the base, run the reference if asked for, run the method, export and measure what was written."""
         recipe = self.recipe
-        base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
+        base = self._stage("base", self._measure_base) if recipe.measures_base else {}
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
         outcome, cost = self._train(METHODS[recipe.method], "main")
