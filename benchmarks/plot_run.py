@@ -50,8 +50,9 @@ def main() -> None:
     right.set(ylabel="% of all parameters", ylim=(0, 105))
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     left.legend(handles=handles, loc="upper right", frameon=False)
-    base = summary["base"].get("ppl")
-    left.set_title(f"test perplexity: untuned base {base:.1f}, result {summary['result']['ppl']:.1f}", loc="left", fontsize=9)
+    told = {"untuned base": summary["base"], "result": summary["result"]}
+    figures = ", ".join(f"{name} {found['ppl']:.1f}" for name, found in told.items() if "ppl" in found)
+    left.set_title(f"test perplexity: {figures}", loc="left", fontsize=9)
     figure.savefig(args.picture, metadata={"Date": None})
 
 

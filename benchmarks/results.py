@@ -1,10 +1,10 @@
 """Write the tables and figures of a document from the raw rows that it names.
 
-    python benchmarks/results.py docs/RESULTS.md README.md
+    python benchmarks/results.py docs/RESULTS.md
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
-PARTS are any of ``figures means leads`` (as ``slimtune compare`` prints them), after which ``of NAME,NAME`` picks methods.
-``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
+PARTS are any of ``figures means leads``, as ``slimtune compare`` prints them. ``![...](X.svg)`` after ``<!-- figure FILE -->``
+is drawn anew.
 """
 
 from __future__ import annotations
@@ -14,28 +14,39 @@ import re
 from pathlib import Path
 
 from slimtune.comparison.figure import draw
-from slimtune.comparison.rows import read
+from slimtune.comparison.rows import Row, read
 from slimtune.comparison.table import markdown, sheets
+from slimtune.errors import UserError
 
-TABLES = re.compile(
-    r"(<!-- rows (?P<file>\S+): (?P<parts>[a-z ]+?)(?: of (?P<methods>\S+))? -->\n).*?(<!-- /rows -->)", re.DOTALL
-)
+START, END = "<!-- rows ", "<!-- /rows -->"
+TABLES = re.compile(rf"({START}(?P<file>\S+): (?P<parts>[a-z ]+) -->\n)(?:(?!{START}).)*?({END})", re.DOTALL)
 FIGURE = re.compile(r"<!-- figure (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>\S+\.svg)\)")
+PARTS = ("figures", "means", "leads")
 
 
 def filled(text: str, folder: Path) -> str:
-    """``text`` with its tables as the rows have them now."""
+    """``text`` with its tables as the rows have them now.
+
+    Raises:
+        UserError: marks do not belong together, a part is unknown, or there are no such rows.
+    """
+    if not len(TABLES.findall(text)) == text.count(START) == text.count(END):
+        raise UserError(f"marks are not in pairs: each '{START}FILE: PARTS -->' needs its '{END}' before the next one")
 
     def tables(found: re.Match[str]) -> str:
-        rows, names = read(folder / found["file"]), found["methods"]
-        if names:
-            rows = [row for row in rows if row["method"] in names.split(",")]
-        shown = [sheet for sheet in sheets(rows) if sheet.kind in found["parts"].split()]
-        if not shown:
-            raise SystemExit(f"{found['file']}: no {found['parts']} in these rows")
-        return f"{found[1]}{markdown(shown)}{found[5]}"
+        parts = found["parts"].split()
+        if unknown := [part for part in parts if part not in PARTS]:
+            raise UserError(f"{found['file']}: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+        shown = [sheet for sheet in sheets(_there(folder / found["file"])) if sheet.kind in parts]
+        return f"{found[1]}{markdown(shown)}{found[4]}"
 
     return TABLES.sub(tables, text)
+
+
+def _there(file: Path) -> list[Row]:
+    if not (rows := read(file)):
+        raise UserError(f"there are no rows in {str(file)!r}")
+    return rows
 
 
 def pictures(text: str, folder: Path) -> list[tuple[Path, Path]]:
@@ -48,11 +59,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("documents", type=Path, nargs="+")
     for document in parser.parse_args().documents:
-        text = document.read_text()
-        document.write_text(filled(text, document.parent))
-        for rows, picture in pictures(text, document.parent):
-            draw(read(rows), picture)
-            print(picture)
+        try:
+            text = document.read_text(encoding="utf-8")
+            document.write_text(filled(text, document.parent), encoding="utf-8")
+            for rows, picture in pictures(text, document.parent):
+                draw(_there(rows), picture)
+        except (UserError, OSError) as error:
+            raise SystemExit(f"error: {document}: {error}") from error
         print(document)
 
 

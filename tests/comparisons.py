@@ -34,6 +34,9 @@ summary = {"keep": keep, "of": "total", "base": {"ppl": 40.0, "parameters": 100,
 summary |= {"tokens": {"adapt": 10, "decide": 5}, "leak": None, "reload_difference": None, "plan": "abc"}
 summary |= {"version": "0", "torch": "2", "machine": "somewhere"}
 (out / "plan.json").write_text(json.dumps({"plan": {"kept": [{"kv_group": [0, 2]}, {"kv_group": [1]}]}}))
+size = 2 if words.get("method") == "twostage" else 1
+numbers = [size * it for it in (0.5, -0.5 - seed / 10, seed / 10)]
+(out / "windows.json").write_text(json.dumps({"windows": "abc", "numbers": numbers}))
 (out / "summary.json").write_text(json.dumps(summary))
 """
 

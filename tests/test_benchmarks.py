@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -163,38 +164,45 @@ def test_a_dry_run_goes_from_random_weights_to_a_row(tmp_path: Path, capsys: pyt
     assert f"| 1.00 (2.00) | {row['search_seconds']:.2f} (" in capsys.readouterr().out
 
 
-def test_tables_of_the_results_are_those_of_their_rows() -> None:
+def test_tables_and_figures_of_the_results_are_those_of_their_rows(tmp_path: Path) -> None:
     results, file = script("results"), ROOT / "docs" / "RESULTS.md"
     text = file.read_text(encoding="utf-8")
-    assert len(results.TABLES.findall(text)) == text.count("<!-- rows ") > 3
+    assert text.count(results.START) > 3
     assert results.filled(text, file.parent) == text  # else: make results
-    assert all(picture.is_file() for _, picture in results.pictures(text, file.parent))
+    assert results.pictures(text, file.parent)
+    for rows, picture in results.pictures(text, file.parent):
+        results.draw(results.read(rows), tmp_path / "again.svg")
+        # paths of glyphs differ between versions of matplotlib; what is drawn of the rows does not
+        drawn = [re.findall(r'<path d="(M [^"]*)"', shown.read_text()) for shown in (picture, tmp_path / "again.svg")]
+        assert drawn[0] == drawn[1] != []
 
 
 def test_a_document_gets_its_tables_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = {"base": "tiny", "domain": "words", "keep": 0.6, "metric": "domain_ppl", "tokens": 10, "gpu_seconds": 1.0}
     rows = [
         {**common, "method": method, "seed": seed, "value": value + seed / 3}
-        for method, value in (("atp", 10.0), ("wanda", 12.0), ("flap", 14.0))
+        for method, value in (("atp", 10.0), ("wanda", 12.0))
         for seed in (0, 1)
     ]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     document = tmp_path / "page.md"
-    start, end = (
-        "before\n<!-- rows rows.json: leads of atp,wanda -->\n",
-        "<!-- /rows -->\n<!-- figure rows.json -->\n![x](x.svg)\n",
-    )
-    marks = f"{start}old\n{end}"
-    document.write_text(marks, encoding="utf-8")
+    start, end = "before\n<!-- rows rows.json: leads -->\n", "<!-- /rows -->\n<!-- figure rows.json -->\n![x](x.svg)\n"
+    document.write_text(f"{start}old\n{end}", encoding="utf-8")
     monkeypatch.setattr(sys, "argv", ["results.py", str(document)])
     script("results").main()
     text = document.read_text(encoding="utf-8")
-    assert text.startswith(f"{start}**words, tiny")
+    assert text.startswith(f"{start}**words, tiny: what atp is ahead by")
     assert text.endswith(end)
     assert "| wanda | ▲ +2.00 ± 0.00 |" in text
-    assert "flap" not in text
     assert "old" not in text
     assert "<svg" in (tmp_path / "x.svg").read_text(encoding="utf-8")
-    document.write_text(marks.replace("leads of", "nothing of"), encoding="utf-8")
-    with pytest.raises(SystemExit, match=r"rows\.json: no nothing"):
-        script("results").main()
+    for bad, reason in (
+        (f"{start}{start}{end}", "not in pairs"),
+        (f"{start}prose", "not in pairs"),
+        (f"{start}{end}".replace("leads", "leads meens"), "no part 'meens'"),
+        (f"{start}{end}".replace("rows.json:", "none.json:"), "no rows in"),
+    ):
+        document.write_text(bad, encoding="utf-8")
+        with pytest.raises(SystemExit, match=reason):
+            script("results").main()
+        assert document.read_text(encoding="utf-8") == bad

@@ -140,11 +140,16 @@ def test_a_compiled_loss_needs_no_copies_of_the_logits() -> None:
     def logits(**sections: Any) -> int:
         return cost(config, **sections).memory["logits"]
 
+    compiled, small = {"compile": True}, {"batch": 1}
     assert logits() == 12 * tokens
-    assert logits(method="finetune", train={"compile": True}) == 8 * tokens
-    assert logits(train={"compile": True}, search={"batch": 1}) == 8 * tokens
-    assert logits(train={"compile": True}) == 12 * tokens  # a decide turn of as many windows
-    assert logits(train={"compile": True}, distill={"weight": 1.0}) == 24 * tokens
+    assert logits(search={"batch": 6}) == 3 * 12 * tokens  # a decide turn of three times the windows
+    assert logits(method="finetune", train=compiled) == 8 * tokens
+    assert logits(train=compiled, search=small) == 8 * tokens
+    assert logits(train=compiled) == 12 * tokens
+    assert logits(train={**compiled, "micro_batch": 1}, search={"batch": 6}) == 12 * tokens / 2  # which cuts both
+    assert logits(train=compiled, method="twostage", twostage={"scores": "taylor"}) == 12 * tokens
+    assert logits(train=compiled, method="twostage", twostage={"scores": "wanda"}) == 8 * tokens  # no gradient
+    assert logits(train=compiled, distill={"weight": 1.0}) == 24 * tokens
 
 
 def test_checkpointing_trades_memory_for_operations() -> None:

@@ -94,7 +94,9 @@ def test_the_folder_holds_everything_and_nothing_else(bench: Bench, finished: tu
 
 def test_what_test_windows_add_to_the_loss_explains_its_standard_error(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
-    found, figures = json.loads((out / "windows.json").read_text())["test"], summary["result"]
+    windows, figures = json.loads((out / "windows.json").read_text()), summary["result"]
+    found = windows["numbers"]
+    assert len(windows["windows"]) == 12
     assert sum(found) == pytest.approx(0, abs=1e-6)
     assert statistics.stdev(found) / len(found) ** 0.5 * figures["ppl"] == pytest.approx(figures["ppl_se"], rel=1e-5)
     assert all(summary[library] for library in ("torch", "transformers", "peft", "accelerate"))
@@ -413,10 +415,14 @@ def test_bad_input_is_one_line_and_changes_nothing(name: str, bench: Bench, tmp_
         (None, "incomplete metadata"),
     ],
 )
-def test_a_damaged_base_is_named_and_may_be_mended(bench: Bench, tmp_path: Path, damage: Any, reason: str) -> None:
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_damaged_base_is_named_and_may_be_mended(
+    bench: Bench, tmp_path: Path, damage: Any, reason: str, measured: bool
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(bench.base, base)
-    recipe = bench.recipe(tmp_path / "run", model={"path": str(base)}, search__steps=1, recover__steps=1)
+    changes = {"search__steps": 1, "recover__steps": 1, "evaluate__base": measured}
+    recipe = bench.recipe(tmp_path / "run", model={"path": str(base)}, **changes)
     file = base / "model.safetensors"
     if damage:
         weights = tensors(base)
@@ -430,14 +436,15 @@ def test_a_damaged_base_is_named_and_may_be_mended(bench: Bench, tmp_path: Path,
     assert tune(recipe, resume=True)["result"]["ppl"] > 1
 
 
-def test_a_base_of_no_numbers_is_not_blamed_on_the_learning_rate(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_base_of_no_numbers_is_not_blamed_on_the_learning_rate(bench: Bench, tmp_path: Path, measured: bool) -> None:
     base = tmp_path / "base"
     shutil.copytree(bench.base, base)
     weights = tensors(base)
     weights["model.layers.0.mlp.down_proj.weight"][0, 0] = math.nan
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"loss of model\.path='.*base' on the test data is nan before any training"):
-        tune(bench.recipe(tmp_path / "run", model={"path": str(base)}))
+        tune(bench.recipe(tmp_path / "run", model={"path": str(base)}, evaluate__base=measured))
 
 
 def test_resume_and_overwrite_exclude_each_other(bench: Bench, tmp_path: Path) -> None:
@@ -681,5 +688,18 @@ def test_the_base_need_not_be_measured_again(bench: Bench, tmp_path: Path) -> No
     summary = tune(recipe)
     assert summary["base"] == {}
     assert summary["result"]["ppl"] > 1
-    assert json.loads((tmp_path / "run" / "stages.json").read_text()).keys() == {"data", "weights"}
+    assert json.loads((tmp_path / "run" / "stages.json").read_text())["base"] == {}
     assert "perplexity" in (tmp_path / "run" / "model" / "README.md").read_text()
+
+
+def test_a_run_from_before_a_key_came_can_be_resumed(bench: Bench, tmp_path: Path) -> None:
+    recipe = bench.recipe(tmp_path / "run")
+    tune(recipe)
+    file = tmp_path / "run" / "recipe.yaml"
+    stored = yaml.safe_load(file.read_text())
+    del stored["evaluate"]["base"]
+    file.write_text(yaml.safe_dump(stored))
+    assert tune(recipe, resume=True)["resumed"]
+    file.write_text(yaml.safe_dump(stored))
+    with pytest.raises(UserError, match=r"--resume: evaluate\.base is False now but True in the run's recipe\.yaml"):
+        tune(bench.recipe(tmp_path / "run", evaluate__base=False), resume=True)

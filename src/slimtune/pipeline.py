@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from slimtune import preflight
 from slimtune.data.batches import Splits
 from slimtune.errors import UserError
 from slimtune.evaluate.figures import Measure
+from slimtune.evaluate.perplexity import Influences
 from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
 from slimtune.export.verify import verify
@@ -107,15 +108,13 @@ class _Run:
     """One run's parts, built in the order in which they can fail cheaply."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, resume: bool):
-        self.recipe, self.folder, self.resume = recipe, folder, resume
-        self.config = load_config(recipe.model)
+        self.recipe, self.folder, self.resume, self.config = recipe, folder, resume, load_config(recipe.model)
         self.structure: Structure = structure_of(self.config)
         self.progress = Progress(costs=preflight.costs(recipe, self.config, self.structure))
         self.accelerator = make_accelerator(recipe)
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
-        self.metrics = Metrics(folder)
-        self.resumed = False
+        self.metrics, self.resumed = Metrics(folder), False
         self.stages: dict[str, Any] = {}
         self.tokenizer: Any = None
         self.splits: Splits
@@ -150,7 +149,7 @@ class _Run:
         base = self.recipe.model
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
-        read = not self.recipe.measures_base or "base" in self.stages  # weights that cannot be read may still be mended
+        read = base.init == "config" or "base" in self.stages  # weights that cannot be read may still be mended
         self.folder.write_json("stages.json", self.stages if read else {"data": self.stages["data"]})
         before = None
         for stage in ("main", "dense_lora"):
@@ -163,7 +162,7 @@ class _Run:
     def execute(self) -> Summary:
         """Measure the base, run the reference if asked for, run the method, export and measure what was written."""
         recipe = self.recipe
-        base = self._stage("base", self._measure_base) if recipe.measures_base else {}
+        base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
         outcome, cost = self._train(METHODS[recipe.method], "main")
@@ -221,17 +220,18 @@ class _Run:
         self.progress.say("measuring the base model ...")
         device = str(self.accelerator.device)
         model = load_model(self.recipe.model, device, pick_dtype(self.recipe.model.dtype, device))
-        location, local = locate(self.recipe.model.path)
-        size = {"bytes": weight_bytes(Path(location))} if local else {}
-        found = self.figures.test(model)
+        found = self.figures.test(model) if self.recipe.evaluate.base else self.figures.glance(model)
         preflight.check_base(found["loss"], self.recipe)
-        return {**found, "parameters": self.structure.total_params, "block_ratio": 1.0, **size}
+        location, local = locate(self.recipe.model.path)
+        found |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
+        found |= {"bytes": weight_bytes(Path(location))} if local else {}
+        return found if self.recipe.evaluate.base else {}
 
     def _measure_dense(self) -> Figures:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
         outcome, cost = self._train(finetune.run, "dense_lora")
-        size = {"parameters": self.structure.total_params, "block_ratio": 1.0}
-        return {**self.figures.test(outcome.model), **size, **cost, "tuning_tokens": sum(outcome.tokens.values())}
+        cost |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
+        return {**self.figures.test(outcome.model), **cost, "tuning_tokens": sum(outcome.tokens.values())}
 
     def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
         """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
@@ -242,7 +242,7 @@ class _Run:
         model: Any = merge_lora(outcome.model.float())
         for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
             parameter.data = parameter.data.to(dtype).float()
-        differences, influences = list[float](), list[float]()
+        differences, influences = list[float](), Influences()
         if rank() == 0:
             self.progress.say(f"writing {escape(str(target))} ...")
             model = without_flash(model.cpu()).eval()
@@ -267,7 +267,7 @@ class _Run:
             "block_ratio": counts.block_ratio,
             "bytes": weight_bytes(target),
         }
-        self.folder.write_json("windows.json", {"test": influences})
+        self.folder.write_json("windows.json", asdict(influences))
         if rank() == 0:
             with writing(target / "README.md"):
                 card.write(target, self._facts(counts.total, {**figures, "result": result}, difference), plan)

@@ -90,11 +90,6 @@ class Recipe(Section):
         return self.method != "finetune"
 
     @property
-    def measures_base(self) -> bool:
-        """Whether the untuned model is measured; one that is drawn at random has no figures worth a look."""
-        return self.evaluate.base and self.model.init == "pretrained"
-
-    @property
     def scoring_windows(self) -> int:
         """Windows that ``twostage`` reads before its cut."""
         if self.twostage.scores == "generator":

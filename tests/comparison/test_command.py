@@ -35,6 +35,13 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert len((out / "starts").read_text().split()) == 3
 
 
+def test_windows_of_runs_reach_the_table(tmp_path: Path) -> None:
+    """By hand: the rival's windows add twice as much, so 17 x (0.5, -0.5, 0) and 18 x (0.5, -0.6, 0.1) are between the two."""
+    methods = {"atp": {}, "wanda": {"method": "twostage"}}
+    assert ask(app, ["compare", str(write_comparison(tmp_path, methods=methods, keep=[0.6]))]).exit_code == 0
+    assert "| wanda | ≈ +0.00 ± 0.00, text ± 5.33 |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_a_dry_run_lists_and_writes_nothing(tmp_path: Path) -> None:
     result = ask(app, ["compare", str(write_comparison(tmp_path)), "--dry-run", "--keep", "0.6", "--seeds", "1"])
     assert result.exit_code == 0, result.output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import Job, jobs_of
-from slimtune.comparison.rows import has_run, joined, of_run, read, unpacked, write
+from slimtune.comparison.rows import has_run, joined, of_run, packed, read, unpacked, write
 from slimtune.errors import UserError
 
 SUMMARY = {
@@ -74,11 +75,15 @@ def test_a_row_for_each_metric_and_every_key_with_a_dot_is_one(job: Job) -> None
 def test_the_perplexitys_row_tells_of_its_windows(job: Job) -> None:
     found = [0.25, -1.5, 0.1234]
     dense = {"ppl": 16.0, "parameters": 100, "seconds": 2.0}
-    rows = of_run(job, {**SUMMARY, "windows": found, "dense_lora": dense, "peft": "1"})
+    rows = of_run(job, {**SUMMARY, "windows": {"windows": "abc", "numbers": found}, "dense_lora": dense, "peft": "1"})
     (told,) = (row for row in rows if "windows" in row)
     assert (told["method"], told["metric"], told["peft"]) == ("atp", "domain_ppl", "1")
     assert isinstance(told["windows"], str)
-    assert unpacked(told["windows"]) == pytest.approx(found, abs=1e-4)
+    digest, numbers = unpacked(told["windows"])
+    assert digest == "abc"
+    assert numbers == pytest.approx(found, abs=1e-4)
+    for bad in ([], [math.nan], [7e4]):
+        assert packed({"windows": "abc", "numbers": bad}) is None
 
 
 def test_the_reference_inside_a_run_is_a_row_of_dense_lora(job: Job) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -117,8 +118,12 @@ def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
 def test_a_lead_tells_how_far_other_text_would_move_it() -> None:
     """The difference of what a window adds, in perplexity, over two seeds and four windows."""
     ours, theirs = ([1.0, -1.0, 0.5, -0.5], [1.0, -1.0, 0.0, 0.0]), ([1.25, -1.25, 0.5, -0.5], [1.0, -1.0, 0.25, -0.25])
-    rows = [{**row("atp", 0.6, seed, 10.0), "windows": packed(ours[seed])} for seed in (0, 1)]
-    rows += [{**row("flap", 0.6, seed, 12.0 + seed), "windows": packed(theirs[seed])} for seed in (0, 1)]
+
+    def told(numbers: list[float], windows: str = "abc") -> dict[str, Any]:
+        return {"windows": packed({"windows": windows, "numbers": numbers})}
+
+    rows = [{**row("atp", 0.6, seed, 10.0), **told(ours[seed])} for seed in (0, 1)]
+    rows += [{**row("flap", 0.6, seed, 12.0 + seed), **told(theirs[seed])} for seed in (0, 1)]
     rows += [row("wanda", 0.6, seed, 12.0) for seed in (0, 1)]
     mean = [
         ((12 * a - 10 * b) + (13 * c - 10 * d)) / 2 for a, b, c, d in zip(theirs[0], ours[0], theirs[1], ours[1], strict=True)
@@ -129,8 +134,10 @@ def test_a_lead_tells_how_far_other_text_would_move_it() -> None:
     assert "| wanda | ▲ +2.00 ± 0.00 |" in found
     assert "text: standard error of that mean over the test windows" in found
     assert "text: standard error" not in text(some())
-    rows[2]["windows"] = packed([1.0, 2.0])  # other windows: nothing can be paired
-    assert "| flap | △ +2.50 ± 0.71 |" in text(rows)
+    for other in (told([1.0, 2.0]), told(theirs[1], "abd"), {"windows": None}):  # nothing can be paired
+        for number in (3, 1):  # of flap, of atp
+            changed = [{**it, **other} if index == number else it for index, it in enumerate(rows)]
+            assert "| flap | △ +2.50 ± 0.71 |" in text(changed)
 
 
 def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> None:

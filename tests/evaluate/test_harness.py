@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from bases import TINY, make_tokenizer, sentences, write_rows
 from slimtune.data.sources import Row
@@ -178,18 +178,21 @@ def test_texts_are_read_in_passes_of_no_more_tokens_than_the_runs_own(bench: Any
         seen.append(([task.name for task in tasks], batch))
         return evaluate_tasks(model, tokenizer, tasks, batch=batch, **words)
 
-    write_rows(tmp_path / "pick-test.jsonl", choice_rows(4))
-    write_rows(tmp_path / "texts-test.jsonl", [{"text": "a few words and some more"}] * 2)
+    write_rows(tmp_path / "pick-test.jsonl", [{"prompt": "a", "completion": " b", "choices": ["b", "c"], "label": 0}] * 3)
+    write_rows(tmp_path / "texts-test.jsonl", [{"text": "a few words and some more " * 20}] * 2)
     for name, metric in (("pick", "choice"), ("texts", "perplexity")):
         (tmp_path / f"{name}.yaml").write_text(f"metric: {metric}\nsources: [{{path: '{name}-{{split}}.jsonl'}}]\n")
     monkeypatch.setattr(figures, "evaluate_tasks", spy)
     names = [str(tmp_path / "pick.yaml"), str(tmp_path / "texts.yaml")]
-    recipe = bench.recipe(tmp_path / "run", evaluate__tasks=names, evaluate__batch=16)
-    summary = pipeline.tune(recipe)
+    summary = pipeline.tune(bench.recipe(tmp_path / "run", evaluate__tasks=names, evaluate__batch=16))
+    assert seen[:2] == seen[2:]  # base and result
+    (few, small), (many, large) = sorted(seen[:2], key=lambda call: call[1])
+    assert (few, many, large) == (["texts"], ["pick"], 16)
+    recipe = bench.recipe(tmp_path / "run")
     window = figures.window_of(pipeline.load_config(recipe.model))
-    assert window > recipe.data.max_length  # else nothing is shown
-    expected = max(1, 16 * recipe.data.max_length // window)
-    assert seen == [(["texts"], expected), (["pick"], 16)] * 2  # base and result
+    longest = prepare(find_task(names[1]), "test", AutoTokenizer.from_pretrained(bench.base), window).longest
+    assert longest <= window
+    assert small == 16 * recipe.data.max_length // longest < 16
     assert {"texts.perplexity", "texts.rows", "pick.accuracy", "pick.rows"} < set(summary["result"])
 
 

@@ -106,8 +106,18 @@ def test_the_standard_error_by_hand() -> None:
     residuals = [2 - 2 * loss, 4 - 2 * loss, 9 - 4 * loss]
     error = math.sqrt(3 / 2 * sum(r**2 for r in residuals)) / 8
     assert figures["ppl_se"] == pytest.approx(math.exp(loss) * error)
-    module._figures(torch.tensor([2.0, 4.0, 9.0]), torch.tensor([2.0, 2.0, 4.0]), influences := [0.5])
-    assert influences == pytest.approx([0.5, *(3 * r / 8 for r in residuals)])  # to what the caller had
+    module._figures(torch.tensor([2.0, 4.0, 9.0]), torch.tensor([2.0, 2.0, 4.0]), found := module.Influences())
+    assert found.numbers == pytest.approx([3 * r / 8 for r in residuals])
+
+
+def test_windows_are_told_apart_by_their_tokens_and_targets() -> None:
+    def seen(stream: list[int], batch: int = 2) -> str:
+        perplexity(Bigram(torch.zeros(V, V)), texts(stream), 10, batch, CPU, influences=(found := module.Influences()))
+        assert len(found.numbers) == 4
+        return found.windows
+
+    stream = [1, 2, 3, 4] * 4
+    assert seen(stream) == seen(stream, batch=4) != seen([*stream[:-1], 5])
 
 
 def test_a_limit_takes_windows_from_all_over() -> None:

@@ -57,7 +57,7 @@ def finished(job: Job, now: str) -> Summary | None:
     made: Summary = json.loads(stamp.read_text(encoding="utf-8"))
     if (made["words"], made["program"]) != (job.digest, now):
         return None
-    beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _windows(job.folder / "windows.json")}
+    beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _read(job.folder / "windows.json")}
     return {**json.loads(summary.read_text(encoding="utf-8")), **made, **beyond}
 
 
@@ -80,17 +80,14 @@ def made_for_others(job: Job) -> bool:
     return True
 
 
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
 def _kv_groups(plan: Path) -> int | None:
     """KV groups that stay, over all layers: what the KV cache holds."""
-    if not plan.is_file():
-        return None
-    kept = json.loads(plan.read_text(encoding="utf-8"))["plan"]["kept"]
-    return sum(len(layer["kv_group"]) for layer in kept)
-
-
-def _windows(file: Path) -> list[float] | None:
-    """What each test window adds to the loss."""
-    return json.loads(file.read_text(encoding="utf-8"))["test"] or None if file.is_file() else None
+    found = _read(plan)
+    return sum(len(layer["kv_group"]) for layer in found["plan"]["kept"]) if found else None
 
 
 class Launcher:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import struct
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ DENSE = "dense_lora"
 PLAIN = {"domain_ppl": "ppl", "valid_ppl": "valid_ppl", "accuracy": "accuracy", "parameters": "parameters"}
 """Metrics whose key in a summary is another or has no dot. Every key with a dot, a task's figure, is a metric as well."""
 
+HALF = 65504.0
+"""The largest half float."""
 GAIN = "tasks_above_chance"
 """Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's answer."""
 BESIDE = ("low", "high", "majority", "chance")
@@ -44,7 +46,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
     own |= {"block_ratio": summary["result"]["block_ratio"]}
     rows = _rows({**where, **made, **own}, summary["result"], summary["base"])
     if summary.get("windows"):
-        rows[0]["windows"] = packed(summary["windows"])  # of the first metric, which is the perplexity on the test split
+        rows[0]["windows"] = packed(summary["windows"])  # of the perplexity on the test split, the first metric
     if reference := summary.get(DENSE):
         own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}
         rows += _rows({**where, **made, **own}, reference, summary["base"])
@@ -70,15 +72,22 @@ def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Ro
     ]
 
 
-def packed(numbers: Sequence[float]) -> str:
-    """Half floats as text: rows are flat, and for a standard error three digits are enough."""
-    return base64.b64encode(struct.pack(f"<{len(numbers)}e", *numbers)).decode("ascii")
+def packed(windows: Mapping[str, Any]) -> str | None:
+    """A run's ``windows.json`` as text, for rows are flat: the digest of the windows, and half floats.
+
+    Their three digits are enough for a standard error. None where they do not hold the numbers.
+    """
+    numbers = windows["numbers"]
+    if not numbers or not all(abs(number) < HALF for number in numbers):  # which is false for nan as well
+        return None
+    return f"{windows['windows']}:{base64.b64encode(struct.pack(f'<{len(numbers)}e', *numbers)).decode('ascii')}"
 
 
-def unpacked(text: str) -> list[float]:
-    """What ``packed`` made text of."""
-    raw = base64.b64decode(text)
-    return list(struct.unpack(f"<{len(raw) // 2}e", raw))
+def unpacked(text: str) -> tuple[str, list[float]]:
+    """The digest and the numbers that ``packed`` made text of."""
+    digest, _, found = text.partition(":")
+    raw = base64.b64decode(found)
+    return digest, list(struct.unpack(f"<{len(raw) // 2}e", raw))
 
 
 def _with_gain(figures: dict[str, Any]) -> dict[str, Any]:

@@ -66,21 +66,24 @@ class Board:
     def text_error(self, rival: str, keep: float) -> float | None:
         """Standard error of the mean lead over test windows: how far it would move with other text of the kind.
 
-        From what each window adds to the two losses, paired by seed and window, in perplexity. None where the rows do not tell.
+        From what each window adds to the two losses, paired by seed and window, in perplexity. None where a seed's rows do not
+        tell, or tell of other windows.
         """
-        ours, theirs = self.windows(OURS, keep), self.windows(rival, keep)
-        mean: list[float] = []
-        for seed in (seeds := sorted(set(ours) & set(theirs))):
-            if len(ours[seed]) != len(theirs[seed]):
-                return None
-            weights = self.of(rival, keep)[seed], self.of(OURS, keep)[seed]  # d ppl = ppl d loss
-            pairs = zip(theirs[seed], ours[seed], strict=True)
-            differences = [(weights[0] * rival_ - weights[1] * own) / len(seeds) for rival_, own in pairs]
-            mean = [left + right for left, right in zip(mean or [0.0] * len(differences), differences, strict=True)]
-        return statistics.stdev(mean) / len(mean) ** 0.5 if len(mean) > 1 else None
+        seeds = sorted(self.lead(rival, keep))
+        theirs, ours = ([self.windows(method, keep).get(seed) for seed in seeds] for method in (rival, OURS))
+        found = [each for each in (*theirs, *ours) if each]
+        if len(found) < 2 * len(seeds) or len({(digest, len(numbers)) for digest, numbers in found}) != 1:
+            return None
+        count = len(found[0][1])
+        mean = [0.0] * count
+        for method, sign in ((rival, 1), (OURS, -1)):
+            for seed in seeds:
+                weight = sign * self.of(method, keep)[seed] / len(seeds)  # d ppl = ppl d loss
+                mean = [now + weight * number for now, number in zip(mean, self.windows(method, keep)[seed][1], strict=True)]
+        return statistics.stdev(mean) / count**0.5 if count > 1 else None
 
-    def windows(self, method: str, keep: float) -> dict[int, list[float]]:
-        """What each test window adds to the loss, by seed, where the rows tell it."""
+    def windows(self, method: str, keep: float) -> dict[int, tuple[str, list[float]]]:
+        """Digest of the test windows and what each adds to the loss, by seed, where the rows tell it."""
         mine = [row for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, PPL) and row.get("windows")]
         return {row["seed"]: unpacked(row["windows"]) for row in mine}
 

@@ -14,7 +14,7 @@ Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` w
 fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
 ``s D`` a layer and one whole block. Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments),
 logits ``12 B T V`` bytes (``14 B T V`` in 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled
-(``train.compile``, no teacher), beside which a decide turn of many windows may need more.
+(``train.compile``, no teacher); a decide turn of more windows may need more.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     items: dict[str, float] = {
         **weights,
         "activations": blocks,
-        "logits": teacher * _logits(job, tokens, compiled=teacher == 1),
+        "logits": _logits(job, tokens, teacher),
     }
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = items["weights"]
@@ -165,15 +165,24 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     return {name: int(value) for name, value in items.items() if value}
 
 
-def _logits(job: Job, tokens: int, *, compiled: bool) -> int:
-    """Bytes of the logits, what a loss makes of them and their gradient: of an adapt turn of ``tokens``, or its decide turn."""
+def _logits(job: Job, tokens: int, models: int) -> int:
+    """Bytes of the logits, what a loss makes of them and their gradient: of an adapt turn of ``tokens``, or a decide turn.
+
+    Args:
+        models: that read the tokens in an adapt turn; two with a teacher.
+    """
     recipe, vocabulary = job.recipe, int(job.config.vocab_size)
-    eager = tokens * vocabulary * (12 if job.bytes_ == 4 else 14)
-    if not (compiled and recipe.train.compile):
-        return eager
-    windows = (recipe.search.batch or recipe.train.batch) if recipe.prunes else 0
-    decide = eager * min(1.0, windows / recipe.train.batch)  # its loss is not compiled
-    return int(max(2 * job.bytes_ * tokens * vocabulary, decide))
+    eager = vocabulary * (12 if job.bytes_ == 4 else 14)
+    adapt = models * tokens * (2 * job.bytes_ * vocabulary if models == 1 and recipe.train.compile else eager)
+    return int(max(adapt, _decide_windows(recipe) * recipe.data.max_length * eager))  # its loss is not compiled
+
+
+def _decide_windows(recipe: Recipe) -> int:
+    """Windows of one process in one pass of a decide turn."""
+    if recipe.method == "finetune" or (recipe.method == "twostage" and recipe.twostage.scores not in ("taylor", "generator")):
+        return 0
+    mine = -(-(recipe.search.batch or recipe.train.batch) // runtime.world_size())
+    return min(recipe.train.micro_batch or mine, mine)
 
 
 def activation_bytes(job: Job) -> int:

@@ -13,7 +13,7 @@ from slimtune.data.batches import Splits, Windows
 from slimtune.data.windows import spread
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.harness import check_installed, evaluate_tasks, flat
-from slimtune.evaluate.perplexity import perplexity
+from slimtune.evaluate.perplexity import Influences, perplexity
 from slimtune.evaluate.rows import Prepared, prepare, window_of
 from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe
@@ -32,7 +32,6 @@ class Measure:
         self.device = accelerator.device
         self.bf16 = figures_in_bf16(accelerator)
         names, window = recipe.evaluate.tasks, window_of(config)
-        self.window = window
         if names:
             check_installed()
         tasks = [find_task(name) for name in names]
@@ -47,13 +46,13 @@ class Measure:
             figures = self._perplexity(model, self.splits.valid)
             return figures | self._tasks(model, self._valid_tasks, False)
 
-    def test(self, model: nn.Module, influences: list[float] | None = None) -> Figures:
+    def test(self, model: nn.Module, influences: Influences | None = None) -> Figures:
         """Perplexity on the test split, the accuracy on its multiple-choice rows, and the chosen tasks with intervals.
 
         ``valid_ppl`` beside them is for choosing between settings: what was chosen by the test split has seen it.
 
         Args:
-            influences: gains what each test window adds to the loss, see ``perplexity``.
+            influences: is filled with what each test window adds to the loss.
         """
         rows = self.splits.choice_rows
         chosen = [rows[index] for index in spread(len(rows), self.recipe.evaluate.choices)]
@@ -66,27 +65,35 @@ class Measure:
                 figures |= accuracy(model, self.tokenizer, chosen, length, self.device, self.bf16)
             return figures | self._tasks(model, self._test_tasks, True)
 
-    def _perplexity(self, model: nn.Module, windows: Windows, influences: list[float] | None = None) -> Figures:
+    def _perplexity(self, model: nn.Module, windows: Windows, influences: Influences | None = None) -> Figures:
         evaluate = self.recipe.evaluate
         return perplexity(model, windows, evaluate.windows, evaluate.batch, self.device, self.bf16, influences)
 
+    def glance(self, model: nn.Module) -> Figures:
+        """Loss and perplexity on one batch of test windows."""
+        evaluate = self.recipe.evaluate
+        with self.eager():
+            return perplexity(model, self.splits.test, evaluate.batch, evaluate.batch, self.device, self.bf16)
+
     def _tasks(self, model: nn.Module, tasks: list[Prepared], intervals: bool) -> Figures:
-        evaluate, figures = self.recipe.evaluate, Figures()
-        # a text fills the model's window, and the logits of every position are needed: no more tokens in a pass than elsewhere
-        wide = max(1, evaluate.batch * self.recipe.data.max_length // self.window)
-        texts = [task for task in tasks if task.task.file.metric == "perplexity"]
-        for some, batch in (
-            (texts, min(wide, evaluate.batch)),
-            ([task for task in tasks if task not in texts], evaluate.batch),
-        ):
-            if some:
-                found = evaluate_tasks(
-                    model, self.tokenizer, some, batch=batch, seed=self.recipe.seed, bf16=self.bf16, intervals=intervals
-                )
-                figures |= flat(found)
+        figures, batches = Figures(), dict[int, list[Prepared]]()
+        for task in tasks:
+            batches.setdefault(self._rows_in_a_pass(task), []).append(task)
+        for batch, some in batches.items():
+            found = evaluate_tasks(
+                model, self.tokenizer, some, batch=batch, seed=self.recipe.seed, bf16=self.bf16, intervals=intervals
+            )
+            figures |= flat(found)
         if tasks and self.device.type == "cuda":
             torch.cuda.empty_cache()  # passes of other shapes than training's: nothing would find a use for their memory
         return figures | ({f"{task.name}.rows": float(len(task.docs)) for task in tasks} if intervals else {})
+
+    def _rows_in_a_pass(self, task: Prepared) -> int:
+        """No more positions than in a pass of the run's own, for the harness scores each (but of a task that writes, one)."""
+        batch = self.recipe.evaluate.batch
+        if task.task.file.metric == "rouge":
+            return batch
+        return max(1, min(batch, batch * self.recipe.data.max_length // task.longest))
 
     def eager(self) -> AbstractContextManager[Any]:
         """A few passes in other shapes and modes than training's: not worth a compilation of their own."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +13,20 @@ from torch import nn
 
 from slimtune.data.batches import Windows
 from slimtune.train.objective import IGNORE, forward
+
+
+@dataclass
+class Influences:
+    """What each window adds to a loss.
+
+    Attributes:
+        numbers: for each window (sum - loss * count) / mean count, the linearised ratio of sums. Their standard error is that
+            of the loss; that of their difference between two models is that of the difference of their losses.
+        windows: digest of the windows' tokens and targets: numbers of other windows cannot be paired.
+    """
+
+    numbers: list[float] = field(default_factory=list)
+    windows: str = ""
 
 
 @torch.no_grad()
@@ -20,14 +37,12 @@ def perplexity(
     batch: int,
     device: torch.device,
     bf16: bool = False,
-    influences: list[float] | None = None,
+    influences: Influences | None = None,
 ) -> dict[str, float]:
     """Next-token loss and perplexity over at most ``limit`` evenly spaced windows.
 
     Args:
-        influences: gains one number a window, what it adds to the loss in the linearised ratio of sums, (sum - loss * count) /
-            mean count. Their standard error is that of the loss; that of their difference between two models on the
-            same windows is that of the difference of their losses.
+        influences: is filled.
 
     Returns:
         ``loss`` (nats a token), ``ppl`` = exp(loss), ``ppl_se`` (standard error of ppl, from the spread between windows),
@@ -48,10 +63,21 @@ def perplexity(
         sums.append(losses.sum(1).double().cpu())
         counts.append((labels != IGNORE).sum(1).double().cpu())
     model.train(training)
+    if influences is not None:
+        influences.windows = _digest(windows, chosen)
     return _figures(torch.cat(sums), torch.cat(counts), influences)
 
 
-def _figures(sums: torch.Tensor, counts: torch.Tensor, influences: list[float] | None = None) -> dict[str, float]:
+def _digest(windows: Windows, chosen: Sequence[int]) -> str:
+    found = hashlib.sha256()
+    for index in chosen:  # one by one: padding depends on the neighbours
+        window = windows.collate([index])
+        for key in ("input_ids", "labels"):
+            found.update(window[key].numpy().tobytes())
+    return found.hexdigest()[:12]
+
+
+def _figures(sums: torch.Tensor, counts: torch.Tensor, influences: Influences | None = None) -> dict[str, float]:
     """Ratio estimate sum/count over windows and its linearised standard error."""
     total = float(counts.sum())
     if total == 0:
@@ -61,7 +87,7 @@ def _figures(sums: torch.Tensor, counts: torch.Tensor, influences: list[float] |
     influence = (sums - loss * counts) * n / total
     error = math.sqrt(float((influence**2).sum()) / max(1, n - 1) / n)
     if influences is not None:
-        influences += influence.tolist()
+        influences.numbers = influence.tolist()
     return {
         "loss": loss,
         "ppl": math.exp(min(loss, 700.0)),

@@ -38,6 +38,7 @@ class Prepared:
         sha256: of the rows before they were cut to the model's window.
         cut: number of prompts that were cut from the left.
         tokens: most tokens to be written.
+        longest: tokens of the row with the most characters, answer included.
     """
 
     task: Task
@@ -46,6 +47,7 @@ class Prepared:
     sha256: str
     cut: int
     tokens: int
+    longest: int
 
     @property
     def name(self) -> str:
@@ -78,13 +80,14 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         texts = _texts(rows, task)
         texts = [texts[index] for index in spread(len(texts), min(limit or len(texts), task.file.rows or len(texts)))]
         plain = [{"text": text} for text in texts]
-        return Prepared(task, _text_docs(texts, tokenizer, window), source, _digest(plain), 0, tokens)
+        docs = _text_docs(texts, tokenizer, window)
+        return Prepared(task, docs, source, _digest(plain), 0, tokens, _longest(docs, tokenizer))
     make = _choice_doc if task.file.metric == "choice" else _summary_doc
     plain = [make(rows[index], task.name) for index in spread(len(rows), most)]
     fit = _fitter(tokenizer, window)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
-    return Prepared(task, docs, source, _digest(plain), cut, tokens)
+    return Prepared(task, docs, source, _digest(plain), cut, tokens, _longest(docs, tokenizer))
 
 
 def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
@@ -221,6 +224,14 @@ def _fitter(tokenizer: Any, window: int) -> Callable[[Doc, int], Doc]:
 
 def _ids(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _longest(docs: Sequence[Doc], tokenizer: Any) -> int:
+    def whole(doc: Doc) -> str:
+        answers: list[str] = [*doc.get("choices", ()), doc.get("completion", ""), doc.get("text", "")]
+        return str(doc["prompt"]) + max(answers, key=len)
+
+    return 1 + len(_ids(max((whole(doc) for doc in docs), key=len, default=""), tokenizer))
 
 
 def _digest(docs: Sequence[Doc]) -> str:

@@ -238,7 +238,8 @@ class EvaluateConfig(Section):
     rows: Positive = 100
     """At most this many validation rows of each of these tasks."""
     base: bool = True
-    """Measure the base as well. Off where another run tells its figures: a comparison needs them once."""
+    """Measure the base as well. Off (but for a glance at its loss) where another run tells its figures: a comparison needs
+    them once."""
     dense_lora: bool = False
     """Also tune the uncut model with LoRA on the same tokens and report it beside (the ceiling)."""
 

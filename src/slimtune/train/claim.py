@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ def same_input(stages: dict[str, Any], name: str, now: str, what: str) -> None:
 
 
 def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
+    with suppress(UserError, ValueError):  # a key that came after the run's begin had its default then
+        stored = yaml.safe_load(type(recipe).model_validate(stored).to_yaml())
     before, now = _flat(stored), _flat(yaml.safe_load(recipe.to_yaml()))
     for key in sorted((set(before) | set(now)) - FREE_ON_RESUME):
         old, new = before.get(key), now.get(key)
