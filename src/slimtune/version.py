@@ -1,5 +1,6 @@
 """The version, and those of the libraries that compute, where every room may read them."""
 
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
@@ -8,10 +9,10 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 """Those that compute."""
 
 
-def versions() -> dict[str, str]:
+def versions(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
     """Of these libraries, as far as they are installed."""
     found = {}
-    for library in LIBRARIES:
+    for library in libraries:
         try:
             found[library] = version(library)
         except PackageNotFoundError:

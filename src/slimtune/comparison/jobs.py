@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from slimtune.comparison.config import Comparison, Method
 from slimtune.errors import UserError, nearest
 from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe, load, read_yaml
+from slimtune.version import versions
 
 OUT = "{out}"
 """In a text of a method: the folder of the runs."""
@@ -152,15 +152,8 @@ def tasks_text(names: Sequence[str]) -> tuple[str, ...]:
         return ()
     return (
         *(find_task(name).file.model_dump_json() for name in names),
-        *(_installed(name) for name in ("lm_eval", "rouge_score")),
+        *(f"{name} {number}" for name, number in versions(("lm_eval", "rouge_score")).items()),
     )
-
-
-def _installed(package: str) -> str:
-    try:
-        return f"{package} {version(package)}"
-    except PackageNotFoundError:
-        return package
 
 
 def shared_text(file: str | Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_tas
 from slimtune.models.load import load_config, load_tokenizer, locate, pretrained
 from slimtune.runtime import pick_device, pick_dtype, seed_everything
 from slimtune.sections import ModelConfig
+from slimtune.version import versions
 
 _PACKAGES = ("slimtune", "lm_eval", "transformers", "torch", "datasets", "rouge_score", "tokenizers")
 
@@ -210,10 +210,4 @@ def lm_eval_command(model: str, tasks: Sequence[Prepared], options: Options, loa
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    return dict.fromkeys(_PACKAGES, "not installed") | versions(_PACKAGES)
