@@ -27,6 +27,9 @@ from slimtune import runtime
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import FFN, KV_GROUP, Side, Structure
 
+GRADIENTS = ("taylor", "generator")
+"""Scores of ``twostage`` that need a gradient; the others only look on."""
+
 
 @dataclass(frozen=True)
 class Phase:
@@ -122,7 +125,7 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     turns = [(search, job.adapt() + teacher), (small * decides, decide)]
     if recipe.method == "twostage":
         scoring = recipe.scoring_windows / recipe.train.batch
-        score = decide if recipe.twostage.scores in ("taylor", "generator") else job.forward()  # the others need no gradient
+        score = decide if recipe.twostage.scores in GRADIENTS else job.forward()
         rows = [phase("decide", search if recipe.twostage.scores == "generator" else 0, [], first=[(scoring, score)])]
         rows.append(phase("recover", recipe.tuning_steps, [(recipe.tuning_steps, job.adapt(part))]))
         return rows + reference
@@ -153,11 +156,7 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     if recipe.model.checkpointing != "none":
         blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
-    items: dict[str, float] = {
-        **weights,
-        "activations": blocks,
-        "logits": _logits(job, tokens, teacher),
-    }
+    items: dict[str, float] = {**weights, "activations": blocks, "logits": _logits(job, tokens, teacher)}
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = items["weights"]
     elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
@@ -179,7 +178,7 @@ def _logits(job: Job, tokens: int, models: int) -> int:
 
 def _decide_windows(recipe: Recipe) -> int:
     """Windows of one process in one pass of a decide turn."""
-    if recipe.method == "finetune" or (recipe.method == "twostage" and recipe.twostage.scores not in ("taylor", "generator")):
+    if recipe.method == "finetune" or (recipe.method == "twostage" and recipe.twostage.scores not in GRADIENTS):
         return 0
     mine = -(-(recipe.search.batch or recipe.train.batch) // runtime.world_size())
     return min(recipe.train.micro_batch or mine, mine)
