@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -70,17 +71,16 @@ class Board:
         tell, or tell of other windows.
         """
         seeds = sorted(self.lead(rival, keep))
-        theirs, ours = ([self.windows(method, keep).get(seed) for seed in seeds] for method in (rival, OURS))
-        found = [each for each in (*theirs, *ours) if each]
-        if len(found) < 2 * len(seeds) or len({(digest, len(numbers)) for digest, numbers in found}) != 1:
-            return None
-        count = len(found[0][1])
-        mean = [0.0] * count
+        terms: list[tuple[float, tuple[str, list[float]] | None]] = []
         for method, sign in ((rival, 1), (OURS, -1)):
-            for seed in seeds:
-                weight = sign * self.of(method, keep)[seed] / len(seeds)  # d ppl = ppl d loss
-                mean = [now + weight * number for now, number in zip(mean, self.windows(method, keep)[seed][1], strict=True)]
-        return statistics.stdev(mean) / count**0.5 if count > 1 else None
+            values, windows = self.of(method, keep), self.windows(method, keep)
+            terms += [(sign * values[seed] / len(seeds), windows.get(seed)) for seed in seeds]  # d ppl = ppl d loss
+        told = [(weight, *found) for weight, found in terms if found]
+        if len(told) < len(terms) or len({(digest, len(numbers)) for _, digest, numbers in told}) != 1:
+            return None
+        weights, _, numbers = zip(*told, strict=True)
+        mean = [sum(map(operator.mul, weights, each)) for each in zip(*numbers, strict=True)]
+        return statistics.stdev(mean) / len(mean) ** 0.5 if len(mean) > 1 else None
 
     def windows(self, method: str, keep: float) -> dict[int, tuple[str, list[float]]]:
         """Digest of the test windows and what each adds to the loss, by seed, where the rows tell it."""
