@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from bases import sentences
 from comparisons import stand_in
 from slimtune.comparison import launch
 
@@ -134,7 +135,11 @@ def test_a_run_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert "<svg" in picture.read_text(encoding="utf-8")
 
 
-def test_a_dry_run_goes_from_random_weights_to_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_goes_from_random_weights_to_a_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = tuple((f"document.{number}", sentence * 9) for number, sentence in enumerate(sentences(60)))
+    monkeypatch.setattr("slimtune.data.sources.documents", lambda: documents)  # parsing the library takes longer than all else
     tiny = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 6144}
     tiny |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     dry_run, rows = script("dry_run"), tmp_path / "rows.json"
