@@ -96,6 +96,9 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
         (["--keep", "most"], "--keep 'most' is not a list such as 0.6,0.5"),
         (["--table"], "there are no rows in"),
         (["--table", "--dry-run"], "--table and --dry-run exclude each other"),
+        (["--jobs", "0", "--dry-run"], "--jobs 0: give the number of runs"),
+        (["--gpus", "0,x"], "--gpus x: give the numbers of GPUs"),
+        (["--gpus", "-1", "--dry-run"], "--gpus -1: give the numbers of GPUs"),
     ],
 )
 def test_one_clear_error(tmp_path: Path, words: list[str], message: str) -> None:

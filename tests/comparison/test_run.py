@@ -121,7 +121,7 @@ def test_an_interrupt_between_two_runs_stops_the_others(tmp_path: Path, fake: Pa
 
 
 def test_as_many_runs_side_by_side_as_gpus_unless_told_otherwise() -> None:
-    assert [run.side_by_side(*words) for words in ((None, []), (None, ["0", "1"]), (3, ["0", "1"]))] == [1, 2, 3]
+    assert [run.side_by_side(*words) for words in ((None, []), (None, ["0", "1"]), (3, ["0", "GPU-5b1f"]))] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (300, "5 min"), (12_000, "3 h 20 min")])

@@ -63,26 +63,28 @@ def compare(
             raise UserError("give a comparison file, e.g. recipes/compare/health.yaml, or --table --rows FILE to print rows")
         _show(_there(rows), [], out)
         return
-    from slimtune.comparison.run import order
+    from slimtune.comparison.run import order, side_by_side
 
     budgets, numbers = _items(keep, float, "--keep"), _items(seeds, int, "--seeds")
     asked = order(comparison, only=_items(only, str, "--only"), keep=budgets, seeds=numbers, rows=rows, out=out)
     if table:
         _show(_there(asked.rows), asked.jobs, asked.out)
         return
+    cards = _items(gpus, str, "--gpus")
+    many = side_by_side(jobs, cards)
     if dry_run:
         _list(asked)
         return
-    _execute(asked, jobs, _items(gpus, str, "--gpus"), threads)
+    _execute(asked, many, cards, threads)
 
 
-def _execute(asked: Order, jobs: int | None, gpus: list[str], threads: int | None) -> None:
+def _execute(asked: Order, jobs: int, gpus: list[str], threads: int | None) -> None:
     from slimtune.comparison.launch import Launcher
     from slimtune.comparison.program import program
     from slimtune.comparison.rows import has_run, key_of
-    from slimtune.comparison.run import run, side_by_side
+    from slimtune.comparison.run import run
 
-    launcher = Launcher(side_by_side(jobs, gpus), gpus, threads)
+    launcher = Launcher(jobs, gpus, threads)
     try:
         found = run(asked.work, asked.rows, launcher, typer.echo)
     except KeyboardInterrupt:

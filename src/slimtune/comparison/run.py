@@ -86,6 +86,9 @@ def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
     """``jobs``, else one a GPU, else one. Raises UserError where nothing would ever run."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give the number of runs side by side, 1 or more")
+    for gpu in gpus:  # CUDA takes what it cannot read for an empty list, and the runs would go on without a GPU
+        if not gpu.isdecimal() and not gpu.startswith(("GPU-", "MIG-")):
+            raise UserError(f"--gpus {gpu}: give the numbers of GPUs, e.g. --gpus 0,1, or their UUIDs (nvidia-smi -L)")
     return jobs or len(gpus) or 1
 
 
