@@ -211,3 +211,22 @@ def test_a_document_gets_its_tables_and_pictures(tmp_path: Path, monkeypatch: py
         with pytest.raises(SystemExit, match=reason):
             script("results").main()
         assert document.read_text(encoding="utf-8") == bad
+
+
+def test_leads_are_counted_over_all_budgets_and_tested_together() -> None:
+    """By hand: t = 3 * 3**0.5 and 0.1 * 3**0.5, and with two degrees of freedom p = 1/2 - t / (2 (2 + t^2)**0.5)."""
+    common = {"base": "tiny", "domain": "words", "metric": "domain_ppl", "plan": "a"}
+    values = {("atp", 0.6): (10.0, 10.0, 10.0), ("wanda", 0.6): (12.0, 13.0, 14.0)}
+    values |= {("atp", 0.5): (20.0, 20.0, 20.0), ("wanda", 0.5): (19.1, 20.1, 21.1)}
+    rows = [
+        {**common, "method": method, "keep": keep, "seed": seed, "value": value}
+        for (method, keep), found in values.items()
+        for seed, value in enumerate(found)
+    ]
+    leads = script("leads")
+    assert leads.together(rows) == ["wanda: ahead in 5 of 6 pairs, +15.25%"]
+    assert leads.holm(rows) == [
+        "stands  p 0.0175, bound 0.0250  words 0.6 wanda",
+        "-       p 0.4392, bound 0.0500  words 0.5 wanda",
+    ]
+    assert leads.again(rows, [{**rows[0], "value": 10.5, "plan": "b"}]) == ["words 0.6 atp seed 0: +0.500, other units"]

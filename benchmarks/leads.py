@@ -1,0 +1,85 @@
+"""What the leads in files of rows come to together: beyond what each cell of the table says for itself.
+
+    python benchmarks/leads.py docs/results/retention.json [OTHER.json ...]
+
+Of the first file: each rival over all texts and budgets, in pairs of the same seed, and which leads stand when all tests are
+held to 5% together (one-sided paired t-tests, Holm 1979). Of the others: what they have of the same method, budget and seed,
+minus the first file's figure. Needs scipy (``slimtune[eval]`` brings it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+from scipy.stats import ttest_1samp
+
+from slimtune.comparison.rows import Row, key_of, read
+from slimtune.comparison.stats import OURS, PPL, boards
+
+LEVEL = 0.05
+
+
+def together(rows: list[Row]) -> list[str]:
+    """A line for each rival: how often ATP is ahead, and by what part of its perplexity in the mean."""
+    parts: dict[str, list[float]] = {}
+    for board in boards(rows):
+        for method in board.methods:
+            for keep in board.keeps:
+                ours = board.of(OURS, keep)
+                found = [lead / ours[seed] for seed, lead in board.lead(method, keep).items()]
+                parts.setdefault(method, []).extend(found)
+    return [
+        f"{method}: ahead in {sum(part > 0 for part in found)} of {len(found)} pairs, {statistics.mean(found):+.2%}"
+        for method, found in sorted(parts.items())
+        if method != OURS and found
+    ]
+
+
+def holm(rows: list[Row]) -> list[str]:
+    """A line for each lead, the surest first, with whether it stands among all of them."""
+    found = []
+    for board in boards(rows):
+        for method in board.methods:
+            for keep in board.keeps:
+                lead = list(board.lead(method, keep).values())
+                if method != OURS and len(lead) > 1:
+                    chance = float(ttest_1samp(lead, 0.0, alternative="greater").pvalue)
+                    found.append((chance, f"{board.domain} {keep:g} {method}"))
+    lines, stands = [], True
+    for index, (chance, name) in enumerate(sorted(found)):
+        bound = LEVEL / (len(found) - index)
+        stands = stands and chance <= bound
+        lines.append(f"{'stands' if stands else '-':6s}  p {chance:.4f}, bound {bound:.4f}  {name}")
+    return lines
+
+
+def again(rows: list[Row], other: list[Row]) -> list[str]:
+    """A line for each run that both files have: the other's perplexity minus the first's, and whether the same units stayed."""
+    first = {key_of(row): row for row in rows if row["metric"] == PPL}
+    lines = []
+    for row in other:
+        mine = first.get(key_of(row)) if row["metric"] == PPL else None
+        if mine is not None:
+            same = "the same" if row.get("plan") == mine.get("plan") else "other"
+            _, domain, method, keep, seed = key_of(row)
+            lines.append(f"{domain} {keep:g} {method} seed {seed}: {row['value'] - mine['value']:+.3f}, {same} units")
+    return lines
+
+
+def main() -> None:
+    """Print all of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path)
+    parser.add_argument("others", type=Path, nargs="*")
+    given = parser.parse_args()
+    rows = read(given.rows)
+    tests = holm(rows)
+    print("\n".join([*together(rows), "", f"{sum(line.startswith('stands') for line in tests)} of {len(tests)} stand", *tests]))
+    for file in given.others:
+        print("\n".join(["", f"{file} against {given.rows}", *again(rows, read(file))]))
+
+
+if __name__ == "__main__":
+    main()
