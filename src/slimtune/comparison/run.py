@@ -83,7 +83,7 @@ def compare(
 
 
 def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
-    """``jobs``, else one a GPU, else one. Raises UserError where nothing would ever run."""
+    """``jobs``, else one a GPU, else one. Raises UserError where nothing would run, or not on a GPU."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give the number of runs side by side, 1 or more")
     for gpu in gpus:  # CUDA takes what it cannot read for an empty list, and the runs would go on without a GPU
