@@ -194,6 +194,24 @@ def test_a_teacher_takes_the_memory_of_the_weights_it_does_not_share(distill: di
     assert beside == pytest.approx(extra * found["weights"], abs=1)
 
 
+def test_compensation_costs_what_its_tensors_do() -> None:
+    config, model = tiny(**WIDE)
+    plain = cost(config)
+    consumers = [module for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
+    squares = sum(4 * module.in_features**2 for module in consumers)
+    weights = sum(4 * module.weight.numel() for module in consumers)
+    for compensate, bytes_ in (
+        ({"weights": "adapt"}, squares + weights),
+        ({"weights": "decide"}, 2 * squares + weights),
+        ({"weights": "decide", "offload": True}, squares + weights),
+    ):
+        found = cost(config, compensate=compensate)
+        assert found.memory["compensation"] == bytes_
+        assert found.phases[0].tokens == plain.phases[0].tokens + 16 * 64
+        assert (found.phases[0].step_flops > plain.phases[0].step_flops) == (compensate["weights"] == "decide")
+    assert "compensation" not in plain.memory
+
+
 def test_training_from_scratch_has_neither_lora_nor_generator() -> None:
     config, model = tiny()
     result = cost(config, method="finetune")

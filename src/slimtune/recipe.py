@@ -18,6 +18,7 @@ from slimtune.errors import UserError, nearest
 from slimtune.section import Section
 from slimtune.sections import (
     BudgetConfig,
+    CompensateConfig,
     DataConfig,
     DistillConfig,
     EvaluateConfig,
@@ -54,6 +55,7 @@ class Recipe(Section):
     lora: LoraConfig = LoraConfig()
     generator: GeneratorConfig = GeneratorConfig()
     search: SearchConfig = SearchConfig()
+    compensate: CompensateConfig = CompensateConfig()
     recover: RecoverConfig = RecoverConfig()
     distill: DistillConfig = DistillConfig()
     twostage: TwoStageConfig = TwoStageConfig()
@@ -73,11 +75,17 @@ class Recipe(Section):
         return self.search.steps + self.recover.steps
 
     @property
+    def prior_passes(self) -> tuple[int, int]:
+        """Passes over ``generator.prior_steps`` decision batches before a search: with a backward pass, and without."""
+        gradients = self.generator.prior in ("taylor", "running", "mixed")
+        looks = self.generator.prior in ("wanda", "mixed") or self.compensate.weights != "off"  # one serves both
+        return int(gradients), int(looks)
+
+    @property
     def decide_windows(self) -> int:
-        """Windows that ``atp`` reads for its decision: those of the prior and of all ``decide`` turns."""
+        """Windows that ``atp`` reads for its decision: for the prior, for compensation, in all ``decide`` turns."""
         turns = -(-self.search.steps // self.search.decide_every) if self.search.update == "alternating" else 0
-        prior = self.generator.prior_steps if self.generator.prior != "none" else 0
-        return (turns + prior) * (self.search.batch or self.train.batch)
+        return (turns + sum(self.prior_passes) * self.generator.prior_steps) * (self.search.batch or self.train.batch)
 
     @property
     def windows(self) -> int:
@@ -90,12 +98,17 @@ class Recipe(Section):
         return self.method != "finetune"
 
     @property
+    def refit_windows(self) -> int:
+        """Windows that ``twostage`` reads between its decision and its cut."""
+        return self.twostage.least_squares * self.twostage.batches * (self.search.batch or self.train.batch)
+
+    @property
     def scoring_windows(self) -> int:
         """Windows that ``twostage`` reads before its cut."""
         if self.twostage.scores == "generator":
-            return self.decide_windows
+            return self.decide_windows + self.refit_windows
         counted = self.twostage.scores not in ("random", "magnitude")
-        return self.twostage.batches * (self.search.batch or self.train.batch) if counted else 0
+        return counted * self.twostage.batches * (self.search.batch or self.train.batch) + self.refit_windows
 
     @property
     def tuning_steps(self) -> int:
@@ -122,6 +135,8 @@ class Recipe(Section):
             raise ValueError("search.update=joint needs lora.semantics=hard, distill.weight=0 and search.decide_every=1")
         if self.search.update == "joint" and self.method == "twostage":
             raise ValueError("search.update=joint is for method=atp: a rival has no LoRA yet while it decides")
+        if self.search.update == "joint" and self.compensate.weights != "off":
+            raise ValueError("search.update=joint trains LoRA under sampled gates; it needs compensate.weights=off")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
         if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:

@@ -12,8 +12,9 @@ from families import FAMILY_NAMES, tiny_config
 from gated import greedy, logits_of, ones, padded_sample, random_model, random_plan, sample_ids
 from slimtune.errors import UserError
 from slimtune.models import selfcheck
+from slimtune.models.hooks import place_gates
 from slimtune.models.load import structure_of
-from slimtune.models.surgery import blocks_of, cut, linears_of, lora_slices, merge_lora, place_gates
+from slimtune.models.surgery import blocks_of, cut, linears_of, lora_slices, merge_lora
 from slimtune.prune.budget import kept_ratio, masks_of
 from slimtune.prune.gates import MaskBank
 from slimtune.prune.penalties import proximal

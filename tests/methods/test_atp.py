@@ -262,10 +262,13 @@ def test_decisions_are_learned_on_rows_of_their_own(bench: Bench, tmp_path: Path
 # --- the cut -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("semantics", ["hard", "lora_aware"])
-def test_masked_before_the_cut_is_cut_after_it(bench: Bench, tmp_path: Path, semantics: str) -> None:
+@pytest.mark.parametrize(
+    ("semantics", "weights"), [("hard", "off"), ("hard", "decide"), ("lora_aware", "off"), ("lora_aware", "adapt")]
+)
+def test_masked_before_the_cut_is_cut_after_it(bench: Bench, tmp_path: Path, semantics: str, weights: str) -> None:
     """No recovery: what the search left, masked in memory, is what the export computes."""
-    session = session_of(bench, tmp_path / "a", recover__steps=0, search__steps=8, lora__semantics=semantics)
+    keys = {"recover__steps": 0, "search__steps": 8, "lora__semantics": semantics, "compensate__weights": weights}
+    session = session_of(bench, tmp_path / "a", **keys)
     run = atp._Atp(session)
     seen: dict[str, float] = {}
     real = run._cut
@@ -278,7 +281,7 @@ def test_masked_before_the_cut_is_cut_after_it(bench: Bench, tmp_path: Path, sem
     run._cut = measured_cut  # type: ignore[method-assign]
     run.run()
     out = tmp_path / "b"
-    summary = tune(bench.recipe(out, recover__steps=0, search__steps=8, lora__semantics=semantics))
+    summary = tune(bench.recipe(out, **keys))
     assert run.plan is not None
     assert summary["plan"] == run.plan.digest
     assert summary["result"]["ppl"] == pytest.approx(seen["ppl"], rel=1e-3)

@@ -13,7 +13,7 @@ from gated import random_model
 from slimtune.errors import UserError
 from slimtune.methods import atp
 from slimtune.methods.decide import Decider
-from slimtune.models.surgery import place_gates
+from slimtune.models.hooks import place_gates
 from slimtune.prune.gates import MaskBank, mean_over_ranks, squares_over_ranks
 from slimtune.prune.prior import prior_logits
 from slimtune.prune.sampling import draw_noise, sample
@@ -45,7 +45,7 @@ def test_gradients_of_one_gate_a_sample_add_up_to_those_of_one_gate() -> None:
 def test_only_the_running_prior_follows_the_turns(bench: Bench, tmp_path: Path, prior: str) -> None:
     overrides = {"generator__prior": prior, "generator__prior_decay": 0.75, "generator__prior_steps": 2}
     run = atp._Atp(session_of(bench, tmp_path, **overrides))
-    run.decider.set_prior()
+    run.decider.set_prior(run.decider.taylor(2), {})
     before = {site: value.clone() for site, value in run.decider.scores.items()}
     first = {index: getattr(run.decider.generator, f"prior_{index}").clone() for index in range(len(before))}
     seen: list[Any] = []
@@ -61,7 +61,7 @@ def test_only_the_running_prior_follows_the_turns(bench: Bench, tmp_path: Path, 
     assert windows == 4
     squares = {site: windows * value for site, value in squares_over_ranks(*seen[0][1]).items()}
     config = run.recipe.generator
-    expected = prior_logits(run.decider.scores, run.structure, config.prior_scale, config.prior_ranking)
+    expected = prior_logits(run.decider.scores, run.structure, config.prior_scale, "axis")
     for index, site in enumerate(run.structure.sites()):
         now = getattr(run.decider.generator, f"prior_{index}")
         if prior == "taylor":

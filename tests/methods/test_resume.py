@@ -33,7 +33,13 @@ COMMON: dict[str, Any] = {
     "lora__dropout": 0.1,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
-    "hard": {"distill__weight": 0.5, "distill__recover": True, "generator__prior": "running", "generator__prior_steps": 2},
+    "hard": {
+        "distill__weight": 0.5,
+        "distill__recover": True,
+        "generator__prior": "running",
+        "generator__prior_steps": 2,
+        "compensate__weights": "decide",
+    },
     "lora_aware": {"lora__semantics": "lora_aware", "lora__settle": 0.6},
     "lasso": {"lora__semantics": "lora_aware", "lora__settle": 0.6, "lora__lasso": "loss", "recover__lr": 1e-3},
     "joint": {"search__update": "joint", "generator__prior": "running", "generator__prior_steps": 2},

@@ -195,22 +195,32 @@ def test_ranking_by_layer_keeps_equal_shares_and_the_others_do_not(bench: Bench,
         assert found[ranking][2] > 86
 
 
-@pytest.mark.parametrize("scores", ["wanda", "generator"])
-def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(bench: Bench, tmp_path: Path, scores: str) -> None:
+@pytest.mark.parametrize(
+    ("scores", "stop", "extra"),
+    [
+        ("wanda", "recover", {}),
+        ("wanda", "recover", {"twostage__least_squares": True}),
+        ("generator", "recover", {}),
+        ("generator", "recover", {"compensate__weights": "decide"}),
+        ("generator", "decide", {"compensate__weights": "decide", "generator__prior": "wanda"}),
+    ],
+)
+def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(
+    bench: Bench, tmp_path: Path, scores: str, stop: str, extra: dict[str, Any]
+) -> None:
     class Stop(Exception):
         pass
 
     def recipe(name: str) -> Any:
-        return bench.recipe(
-            tmp_path / name, method="twostage", twostage={"scores": scores, "batches": 2}, train__checkpoint_every=2
-        )
+        common = {"twostage__scores": scores, "twostage__batches": 2, "generator__prior_steps": 2, "search__steps": 6}
+        return bench.recipe(tmp_path / name, method="twostage", train__checkpoint_every=2, **common, **extra)
 
     tune(recipe("whole"))
     out = tmp_path / "part"
     original = twostage.run_phase
 
     def run_phase(session: Any, phase: Any, first: int = 0) -> None:
-        if phase.name == "recover":
+        if phase.name == stop:
             original(session, replace(phase, steps=3), first)
             raise Stop
         original(session, phase, first)

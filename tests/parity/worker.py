@@ -19,8 +19,9 @@ from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: tests/ holds gated.py
 
 from gated import random_model, random_plan
+from slimtune.models.hooks import place_gates
 from slimtune.models.load import enable_checkpointing
-from slimtune.models.surgery import blocks_of, cut, place_gates, quiet
+from slimtune.models.surgery import blocks_of, cut, quiet
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
 from slimtune.train.objective import IGNORE, Batch, accumulate, cross_entropy_sum, forward

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gated import random_model, random_plan, sample_ids
-from slimtune.models.surgery import cut, place_gates
+from slimtune.models.hooks import place_gates
+from slimtune.models.surgery import cut
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank
 from slimtune.sections import TrainConfig

@@ -7,14 +7,17 @@ axis is taken to keep the same part of its units, the part that meets the budget
 Floating-point operations of a token (2 a multiply-add): forward ``f = 2 (block linears + V D) + 4 T A``. A turn costs
 ``2 f + 6 P_lora`` (LoRA: forward, and a backward that needs no gradient of the frozen weights), ``3 f`` (all weights)
 or ``2 f + 4 P_lora + 6 P_generator / tokens`` (decide); activation checkpointing adds the blocks' forward once more,
-a teacher one ``f``. Evaluation and reading data are not counted.
+a teacher one ``f``. Taking second moments of the consumers' inputs costs ``2 (A^2 + F^2)`` a layer, and so does each of the
+two passes through their innovations in a decide turn (``compensate``). Solves, evaluation and reading data are not counted.
 
 Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
 ``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
 fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
-``s D`` a layer and one whole block. Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments),
-logits ``12 B T V`` bytes (``14 B T V`` in 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled
-(``train.compile``, no teacher); a decide turn of more windows may need more.
+``s D`` a layer and one whole block. Compensation keeps ``4 (A^2 + F^2)`` bytes a layer of second moments, as many of
+innovations where decide turns use them, and the weights of ``o_proj`` and ``down_proj`` once more.
+Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
+16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
+turn of more windows may need more.
 """
 
 from __future__ import annotations
@@ -65,6 +68,16 @@ class Job:
         return sum(layer.units[KV_GROUP] * head for layer in self.structure.layers)
 
     @property
+    def consumers(self) -> list[int]:
+        """Input widths of all consumers: A and F of every layer."""
+        return [
+            layer.units[row.into.axis] * self.structure.rows(row.into)
+            for layer in self.structure.layers
+            for row in self.structure.family.linears
+            if row.into
+        ]
+
+    @property
     def head_params(self) -> int:
         """V D: the output head is a matmul whether or not it is tied."""
         return int(self.config.vocab_size * self.config.hidden_size)
@@ -94,6 +107,10 @@ class Job:
         turn = 3 * self.forward(part) if self.whole else 2 * self.forward(part) + 6 * self.lora(part)
         return turn + self.recompute(part)
 
+    def moments(self) -> float:
+        """Operations of one token that takes the second moments of all consumers' inputs, or their innovations, once."""
+        return sum(2 * width**2 for width in self.consumers)
+
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""
         again = self.recipe.model.checkpointing != "none"
@@ -115,27 +132,38 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     if recipe.method == "finetune":
         return [phase("tune", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
     search, recover, part = recipe.search.steps, recipe.recover.steps, job.part
-    prior = recipe.generator.prior_steps if recipe.generator.prior != "none" else 0
     small = (recipe.search.batch or recipe.train.batch) / recipe.train.batch
     decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (small * step_tokens)
+    prior = [
+        (small * recipe.generator.prior_steps * passes, cost)
+        for passes, cost in zip(recipe.prior_passes, (decide, job.forward() + job.moments()), strict=True)
+    ]
+    decide += 2 * job.moments() if recipe.compensate.weights == "decide" else 0.0
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     updates = search + recover
     reference = [phase("dense LoRA", updates, [(updates, job.adapt())])] if recipe.evaluate.dense_lora else []
     decides = -(-search // recipe.search.decide_every) if recipe.search.update == "alternating" else 0
     turns = [(search, job.adapt() + teacher), (small * decides, decide)]
     if recipe.method == "twostage":
-        scoring = recipe.scoring_windows / recipe.train.batch
         score = decide if recipe.twostage.scores in GRADIENTS else job.forward()
-        rows = [phase("decide", search if recipe.twostage.scores == "generator" else 0, [], first=[(scoring, score)])]
+        steps = search if recipe.twostage.scores == "generator" else 0
+        rows = [phase("decide", steps, [], first=_scoring(job, score))]
         rows.append(phase("recover", recipe.tuning_steps, [(recipe.tuning_steps, job.adapt(part))]))
         return rows + reference
     settle = recipe.settle_steps
     recovering = job.adapt(part) + (teacher if recipe.distill.recover or recipe.distill.teacher else 0.0)
-    rows = [phase("search", search, turns, first=[(small * prior, decide)])]
+    rows = [phase("search", search, turns, first=prior)]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
     rows.append(phase("recover", recover - settle, [(recover - settle, recovering)]))
     return rows + reference
+
+
+def _scoring(job: Job, score: float) -> list[tuple[float, float]]:
+    """What ``twostage`` reads before its cut, as ``phases`` takes it; ``score``: operations a token that a score takes."""
+    recipe = job.recipe
+    scoring, refit = recipe.scoring_windows - recipe.refit_windows, recipe.refit_windows
+    return [(scoring / recipe.train.batch, score), (refit / recipe.train.batch, job.forward() + job.moments())]
 
 
 def memory(job: Job, kind: str) -> dict[str, int]:
@@ -152,6 +180,7 @@ def memory(job: Job, kind: str) -> dict[str, int]:
             "LoRA, gradients, AdamW": 16 * job.lora(),
             "generator, gradients, AdamW": 16 * job.generator,
         }
+        weights |= _compensation(job, weight_bytes)
     blocks = activation_bytes(job) * tokens
     if recipe.model.checkpointing != "none":
         blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
@@ -162,6 +191,17 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
         items["cut weights beside the teacher's (recover)"] = items["weights"] * recipe.budget.keep
     return {name: int(value) for name, value in items.items() if value}
+
+
+def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
+    """Bytes of what ``compensate`` keeps: second moments, innovations (fp32, d x d) and the consumers' own weights."""
+    wanted = job.recipe.compensate
+    searches = job.recipe.method == "atp" or (job.recipe.method, job.recipe.twostage.scores) == ("twostage", "generator")
+    if wanted.weights == "off" or not searches:
+        return {}
+    squares = sum(4 * width**2 for width in job.consumers)
+    kept = squares * ((not wanted.offload) + (wanted.weights == "decide"))
+    return {"compensation": kept + weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)}
 
 
 def _logits(job: Job, tokens: int, models: int) -> int:

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
+from slimtune.methods.prepare import prepare
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
 from slimtune.models.surgery import compile_blocks, cut, lora_slices
@@ -50,6 +52,7 @@ class _Atp:
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
         self.teacher = Teacher(session, self.model, self.bank)
+        self.compensation: Compensation | None = None
         self.plan: Plan | None = None
         self.leak: float | None = None
 
@@ -57,10 +60,9 @@ class _Atp:
         """All phases, from wherever the checkpoint left off."""
         saved = resumed(self.session)
         name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
+        self.compensation = prepare(self.session, self.model, self.bank, self.decider, fresh=not saved)
         if saved:
             self._restore(saved)
-        elif self.recipe.generator.prior != "none":
-            self.decider.set_prior()
         search, settle = self.recipe.search.steps, self.settle_steps
         if name == "search":
             turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every), Turn("adapt", self._search_adapt)]
@@ -178,9 +180,15 @@ class _Atp:
             self.teacher.stay()
         for handle in self.handles:
             handle.remove()
+        if self.compensation:  # the weights stay as they are
+            self.bank.close(budget.masks_of(self.plan, self.session.device))
+            self.bank.follower = None
         self.bank.open()
         self.masks = {}
         self.tuner.carry_over(cut(self.model, self.structure, self.plan))
+        if self.compensation:  # a teacher may hold the uncut ones
+            self.compensation.opened()
+            self.compensation = None
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
         if self.recipe.recover.lr:
@@ -222,6 +230,10 @@ class _Atp:
             self.plan = Plan.from_json(saved["plan"])
             self.plan.check(self.structure)
             self.masks = budget.masks_of(self.plan, self.session.device)
+        elif saved["step"]:
+            self.masks = self.decider.masks(saved["step"] - 1)
+        if self.compensation and self.masks:
+            self._close_gates()  # a decide turn is made under the weights of the turn before
         if saved["phase"] == "recover":
             self._cut()
         self.tuner.restore(saved["tuner"])

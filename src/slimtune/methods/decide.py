@@ -15,7 +15,7 @@ from slimtune.models.surgery import quiet
 from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, squares_over_ranks
 from slimtune.prune.generator import Generator
-from slimtune.prune.prior import prior_logits
+from slimtune.prune.prior import Ranking, prior_logits
 from slimtune.prune.sampling import draw_noise, sample
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import Counts, Plan
@@ -47,6 +47,7 @@ class Decider:
         windows = session.splits.train if self.recipe.search.decide_on == "train" else session.splits.decision
         self.batches = session.batches(windows, "decision", self.recipe.search.batch or self.recipe.train.batch)
         self.scores: dict[Site, Any] = {}
+        self.still: dict[Site, Any] = {}
         self.tokens = {"prior": 0, "decide": 0}
 
     def turn(self, step: int) -> dict[str, Any]:
@@ -80,7 +81,7 @@ class Decider:
         norm = torch.nn.utils.clip_grad_norm_(self.generator.parameters(), config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if config.prior == "running":
+        if config.prior in ("running", "mixed"):
             self._refresh_prior(leaves)
         return {"sampled": ratio.detach(), "target": self.target(step), "budget": over.detach(), "grad_norm": norm}
 
@@ -120,11 +121,9 @@ class Decider:
 
         return loss
 
-    def set_prior(self) -> None:
-        """Starting logits from Taylor scores of the open gates, on decision data."""
-        config = self.recipe.generator
-        self.session.progress.say(f"prior: Taylor scores from {config.prior_steps} {self.recipe.search.decide_on} batches")
-        self.scores = self.taylor(config.prior_steps)
+    def set_prior(self, taylor: dict[Site, Tensor], wanda: dict[Site, Tensor]) -> None:
+        """Starting logits from either score {site: [units]}, or the mean of both's; an empty one is none."""
+        self.scores, self.still = taylor, wanda
         self._use_scores()
 
     def taylor(self, batches: int) -> dict[Site, Tensor]:
@@ -159,7 +158,10 @@ class Decider:
 
     def _use_scores(self) -> None:
         config = self.recipe.generator
-        self.generator.set_prior(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
+        # Wanda's scores do not compare between layers: ranked over the model they empty whole layers
+        rankings: tuple[tuple[dict[Site, Any], Ranking], ...] = ((self.scores, config.prior_ranking), (self.still, "layer"))
+        parts = [prior_logits(scores, self.structure, config.prior_scale, rank) for scores, rank in rankings if scores]
+        self.generator.set_prior({site: torch.stack([part[site] for part in parts]).mean(0) for site in parts[0]})
 
     def target(self, step: int) -> float:
         """The ratio the budget asks for at ``step`` of the search."""
@@ -185,6 +187,7 @@ class Decider:
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scores": dict(self.scores),
+            "still": dict(self.still),
             "tokens": dict(self.tokens),
         }
 
@@ -192,5 +195,5 @@ class Decider:
         """Continue from a ``capture``."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scores = dict(state["scores"])
+        self.scores, self.still = dict(state["scores"]), dict(state["still"])
         self.tokens.update(state["tokens"])

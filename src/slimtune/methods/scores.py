@@ -16,13 +16,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.methods.decide import Decider
+from slimtune.methods.passes import Passes
 from slimtune.models.surgery import linears_of
-from slimtune.models.watch import watch
 from slimtune.prune.gates import Site
 from slimtune.prune.prior import Ranking, prior_logits
 from slimtune.structure.axes import KV_GROUP
 from slimtune.train.loop import hash_seed
-from slimtune.train.objective import IGNORE, Batch, forward
 from slimtune.train.session import Session
 
 Scores = dict[Site, Tensor]
@@ -31,16 +30,23 @@ Scores = dict[Site, Tensor]
 class Scorer:
     """A base model with open gates, decision batches, and what was read of them.
 
+    Args:
+        batches: how many decision batches to read; default: ``twostage.batches``.
+
     Attributes:
-        tokens: read so far.
         means: of each entry of the consumers' inputs, where a criterion took them (FLAP compensates with them).
     """
 
-    def __init__(self, session: Session, model: nn.Module, decider: Decider):
+    def __init__(self, session: Session, model: nn.Module, decider: Decider, batches: int | None = None):
         self.session, self.model, self.decider = session, model, decider
-        self.structure, self.count = session.structure, session.recipe.twostage.batches
-        self.tokens = 0
+        self.structure = session.structure
+        self.passes = Passes(session, model, decider.batches, batches or session.recipe.twostage.batches)
         self.means: Scores = {}
+
+    @property
+    def tokens(self) -> int:
+        """Read so far."""
+        return self.passes.tokens
 
     def random(self) -> Scores:
         """Uniform noise."""
@@ -66,18 +72,21 @@ class Scorer:
         LLM-Pruner (Ma et al. 2023) estimates the same change from the gradients of the single weights and sums their absolute
         values over a unit.
         """
-        scores = self.decider.taylor(self.count)
-        self.tokens += self.decider.tokens.pop("prior")
+        scores = self.decider.taylor(self.passes.count)
+        self.passes.tokens += self.decider.tokens.pop("prior")
         self.decider.tokens["prior"] = 0
         return scores
 
-    def wanda(self) -> Scores:
+    def wanda(self, squares: Scores | None = None) -> Scores:
         """Weight times input norm, sum over a unit's columns of the consumer: sum_ij |W_ij| * ||x_j||_2.
 
         Wanda (Sun et al. 2024) scores single weights; summed over units it is the Wanda-sp of An et al. 2024, which goes from
         layer to layer on inputs that are pruned already.
+
+        Args:
+            squares: ||x_j||^2 of all entries, where they are known already.
         """
-        _, squares, _ = self._inputs()
+        squares = squares or self._inputs()[1]
         entries = self._by_columns({site: value.sqrt() for site, value in squares.items()}, power=1)
         return {site: value.view(self._units(site), -1).sum(1).float() for site, value in entries.items()}
 
@@ -105,7 +114,7 @@ class Scorer:
         def see(real: Tensor, layer: int, before: Tensor, after: Tensor) -> None:
             totals[layer] += F.cosine_similarity(before[real].float(), after[real].float(), dim=-1).double().sum()
 
-        for real in self._passes(lambda real: {"blocks": lambda *args: see(real, *args)}):
+        for real in self.passes.run(lambda real: {"blocks": lambda *args: see(real, *args)}):
             count += real.sum()
         totals, count = (self.session.accelerator.reduce(value) for value in (totals, count))
         similar: list[float] = (totals / count).tolist()
@@ -122,28 +131,11 @@ class Scorer:
             sums[site] = sums.get(site, 0) + found.sum(0)
             squares[site] = squares.get(site, 0) + found.square().sum(0)
 
-        for real in self._passes(lambda real: {"consumers": lambda *args: see(real, *args)}):
+        for real in self.passes.run(lambda real: {"consumers": lambda *args: see(real, *args)}):
             count += real.sum()
         reduce = self.session.accelerator.reduce
         sums, squares = ({site: reduce(value) for site, value in part.items()} for part in (sums, squares))
         return sums, squares, reduce(count)
-
-    @torch.no_grad()
-    def _passes(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
-        """Forward passes over the decision batches, watched; which positions [B, T] of each were real, not padding."""
-        batches, seen = self.decider.batches, []
-        self.model.eval()
-        for step in range(self.count):
-            for part in batches.at(step):
-                real = _real(part, batches.windows.pad)
-                handles = watch(self.model, self.structure, **watchers(real))
-                with self.session.accelerator.autocast():
-                    forward(self.model, part)
-                for handle in handles:
-                    handle.remove()
-                seen.append(real)
-            self.tokens += batches.tokens(step)
-        return seen
 
     def _by_columns(self, values: Scores, power: int) -> Scores:
         """values_j * sum_i |W_ij|^power for each input entry j, W of the consumer; the entries of a unit lie together."""
@@ -158,12 +150,6 @@ class Scorer:
 
     def _units(self, site: Site) -> int:
         return self.structure.layers[site[0]].units[site[1]]
-
-
-def _real(batch: Batch, pad: int) -> Tensor:
-    if "attention_mask" in batch:
-        return batch["attention_mask"].bool()
-    return (batch["input_ids"] != pad) | (batch["labels"] != IGNORE)
 
 
 CRITERIA: dict[str, Callable[[Scorer], Scores]] = {

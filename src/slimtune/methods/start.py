@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, enable_checkpointing, load_model
-from slimtune.models.surgery import place_gates
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype
 from slimtune.train.loop import hash_seed
@@ -24,4 +24,4 @@ def gated_model(session: Session) -> tuple[nn.Module, MaskBank, list[Any]]:
     model = attach_lora(base, structure, recipe.lora, session.autocast_only)
     enable_checkpointing(model, recipe.model.checkpointing)
     bank = MaskBank()
-    return model, bank, place_gates(model, structure, bank.consumer, bank.base)
+    return model, bank, place_gates(model, structure, bank.consumer, bank.base, bank.innovation)

@@ -11,14 +11,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
+from slimtune.methods.passes import Passes
+from slimtune.methods.prepare import prepare
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
 from slimtune.methods.start import gated_model
 from slimtune.models.surgery import compensate, compile_blocks, cut
+from slimtune.prune import budget
 from slimtune.prune.depth import drop_layers
+from slimtune.prune.gates import Site
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import Counts, Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase
@@ -46,6 +52,8 @@ class _TwoStage:
         """All phases, from wherever the checkpoint left off."""
         saved = resumed(self.session)
         first = 0
+        if self.recipe.twostage.scores == "generator":
+            prepare(self.session, self.model, self.bank, self.decider, fresh=not saved)
         if saved:
             self._restore(saved)
             first = saved["step"]
@@ -75,24 +83,40 @@ class _TwoStage:
 
     def _generated(self, first: int) -> tuple[Plan, Counts]:
         """DISP-LLM's order (Gao et al. 2024): the generator learns on the frozen base, LoRA comes after."""
-        if not first and self.recipe.generator.prior != "none":
-            self.decider.set_prior()
-        turns = [Turn("decide", self.decider.turn, self.recipe.search.decide_every)]
+        if first and self.bank.follower:
+            self._follow(first - 1)
+        turns = [Turn("decide", self._turn, self.recipe.search.decide_every)]
         run_phase(self.session, self._phase("decide", self.recipe.search.steps, turns), first)
         return self.decider.plan()
 
+    def _turn(self, step: int) -> dict[str, Any]:
+        figures = self.decider.turn(step)
+        if self.bank.follower:
+            self._follow(step)
+        return figures
+
+    def _follow(self, step: int) -> None:
+        """The weights compensate for the masks of ``step``, under which the next turn is made."""
+        self.bank.close(self.decider.masks(step))
+
     def _scored(self, kind: str) -> tuple[Plan, Counts]:
-        scorer, budget = Scorer(self.session, self.model, self.decider), self.recipe.budget
+        scorer, wanted = Scorer(self.session, self.model, self.decider), self.recipe.budget
         if kind == "layer_drop":
-            found = drop_layers(scorer.influence(), scorer.magnitude(), self.structure, budget)
+            found = drop_layers(scorer.influence(), scorer.magnitude(), self.structure, wanted)
         else:
-            found = solve(ranked(CRITERIA[kind](scorer), self.session), self.structure, budget)
+            found = solve(ranked(CRITERIA[kind](scorer), self.session), self.structure, wanted)
         self.scored = scorer.tokens
         self.means = {site: mean.cpu() for site, mean in scorer.means.items()} if self.recipe.twostage.compensate else {}
         return found
 
     def _cut(self) -> None:
         assert self.plan is not None
+        masks = budget.masks_of(self.plan, self.session.device)
+        if self.recipe.twostage.least_squares:
+            self._refit(masks)
+        elif self.bank.follower:  # the weights that the decision was made under
+            self.bank.close(masks)
+        self.bank.follower = None
         for handle in self.handles:
             handle.remove()
         self.bank.open()
@@ -101,6 +125,17 @@ class _TwoStage:
         self.tuner.carry_over(cut(self.model, self.structure, self.plan))
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
+
+    def _refit(self, masks: dict[Site, Tensor]) -> None:
+        """Kept columns take over what removed inputs did, by moments of the model that the Plan leaves."""
+        self.bank.follower = None
+        self.bank.close(masks)
+        passes = Passes(self.session, self.model, self.decider.batches, self.recipe.twostage.batches)
+        wanted = self.recipe.compensate
+        moments = passes.second_moments(torch.device("cpu") if wanted.offload else self.session.device)
+        self.bank.open()
+        Compensation(self.model, self.structure, moments, wanted.damping, judge=False).closed(masks)
+        self.scored += passes.tokens
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:
         before = self.recipe.search.steps if name == "recover" and self.recipe.twostage.scores == "generator" else 0

@@ -8,8 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from slimtune.errors import UserError
+from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, structure_of
-from slimtune.models.surgery import cut, merge_lora, place_gates
+from slimtune.models.surgery import cut, merge_lora
 from slimtune.sections import LoraConfig
 from slimtune.structure.axes import AXES, Structure
 from slimtune.structure.plan import Plan

@@ -1,14 +1,8 @@
-"""The only code that changes a model: place gates, cut by a Plan, merge LoRA.
-
-A mask sits in front of the consumer of each axis (``o_proj``: one number per KV group; ``down_proj``: one per channel).
-Zeroing a consumer's input equals deleting the producers' rows and the consumer's columns, biases included, so the masked
-model and the cut one agree to float error for any mask.
-Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F], or [B, K] or [B, F] for one mask a sample.
-"""
+"""The only code that changes a model for good: cut by a Plan, merge LoRA."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +12,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from slimtune.structure.axes import Linear, Side, Structure
+from slimtune.structure.axes import Linear, Structure
 from slimtune.structure.families import check_biases
 from slimtune.structure.plan import Plan
-
-ReadMask = Callable[[int, str], Tensor | None]
-"""(layer, axis) -> the current mask [units], or None for an open gate."""
 
 
 def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
@@ -56,53 +47,6 @@ def linears_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, Li
     for index, block in enumerate(blocks_of(model, structure)):
         for row in structure.family.linears:
             yield index, row, block.get_submodule(row.path)
-
-
-def place_gates(model: nn.Module, structure: Structure, consumer: ReadMask, base: ReadMask) -> list[Any]:
-    """Hang gates into a model; call after LoRA is attached (hooks set before land inside the wrapper).
-
-    Args:
-        consumer: masks the input of each axis's consumer: covers base and LoRA alike (``hard``).
-        base: masks the *base* output of each axis's producers and leaves their LoRA branch free (``lora_aware``).
-
-    Returns:
-        Handles; ``handle.remove()`` takes a gate out.
-    """
-    handles = []
-    for layer, row, module in linears_of(model, structure):
-        if row.into:
-            handles.append(module.register_forward_pre_hook(_gate_input(structure, layer, row.into, consumer)))
-        if row.out:
-            inner = module.base_layer if isinstance(module, LoraLayer) else module
-            handles.append(inner.register_forward_hook(_gate_output(structure, layer, row.out, base)))
-    return handles
-
-
-def _gate_input(structure: Structure, layer: int, side: Side, read: ReadMask) -> Callable[..., Any]:
-    rows = structure.rows(side)
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        mask = read(layer, side.axis)
-        if mask is None:
-            return None
-        return (args[0] * _spread(mask, rows, args[0]), *args[1:])
-
-    return hook
-
-
-def _gate_output(structure: Structure, layer: int, side: Side, read: ReadMask) -> Callable[..., Any]:
-    rows = structure.rows(side)
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        mask = read(layer, side.axis)
-        return None if mask is None else output * _spread(mask, rows, output)
-
-    return hook
-
-
-def _spread(mask: Tensor, rows: int, like: Tensor) -> Tensor:
-    mask = mask if rows == 1 else mask.repeat_interleave(rows, dim=-1)
-    return (mask if mask.ndim == 1 else mask[:, None, :]).to(like.dtype)
 
 
 @torch.no_grad()

@@ -18,13 +18,17 @@ def watch(
     consumers: Callable[[int, str, Tensor], None] | None = None,
     blocks: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> list[Any]:
-    """Look on in a forward pass: each axis's consumer's input, each block's input and output. Returns handles to remove."""
+    """Look on in a forward pass: each axis's consumer's input (before its gate), each block's input and output.
+
+    Returns:
+        Handles to remove.
+    """
     handles = []
     if consumers:
         for layer, row, module in linears_of(model, structure):
             if row.into:
                 see = partial(consumers, layer, row.into.axis)
-                handles.append(module.register_forward_pre_hook(lambda _, args, see=see: see(args[0])))
+                handles.append(module.register_forward_pre_hook(lambda _, args, see=see: see(args[0]), prepend=True))
     if blocks:
         for layer, block in enumerate(blocks_of(model, structure)):
             look = partial(blocks, layer)

@@ -7,7 +7,8 @@ all-reduce, then the generator's own backward. So checkpointing, DDP and FSDP2 n
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,26 +19,71 @@ Masks = Mapping[Site, Tensor]
 """For every site a mask [units], fp32."""
 
 
+@dataclass(frozen=True)
+class Innovation:
+    """What a consumer's inputs say beyond those of the kept units; see ``least_squares.Takeover.innovation``.
+
+    Attributes:
+        matrix: [d, d].
+        kept: which of the d inputs are of kept units, boolean [d].
+    """
+
+    matrix: Tensor
+    kept: Tensor
+
+
+class Follower(Protocol):
+    """Whatever changes with the gates besides the masks: the consumers' weights, where they compensate."""
+
+    def opened(self) -> None:
+        """All gates are open."""
+
+    def closed(self, masks: Masks) -> None:
+        """Fixed masks are in force."""
+
+    def sampled(self) -> None:
+        """Sampled masks are in force, which collect gradients."""
+
+    def innovation(self, site: Site) -> Innovation | None:
+        """By which gradients of sampled masks are taken, if not by the whole input."""
+
+
 class MaskBank:
-    """Holds the masks the hooks read: one for ``consumer`` gates (hard), one for ``base`` gates (LoRA-aware)."""
+    """Holds the masks the hooks read: one for ``consumer`` gates (hard), one for ``base`` gates (LoRA-aware).
+
+    Attributes:
+        follower: is told of every change, where there is one.
+    """
 
     def __init__(self) -> None:
         self._masks: dict[Site, Tensor] = {}
         self._where: Literal["open", "consumer", "base"] = "open"
+        self._sampled = False
+        self.follower: Follower | None = None
 
     def open(self) -> None:
         """All gates open: the untouched model, bit for bit."""
-        self._masks, self._where = {}, "open"
+        self._masks, self._where, self._sampled = {}, "open", False
+        if self.follower:
+            self.follower.opened()
 
     def close(self, masks: Masks, where: Literal["consumer", "base"] = "consumer") -> None:
         """Fixed masks, no gradient."""
-        self._masks, self._where = {site: mask.detach() for site, mask in masks.items()}, where
+        self._masks, self._where, self._sampled = {site: mask.detach() for site, mask in masks.items()}, where, False
+        if self.follower:
+            self.follower.closed(self._masks)
 
     def leaves(self, masks: Masks) -> dict[Site, Tensor]:
         """Consumer masks as gradient-collecting leaves; the caller reads their ``.grad`` after backward."""
         self._masks = {site: mask.detach().clone().requires_grad_() for site, mask in masks.items()}
-        self._where = "consumer"
+        self._where, self._sampled = "consumer", True
+        if self.follower:
+            self.follower.sampled()
         return self._masks
+
+    def innovation(self, layer: int, axis: str) -> Innovation | None:
+        """For sampled masks: what their gradients are taken by; None: by the whole input."""
+        return self.follower.innovation((layer, axis)) if self.follower and self._sampled else None
 
     def consumer(self, layer: int, axis: str) -> Tensor | None:
         return self._masks.get((layer, axis)) if self._where == "consumer" else None

@@ -4,6 +4,7 @@ from slimtune.sections.bounds import Names
 from slimtune.sections.data import DataConfig, Source, Sources
 from slimtune.sections.run import (
     BudgetConfig,
+    CompensateConfig,
     DistillConfig,
     EvaluateConfig,
     ExportConfig,
@@ -18,6 +19,7 @@ from slimtune.sections.run import (
 
 __all__ = [
     "BudgetConfig",
+    "CompensateConfig",
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",

@@ -102,19 +102,20 @@ class GeneratorConfig(Section):
     """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
     estimator: Literal["reinmax", "ste"] = "reinmax"
     """Gradient through the hard sample."""
-    prior: Literal["none", "taylor", "running"] = "running"
-    """Logits to add to the generator's: none, squared-gradient Taylor scores of the open gates on decision data, or the
-    same followed through the search (a moving average over the decide turns, free of extra passes)."""
+    prior: Literal["none", "taylor", "running", "wanda", "mixed"] = "running"
+    """Logits to add to the generator's: none; squared-gradient Taylor scores of the open gates on decision data; the same
+    followed through the search (``running``: a moving average over the decide turns, free of extra passes); weight times
+    norm of the input, ranked within each layer (``wanda``); or the mean of those of running and wanda (``mixed``)."""
     prior_ranking: Literal["global", "axis", "layer"] = "axis"
-    """Who is ranked against whom for the prior: all units by score per parameter (``global``), those of one axis (KV groups,
-    MLP channels) in all layers, or those of one axis in one layer. The prior wants the same share of each of these kept."""
+    """Who is ranked against whom for a Taylor prior: all units by score per parameter (``global``), those of one axis (KV
+    groups, MLP channels) in all layers, or those of one axis in one layer. The prior wants the same share of each kept."""
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
     """Standard deviation of the prior's logits. The sampling noise has one of 1.8: the larger the scale, the nearer to the
     border are the units that it explores. Without ``calibrate`` use 2."""
     prior_steps: Positive = 16
-    """Decision batches read for the prior; they count as search tokens."""
+    """Decision batches read for the prior, and for the moments of ``compensate``; they count as search tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 3e-3
     """AdamW learning rate; times 0.2 in the last fifth of the search."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
@@ -142,6 +143,21 @@ class SearchConfig(Section):
     """Weight of the budget loss |log(kept/target)|; see ``generator.calibrate``."""
     ramp: Fraction = 0.7
     """Part of the steps over which the budget's target falls from 1 to its final value."""
+
+
+class CompensateConfig(Section):
+    """While gates close, kept columns of o_proj and down_proj take over what the closed inputs did, by least squares.
+
+    As far as that is linear in the kept inputs; on second moments of the inputs of the untuned base.
+    """
+
+    weights: Literal["off", "adapt", "decide"] = "off"
+    """``adapt``: adapt turns and the cut model have the compensating weights; ``decide``: decide turns as well, whose gradients
+    then see of a unit what no kept one can take over."""
+    damping: Annotated[float, Field(gt=0.0)] = 0.01
+    """Added to the diagonal of the kept inputs' second moments, in units of its mean."""
+    offload: bool = False
+    """Keep the second moments in host memory (4 bytes times input width squared, of each o_proj and down_proj)."""
 
 
 class RecoverConfig(Section):
@@ -183,6 +199,9 @@ class TwoStageConfig(Section):
     """Decision batches read for the scores; they count as search tokens."""
     compensate: bool = True
     """``flap``: add what was removed, on average, to the biases of o_proj and down_proj."""
+    least_squares: bool = False
+    """At the cut the kept columns of o_proj and down_proj take over what the removed inputs did, as with ``compensate`` of atp;
+    ``batches`` decision batches are read once more for it, by the model that the Plan leaves."""
 
 
 class TrainConfig(Section):

@@ -1,0 +1,101 @@
+"""Consumers that compensate for closed gates: their kept columns take over what the closed inputs did, as far as it is linear.
+
+While ``search`` closes gates, the weights of ``o_proj`` and ``down_proj`` follow the masks, by least squares on second moments
+of their inputs (``prune.least_squares``). So an ``adapt`` turn tunes, and a ``decide`` turn judges, models whose cheap repair
+is made already, and what the search finds costly is what no kept unit can replace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from slimtune.models.surgery import linears_of
+from slimtune.prune.gates import Innovation, Masks, Site
+from slimtune.prune.least_squares import Takeover
+from slimtune.structure.axes import Side, Structure
+
+
+@dataclass
+class _Consumer:
+    """A weight [out, d] that follows the gates: ``original`` with all open, ``changed`` where those of before have opened."""
+
+    site: Site
+    side: Side
+    weight: Tensor
+    original: Tensor
+    changed: Tensor | None = None
+
+
+class Compensation:
+    """The weights that compensate; the ``follower`` of a bank.
+
+    Args:
+        model: gated, LoRA attached, its base weights as they were loaded.
+        structure: of the model.
+        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor [d, d]}, on any device.
+        damping: in units of the mean diagonal of the kept inputs' moments.
+        judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
+            else they are taken as without compensation.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure, moments: Mapping[Site, Tensor], damping: float, judge: bool):
+        self.structure, self.moments, self.damping, self.judge = structure, moments, damping, judge
+        self.consumers: list[_Consumer] = []
+        self.innovations: dict[Site, Innovation] = {}
+        self.masks: Tensor | None = None
+        self.open = True
+        for layer, row, module in linears_of(model, structure):
+            if row.into:
+                inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
+                self.consumers.append(_Consumer((layer, row.into.axis), row.into, inner.weight, inner.weight.detach().clone()))
+
+    def opened(self) -> None:
+        """The original weights."""
+        if self.open:
+            return
+        for consumer in self.consumers:
+            consumer.changed = consumer.weight.detach().clone()
+            consumer.weight.data.copy_(consumer.original)
+        self.open = True
+
+    def closed(self, masks: Masks) -> None:
+        """The weights that compensate for ``masks``, solved anew where they are others than before."""
+        masks_now = torch.cat([masks[consumer.site] for consumer in self.consumers])
+        if self.masks is None or not torch.equal(masks_now, self.masks):
+            self.masks = masks_now
+            for consumer in self.consumers:
+                self._solve(consumer, masks[consumer.site])
+        elif self.open:
+            for consumer in self.consumers:
+                assert consumer.changed is not None
+                consumer.weight.data.copy_(consumer.changed)
+        for consumer in self.consumers:
+            consumer.changed = None
+        self.open = False
+
+    def sampled(self) -> None:
+        """Sampled masks are judged under the weights of the last fixed ones, or under the original ones."""
+        if not self.judge:
+            self.opened()
+
+    def innovation(self, site: Site) -> Innovation | None:
+        """By what the gradient of a sampled mask is taken."""
+        return None if self.open else self.innovations.get(site)
+
+    @torch.no_grad()
+    def _solve(self, consumer: _Consumer, mask: Tensor) -> None:
+        device = consumer.weight.device
+        kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
+        takeover = Takeover.of(self.moments[consumer.site].to(device), kept, self.damping)
+        self.innovations.pop(consumer.site, None)
+        consumer.weight.data.copy_(consumer.original if takeover is None else takeover.weight(consumer.original))
+        if takeover is not None and self.judge:
+            left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=device)
+            left[takeover.kept] = True
+            self.innovations[consumer.site] = Innovation(takeover.innovation(self.structure.rows(consumer.side)), left)

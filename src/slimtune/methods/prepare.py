@@ -1,0 +1,56 @@
+"""Before a search: the starting logits of the generator, and the consumers that compensate, from the same decision batches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.methods.compensation import Compensation
+from slimtune.methods.decide import Decider
+from slimtune.methods.passes import Passes
+from slimtune.methods.scores import Scorer
+from slimtune.prune.gates import MaskBank, Site
+from slimtune.train.session import Session
+
+
+def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider, fresh: bool) -> Compensation | None:
+    """Read what the recipe's prior and compensation need, on the base as it is.
+
+    Args:
+        session: the run.
+        model: gated, LoRA attached and still without effect.
+        bank: what its gates read; follows nothing yet, and is followed by the compensation, if any, when this returns.
+        decider: gets its prior.
+        fresh: a search that begins; else the prior is in the checkpoint, and nothing that was read counts once more.
+    """
+    config, wanted = session.recipe.generator, session.recipe.compensate
+    moments: dict[Site, Tensor] = {}
+    bank.open()
+    if wanted.weights != "off":
+        session.progress.say(
+            f"second moments of the consumers' inputs from {config.prior_steps} {session.recipe.search.decide_on} batches"
+        )
+        passes = Passes(session, model, decider.batches, config.prior_steps)
+        moments = passes.second_moments(torch.device("cpu") if wanted.offload else session.device)
+        decider.tokens["prior"] += passes.tokens if fresh else 0
+    if fresh and config.prior != "none":
+        _set_prior(session, model, decider, moments)
+    if not moments:
+        return None
+    bank.follower = Compensation(model, session.structure, moments, wanted.damping, wanted.weights == "decide")
+    return bank.follower
+
+
+def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: dict[Site, Tensor]) -> None:
+    config = session.recipe.generator
+    kinds = {"wanda": "Wanda", "mixed": "Taylor and Wanda"}
+    named = kinds.get(config.prior, "Taylor")
+    session.progress.say(f"prior: {named} scores from {config.prior_steps} {session.recipe.search.decide_on} batches")
+    wanda: dict[Site, Tensor] = {}
+    if config.prior in kinds:
+        scorer = Scorer(session, model, decider, config.prior_steps)
+        squares = {site: total.diagonal().double().to(session.device) for site, total in moments.items()}
+        wanda = scorer.wanda(squares or None)
+        decider.tokens["prior"] += scorer.tokens
+    taylor = decider.taylor(config.prior_steps) if config.prior != "wanda" else {}
+    decider.set_prior(taylor, wanda)

@@ -1,0 +1,73 @@
+"""Least squares among the inputs of a consumer: what the kept ones say about the removed ones, and what only one unit says.
+
+For a linear with weight W and inputs x = (x_k kept, x_g gone) with second moments G = E x x^T, the D that minimises
+``E |W_g x_g - D x_k|^2 + damping |D|^2`` is ``W_g T`` with ``T = G_gk (G_kk + damping)^-1``; D is added to W_k. This is
+the closed form of Optimal Brain Surgeon (Hassibi & Stork 1993) for many weights of a row at once, as SparseGPT (Frantar &
+Alistarh 2023) takes one after another.
+
+Shapes: d inputs of the consumer, k of them kept, g gone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Takeover:
+    """How the kept inputs of one consumer stand in for the others.
+
+    Attributes:
+        kept, gone: indices of inputs [k], [g].
+        onto: T, fp64 [g, k].
+        inverse: (G_kk + damping)^-1, fp64 [k, k].
+    """
+
+    kept: Tensor
+    gone: Tensor
+    onto: Tensor
+    inverse: Tensor
+
+    @classmethod
+    def of(cls, moments: Tensor, kept: Tensor, damping: float) -> Takeover | None:
+        """Solve, in fp64; None where nothing is gone, or nothing is left to take over.
+
+        Args:
+            moments: G up to a factor [d, d].
+            kept: indices [k].
+            damping: in units of the mean of G_kk's diagonal.
+        """
+        left = torch.ones(len(moments), dtype=torch.bool, device=moments.device)
+        left[kept] = False
+        gone = left.nonzero().flatten()
+        if not len(gone) or not len(kept):
+            return None
+        inside = moments[kept][:, kept].double()
+        # a model whose units are dead has a zero diagonal, which any damping would leave singular
+        inside.diagonal().add_(damping * inside.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(inside))
+        return cls(kept, gone, moments[gone][:, kept].double() @ inverse, inverse)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """``weight`` [out, d] with D added to its kept columns; the others, whose inputs are gone, stay."""
+        changed = weight.clone()
+        changed[:, self.kept] += (weight[:, self.gone].double() @ self.onto).to(weight.dtype)
+        return changed
+
+    def innovation(self, rows: int) -> Tensor:
+        """What each unit's inputs say beyond the kept units: M [d, d], fp32, ``M x`` the residual of each input.
+
+        For a gone input ``x_g - T x_k``; for those of a kept unit i the residual of its prediction from the other kept ones,
+        ``(P_ii)^-1 (P x_k)_i`` with P the inverse and P_ii its block of that unit's ``rows`` inputs.
+        """
+        size = len(self.kept) + len(self.gone)
+        matrix = torch.zeros(size, size, dtype=torch.float64, device=self.kept.device)
+        matrix[self.gone, self.gone] = 1.0
+        matrix[self.gone[:, None], self.kept[None]] = -self.onto
+        wide = self.inverse.view(-1, rows, len(self.kept))
+        own = torch.stack([wide[unit, :, unit * rows : (unit + 1) * rows] for unit in range(len(wide))])
+        matrix[self.kept[:, None], self.kept[None]] = torch.linalg.solve(own, wide).reshape(len(self.kept), -1)
+        return matrix.float()
