@@ -78,7 +78,7 @@ class Recipe(Section):
     def prior_passes(self) -> tuple[int, int]:
         """Passes over ``generator.prior_steps`` decision batches before a search: with a backward pass, and without."""
         gradients = self.generator.prior in ("taylor", "running", "mixed")
-        looks = self.generator.prior in ("wanda", "mixed") or self.compensate.weights != "off"  # one serves both
+        looks = self.generator.prior in ("wanda", "mixed") or self.compensate.weights != "none"  # one serves both
         return int(gradients), int(looks)
 
     @property
@@ -135,8 +135,8 @@ class Recipe(Section):
             raise ValueError("search.update=joint needs lora.semantics=hard, distill.weight=0 and search.decide_every=1")
         if self.search.update == "joint" and self.method == "twostage":
             raise ValueError("search.update=joint is for method=atp: a rival has no LoRA yet while it decides")
-        if self.search.update == "joint" and self.compensate.weights != "off":
-            raise ValueError("search.update=joint trains LoRA under sampled gates; it needs compensate.weights=off")
+        if self.search.update == "joint" and self.compensate.weights != "none":
+            raise ValueError("search.update=joint trains LoRA under sampled gates; it needs compensate.weights=none")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
         if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:

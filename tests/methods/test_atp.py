@@ -263,7 +263,7 @@ def test_decisions_are_learned_on_rows_of_their_own(bench: Bench, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("semantics", "weights"), [("hard", "off"), ("hard", "decide"), ("lora_aware", "off"), ("lora_aware", "adapt")]
+    ("semantics", "weights"), [("hard", "none"), ("hard", "decide"), ("lora_aware", "none"), ("lora_aware", "adapt")]
 )
 def test_masked_before_the_cut_is_cut_after_it(bench: Bench, tmp_path: Path, semantics: str, weights: str) -> None:
     """No recovery: what the search left, masked in memory, is what the export computes."""

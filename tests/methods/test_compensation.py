@@ -137,7 +137,7 @@ def test_moments_do_not_depend_on_where_they_are_kept_and_count_no_padding(bench
 
 @pytest.mark.parametrize(
     ("prior", "weights", "passes"),
-    [("none", "decide", 1), ("wanda", "off", 1), ("wanda", "adapt", 1), ("taylor", "off", 1), ("mixed", "decide", 2)],
+    [("none", "decide", 1), ("wanda", "none", 1), ("wanda", "adapt", 1), ("taylor", "none", 1), ("mixed", "decide", 2)],
 )
 def test_batches_read_before_the_search_count(bench: Bench, tmp_path: Path, prior: str, weights: str, passes: int) -> None:
     run = started(bench, tmp_path, weights, generator__prior=prior)
@@ -149,7 +149,7 @@ def test_batches_read_before_the_search_count(bench: Bench, tmp_path: Path, prio
 
 def test_the_wanda_prior_is_the_rivals_score_whoever_reads_the_inputs(bench: Bench, tmp_path: Path) -> None:
     orders = []
-    for name, weights in (("a", "off"), ("b", "adapt")):
+    for name, weights in (("a", "none"), ("b", "adapt")):
         run = started(bench, tmp_path / name, weights, generator__prior="wanda")
         orders.append(run.decider.still)
     rival = twostage._TwoStage(session_of(bench, tmp_path / "c", method="twostage", twostage__batches=2))
@@ -160,5 +160,5 @@ def test_the_wanda_prior_is_the_rivals_score_whoever_reads_the_inputs(bench: Ben
 
 
 def test_a_joint_update_that_would_compensate_is_an_error(bench: Bench, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"search\.update=joint .* needs compensate\.weights=off"):
+    with pytest.raises(UserError, match=r"search\.update=joint .* needs compensate\.weights=none"):
         bench.recipe(tmp_path, search__update="joint", compensate__weights="adapt")

@@ -197,7 +197,7 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
     """Bytes of what ``compensate`` keeps: second moments, innovations (fp32, d x d) and the consumers' own weights."""
     wanted = job.recipe.compensate
     searches = job.recipe.method == "atp" or (job.recipe.method, job.recipe.twostage.scores) == ("twostage", "generator")
-    if wanted.weights == "off" or not searches:
+    if wanted.weights == "none" or not searches:
         return {}
     squares = sum(4 * width**2 for width in job.consumers)
     kept = squares * ((not wanted.offload) + (wanted.weights == "decide"))

@@ -26,7 +26,7 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
     config, wanted = session.recipe.generator, session.recipe.compensate
     moments: dict[Site, Tensor] = {}
     bank.open()
-    if wanted.weights != "off":
+    if wanted.weights != "none":
         session.progress.say(
             f"second moments of the consumers' inputs from {config.prior_steps} {session.recipe.search.decide_on} batches"
         )

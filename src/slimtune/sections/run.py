@@ -151,7 +151,7 @@ class CompensateConfig(Section):
     As far as that is linear in the kept inputs; on second moments of the inputs of the untuned base.
     """
 
-    weights: Literal["off", "adapt", "decide"] = "off"
+    weights: Literal["none", "adapt", "decide"] = "none"
     """``adapt``: adapt turns and the cut model have the compensating weights; ``decide``: decide turns as well, whose gradients
     then see of a unit what no kept one can take over."""
     damping: Annotated[float, Field(gt=0.0)] = 0.01
