@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from slimtune.prune import least_squares
 from slimtune.prune.least_squares import Takeover
 
 KEPT = [0, 1, 4, 5, 8, 9]
@@ -43,6 +45,15 @@ def test_the_innovation_of_a_unit_is_what_the_other_kept_ones_do_not_explain() -
         others = [index for index in KEPT if index not in own]
         expected = x[:, own] - x[:, others] @ torch.linalg.lstsq(x[:, others], x[:, own]).solution
         torch.testing.assert_close(residual[:, own], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_wide_consumers_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = data(), torch.ones(3, 10)
+    exact = takeover(x, 0.01).weight(weight)
+    monkeypatch.setattr(least_squares, "WIDE", 5)
+    single = takeover(x, 0.01)
+    assert single.onto.dtype == torch.float32
+    torch.testing.assert_close(single.weight(weight), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_damping_holds_back_what_is_taken_over() -> None:

@@ -69,8 +69,9 @@ class Compensation:
         masks_now = torch.cat([masks[consumer.site] for consumer in self.consumers])
         if self.masks is None or not torch.equal(masks_now, self.masks):
             self.masks = masks_now
-            for consumer in self.consumers:
-                self._solve(consumer, masks[consumer.site])
+            with torch.autocast(self.masks.device.type, enabled=False):
+                for consumer in self.consumers:
+                    self._solve(consumer, masks[consumer.site])
         elif self.open:
             for consumer in self.consumers:
                 assert consumer.changed is not None
