@@ -120,7 +120,7 @@ def test_decide_turns_compensate_only_where_they_are_told_to(bench: Bench, tmp_p
 
 
 def test_moments_do_not_depend_on_where_they_are_kept_and_count_no_padding(bench: Bench, tmp_path: Path) -> None:
-    run = started(bench, tmp_path, compensate__offload=True)
+    run = started(bench, tmp_path, compensate__offload=False)
     passes = atp.prepare.__globals__["Passes"](run.session, run.model, run.decider.batches, 2)
     seen: dict[Site, Tensor] = {}
 

@@ -13,8 +13,9 @@ two passes through their innovations in a decide turn (``compensate``). Solves, 
 Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
 ``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
 fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
-``s D`` a layer and one whole block. Compensation keeps ``4 (A^2 + F^2)`` bytes a layer of second moments, as many of
-innovations where decide turns use them, and the weights of ``o_proj`` and ``down_proj`` once more.
+``s D`` a layer and one whole block. Compensation keeps ``s (A^2 + F^2)`` bytes a layer of innovations where decide
+turns use them, and, in host memory unless told otherwise, ``4 (A^2 + F^2)`` of second moments and the weights of ``o_proj`` and
+``down_proj`` once more.
 Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
 turn of more windows may need more.
@@ -194,14 +195,15 @@ def memory(job: Job, kind: str) -> dict[str, int]:
 
 
 def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
-    """Bytes of what ``compensate`` keeps: second moments, innovations (fp32, d x d) and the consumers' own weights."""
+    """Bytes on the device of what ``compensate`` keeps: innovations, and second moments and weights that are not offloaded."""
     wanted = job.recipe.compensate
     searches = job.recipe.method == "atp" or (job.recipe.method, job.recipe.twostage.scores) == ("twostage", "generator")
     if wanted.weights == "none" or not searches:
         return {}
-    squares = sum(4 * width**2 for width in job.consumers)
-    kept = squares * ((not wanted.offload) + (wanted.weights == "decide"))
-    return {"compensation": kept + weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)}
+    squares = sum(width**2 for width in job.consumers)
+    innovations = job.bytes_ * squares if wanted.weights == "decide" else 0
+    weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
+    return {"compensation": innovations + (0 if wanted.offload else 4 * squares + weights)}
 
 
 def _logits(job: Job, tokens: int, models: int) -> int:

@@ -38,14 +38,24 @@ class Compensation:
     Args:
         model: gated, LoRA attached, its base weights as they were loaded.
         structure: of the model.
-        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor [d, d]}, on any device.
+        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor [d, d]}, on any device; the original weights
+            are kept on the same one.
         damping: in units of the mean diagonal of the kept inputs' moments.
+        dtype: that the model computes in; innovations are kept in it, on the model's device.
         judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
             else they are taken as without compensation.
     """
 
-    def __init__(self, model: nn.Module, structure: Structure, moments: Mapping[Site, Tensor], damping: float, judge: bool):
-        self.structure, self.moments, self.damping, self.judge = structure, moments, damping, judge
+    def __init__(
+        self,
+        model: nn.Module,
+        structure: Structure,
+        moments: Mapping[Site, Tensor],
+        damping: float,
+        judge: bool,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self.structure, self.moments, self.damping, self.judge, self.dtype = structure, moments, damping, judge, dtype
         self.consumers: list[_Consumer] = []
         self.innovations: dict[Site, Innovation] = {}
         self.masks: Tensor | None = None
@@ -53,14 +63,16 @@ class Compensation:
         for layer, row, module in linears_of(model, structure):
             if row.into:
                 inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
-                self.consumers.append(_Consumer((layer, row.into.axis), row.into, inner.weight, inner.weight.detach().clone()))
+                site = (layer, row.into.axis)
+                original = inner.weight.detach().to(moments[site].device, copy=True)
+                self.consumers.append(_Consumer(site, row.into, inner.weight, original))
 
     def opened(self) -> None:
         """The original weights."""
         if self.open:
             return
         for consumer in self.consumers:
-            consumer.changed = consumer.weight.detach().clone()
+            consumer.changed = consumer.weight.detach().to(consumer.original.device, copy=True)
             consumer.weight.data.copy_(consumer.original)
         self.open = True
 
@@ -95,8 +107,10 @@ class Compensation:
         kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
         takeover = Takeover.of(self.moments[consumer.site].to(device), kept, self.damping)
         self.innovations.pop(consumer.site, None)
-        consumer.weight.data.copy_(consumer.original if takeover is None else takeover.weight(consumer.original))
+        original = consumer.original.to(device)
+        consumer.weight.data.copy_(original if takeover is None else takeover.weight(original))
         if takeover is not None and self.judge:
             left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=device)
             left[takeover.kept] = True
-            self.innovations[consumer.site] = Innovation(takeover.innovation(self.structure.rows(consumer.side)), left)
+            matrix = takeover.innovation(self.structure.rows(consumer.side)).to(self.dtype)
+            self.innovations[consumer.site] = Innovation(matrix, left)

@@ -37,8 +37,10 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         _set_prior(session, model, decider, moments)
     if not moments:
         return None
-    bank.follower = Compensation(model, session.structure, moments, wanted.damping, wanted.weights == "decide")
-    return bank.follower
+    dtype = torch.bfloat16 if session.accelerator.mixed_precision == "bf16" else torch.float32
+    compensation = Compensation(model, session.structure, moments, wanted.damping, wanted.weights == "decide", dtype)
+    bank.follower = compensation
+    return compensation
 
 
 def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: dict[Site, Tensor]) -> None:

@@ -156,8 +156,9 @@ class CompensateConfig(Section):
     then see of a unit what no kept one can take over."""
     damping: Annotated[float, Field(gt=0.0)] = 0.01
     """Added to the diagonal of the kept inputs' second moments, in units of its mean."""
-    offload: bool = False
-    """Keep the second moments in host memory (4 bytes times input width squared, of each o_proj and down_proj)."""
+    offload: bool = True
+    """Keep what is only needed when masks change in host memory, of each process: the second moments (4 bytes times input width
+    squared, of each o_proj and down_proj) and the base's weights of the two."""
 
 
 class RecoverConfig(Section):
