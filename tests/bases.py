@@ -109,7 +109,7 @@ class Bench:
             },
             "budget": {"keep": 0.7, "ffn_multiple": 1},
             "lora": {"rank": 4},
-            "generator": {"width": 16, "heads": 2, "depth": 1, "lr": 0.01, "prior": "none"},
+            "generator": {"width": 16, "heads": 2, "depth": 1, "lr": 0.01, "prior": "none", "prior_steps": 2},
             "search": {"steps": 4},
             "recover": {"steps": 4},
             "train": {"batch": 4, "lr": 2e-3, "steps": 6, "threads": 1, "precision": "float32"},

@@ -114,7 +114,7 @@ def test_the_summary_is_what_can_be_counted(bench: Bench, finished: tuple[Path, 
     assert {tensor.dtype for tensor in written.values()} == {torch.float32}
     assert summary["reload_difference"] < 1e-4
     assert summary["plan"] == Plan.from_json((out / "model" / "plan.json").read_text()).digest
-    assert summary["tokens"] == {"prior": 0, "decide": 512, "adapt": 1024}
+    assert summary["tokens"] == {"prior": 256, "decide": 512, "adapt": 1024}
     for figures in (base, summary["dense_lora"], result):
         assert figures["ppl"] == pytest.approx(math.exp(figures["loss"]))
         assert 0 < figures["ppl_se"] < figures["ppl"]

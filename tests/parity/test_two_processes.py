@@ -15,7 +15,8 @@ from slimtune.pipeline import tune
 
 
 def test_two_processes_do_what_one_does(bench: Bench, tmp_path: Path) -> None:
-    overrides = {"generator__prior": "running", "generator__prior_steps": 2, "train__micro_batch": 2}
+    compensate = {"generator__prior": "mixed", "compensate__weights": "decide"}
+    overrides = {**compensate, "generator__prior_steps": 2, "train__micro_batch": 2}
     one = tune(bench.recipe(tmp_path / "one", **overrides))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(bench.recipe(tmp_path / "two", **overrides).to_yaml(), encoding="utf-8")

@@ -102,7 +102,7 @@ class GeneratorConfig(Section):
     """``logistic``: P(keep) = sigmoid(logit); ``gumbel``: the paper's single Gumbel draw."""
     estimator: Literal["reinmax", "ste"] = "reinmax"
     """Gradient through the hard sample."""
-    prior: Literal["none", "taylor", "running", "wanda", "mixed"] = "running"
+    prior: Literal["none", "taylor", "running", "wanda", "mixed"] = "mixed"
     """Logits to add to the generator's: none; squared-gradient Taylor scores of the open gates on decision data; the same
     followed through the search (``running``: a moving average over the decide turns, free of extra passes); weight times
     norm of the input, ranked within each layer (``wanda``); or the mean of those of running and wanda (``mixed``)."""
@@ -151,7 +151,7 @@ class CompensateConfig(Section):
     As far as that is linear in the kept inputs; on second moments of the inputs of the untuned base.
     """
 
-    weights: Literal["none", "adapt", "decide"] = "none"
+    weights: Literal["none", "adapt", "decide"] = "decide"
     """``adapt``: adapt turns and the cut model have the compensating weights; ``decide``: decide turns as well, whose gradients
     then see of a unit what no kept one can take over."""
     damping: Annotated[float, Field(gt=0.0)] = 0.01
