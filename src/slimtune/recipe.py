@@ -135,13 +135,24 @@ class Recipe(Section):
             raise ValueError("search.update=joint needs lora.semantics=hard, distill.weight=0 and search.decide_every=1")
         if self.search.update == "joint" and self.method == "twostage":
             raise ValueError("search.update=joint is for method=atp: a rival has no LoRA yet while it decides")
-        if self.search.update == "joint" and self.compensate.weights != "none":
+        if self.search.update == "joint" and self.method == "atp" and self.compensate.weights != "none":
             raise ValueError("search.update=joint trains LoRA under sampled gates; it needs compensate.weights=none")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
-        if self.method == "twostage" and self.twostage.scores == "generator" and not self.search.steps:
+        return self
+
+    @model_validator(mode="after")
+    def _a_rival_can_run(self) -> Recipe:
+        if self.method != "twostage":
+            return self
+        if self.twostage.scores == "generator" and not self.search.steps:
             raise ValueError("search.steps=0 leaves nothing to train the generator by; give it a number of steps")
-        if self.method == "twostage" and self.twostage.scores == "layer_drop" and self.budget.layout == "uniform":
+        if self.twostage.scores == "flap" and self.twostage.compensate and self.twostage.least_squares:
+            raise ValueError(
+                "twostage.scores=flap puts what was removed into biases, and twostage.least_squares=true would add it to the "
+                "weights once more; set twostage.compensate=false"
+            )
+        if self.twostage.scores == "layer_drop" and self.budget.layout == "uniform":
             raise ValueError("twostage.scores=layer_drop narrows one layer to meet the budget; use budget.layout=per-layer")
         return self
 

@@ -16,7 +16,7 @@ from slimtune.errors import UserError
 from slimtune.methods import twostage
 from slimtune.methods.scores import Scorer, ranked
 from slimtune.models.load import load_config, structure_of
-from slimtune.models.surgery import blocks_of
+from slimtune.models.surgery import blocks_of, linears_of
 from slimtune.pipeline import tune
 from slimtune.preflight import check_method
 from slimtune.prune.depth import drop_layers
@@ -202,7 +202,9 @@ def test_ranking_by_layer_keeps_equal_shares_and_the_others_do_not(bench: Bench,
         ("wanda", "recover", {"twostage__least_squares": True}),
         ("generator", "recover", {}),
         ("generator", "recover", {"compensate__weights": "decide"}),
-        ("generator", "decide", {"compensate__weights": "decide", "generator__prior": "wanda"}),
+        ("generator", "decide", {"generator__prior": "wanda", "search__decide_every": 2, "evaluate__every": 2}),
+        ("generator", "decide", {"compensate__weights": "none", "evaluate__every": 2}),
+        ("generator", "recover", {"twostage__least_squares": True}),
     ],
 )
 def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(
@@ -215,7 +217,7 @@ def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(
         common = {"twostage__scores": scores, "twostage__batches": 2, "generator__prior_steps": 2, "search__steps": 6}
         return bench.recipe(tmp_path / name, method="twostage", train__checkpoint_every=2, **common, **extra)
 
-    tune(recipe("whole"))
+    whole = tune(recipe("whole"))
     out = tmp_path / "part"
     original = twostage.run_phase
 
@@ -231,9 +233,31 @@ def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(
             tune(recipe("part"))
     finally:
         twostage.run_phase = original
-    tune(recipe("part"), resume=True)
+    resumed = tune(recipe("part"), resume=True)
+    assert resumed["tokens"] == whole["tokens"]
     assert losses(out) == losses(tmp_path / "whole")
     assert plan_of(out).digest == plan_of(tmp_path / "whole").digest
+
+
+def test_least_squares_at_the_cut_start_from_the_bases_weights(bench: Bench, tmp_path: Path) -> None:
+    """Whatever compensated while the generator decided."""
+    found = []
+    for weights in ("none", "decide"):
+        keys = {"twostage__scores": "generator", "twostage__least_squares": True, "twostage__batches": 2}
+        run = twostage._TwoStage(session_of(bench, tmp_path / weights, method="twostage", compensate__weights=weights, **keys))
+        twostage.prepare(run.session, run.model, run.bank, run.decider, fresh=True)
+        masks = run.decider.masks(run.recipe.search.steps)
+        run.bank.close({site: 1 - mask if len(mask) > 2 else mask for site, mask in masks.items()})
+        run._refit({site: (torch.arange(len(mask)) % 2 == 0).float() for site, mask in masks.items()})
+        found.append([module.base_layer.weight.clone() for _, row, module in linears_of(run.model, run.structure) if row.into])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_flaps_biases_and_least_squares_exclude_each_other(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"add it to the weights once more; set twostage\.compensate=false"):
+        bench.recipe(tmp_path, method="twostage", twostage={"scores": "flap", "least_squares": True})
+    bench.recipe(tmp_path, method="twostage", twostage={"scores": "flap", "least_squares": True, "compensate": False})
 
 
 def test_a_family_without_bias_keys_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:

@@ -69,6 +69,11 @@ class Job:
         return sum(layer.units[KV_GROUP] * head for layer in self.structure.layers)
 
     @property
+    def searches(self) -> bool:
+        """Whether a generator learns in this run."""
+        return self.recipe.method == "atp" or (self.recipe.method, self.recipe.twostage.scores) == ("twostage", "generator")
+
+    @property
     def consumers(self) -> list[int]:
         """Input widths of all consumers: A and F of every layer."""
         return [
@@ -139,7 +144,7 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
         (small * recipe.generator.prior_steps * passes, cost)
         for passes, cost in zip(recipe.prior_passes, (decide, job.forward() + job.moments()), strict=True)
     ]
-    decide += 2 * job.moments() if recipe.compensate.weights == "decide" else 0.0
+    decide += 2 * job.moments() if job.searches and recipe.compensate.weights == "decide" else 0.0
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     updates = search + recover
     reference = [phase("dense LoRA", updates, [(updates, job.adapt())])] if recipe.evaluate.dense_lora else []
@@ -197,8 +202,7 @@ def memory(job: Job, kind: str) -> dict[str, int]:
 def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
     """Bytes on the device of what ``compensate`` keeps: innovations, and second moments and weights that are not offloaded."""
     wanted = job.recipe.compensate
-    searches = job.recipe.method == "atp" or (job.recipe.method, job.recipe.twostage.scores) == ("twostage", "generator")
-    if wanted.weights == "none" or not searches:
+    if wanted.weights == "none" or not job.searches:
         return {}
     squares = sum(width**2 for width in job.consumers)
     innovations = job.bytes_ * squares if wanted.weights == "decide" else 0

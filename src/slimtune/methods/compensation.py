@@ -23,12 +23,19 @@ from slimtune.structure.axes import Side, Structure
 
 @dataclass
 class _Consumer:
-    """A weight [out, d] that follows the gates: ``original`` with all open, ``changed`` where those of before have opened."""
+    """A weight [out, d] that follows the gates.
+
+    Attributes:
+        original: the weight with all gates open.
+        mask: [units] for which it was solved last.
+        changed: what that gave, once the gates have opened since.
+    """
 
     site: Site
     side: Side
     weight: Tensor
     original: Tensor
+    mask: Tensor | None = None
     changed: Tensor | None = None
 
 
@@ -58,7 +65,6 @@ class Compensation:
         self.structure, self.moments, self.damping, self.judge, self.dtype = structure, moments, damping, judge, dtype
         self.consumers: list[_Consumer] = []
         self.innovations: dict[Site, Innovation] = {}
-        self.masks: Tensor | None = None
         self.open = True
         for layer, row, module in linears_of(model, structure):
             if row.into:
@@ -72,24 +78,21 @@ class Compensation:
         if self.open:
             return
         for consumer in self.consumers:
-            consumer.changed = consumer.weight.detach().to(consumer.original.device, copy=True)
+            if consumer.changed is None:
+                consumer.changed = consumer.weight.detach().to(consumer.original.device, copy=True)
             consumer.weight.data.copy_(consumer.original)
         self.open = True
 
     def closed(self, masks: Masks) -> None:
         """The weights that compensate for ``masks``, solved anew where they are others than before."""
-        masks_now = torch.cat([masks[consumer.site] for consumer in self.consumers])
-        if self.masks is None or not torch.equal(masks_now, self.masks):
-            self.masks = masks_now
-            with torch.autocast(self.masks.device.type, enabled=False):
-                for consumer in self.consumers:
-                    self._solve(consumer, masks[consumer.site])
-        elif self.open:
-            for consumer in self.consumers:
+        for consumer in self.consumers:
+            mask = masks[consumer.site]
+            if consumer.mask is None or not torch.equal(mask, consumer.mask):
+                with torch.autocast(mask.device.type, enabled=False):
+                    self._solve(consumer, mask)
+            elif self.open:
                 assert consumer.changed is not None
                 consumer.weight.data.copy_(consumer.changed)
-        for consumer in self.consumers:
-            consumer.changed = None
         self.open = False
 
     def sampled(self) -> None:
@@ -107,6 +110,7 @@ class Compensation:
         kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
         takeover = Takeover.of(self.moments[consumer.site].to(device), kept, self.damping)
         self.innovations.pop(consumer.site, None)
+        consumer.mask, consumer.changed = mask.clone(), None
         original = consumer.original.to(device)
         consumer.weight.data.copy_(original if takeover is None else takeover.weight(original))
         if takeover is not None and self.judge:

@@ -12,6 +12,9 @@ from slimtune.methods.scores import Scorer
 from slimtune.prune.gates import MaskBank, Site
 from slimtune.train.session import Session
 
+FEW = 3
+"""Tokens an input of the widest consumer below which a warning is due: at one the solve does more harm than good."""
+
 
 def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider, fresh: bool) -> Compensation | None:
     """Read what the recipe's prior and compensation need, on the base as it is.
@@ -33,11 +36,18 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         passes = Passes(session, model, decider.batches, config.prior_steps)
         moments = passes.second_moments(torch.device("cpu") if wanted.offload else session.device)
         decider.tokens["prior"] += passes.tokens if fresh else 0
+        widest = max(len(total) for total in moments.values())
+        if passes.tokens < FEW * widest:
+            session.progress.say(
+                f"[yellow]second moments of {widest} inputs from {passes.tokens:,} tokens: what compensates may be noise; "
+                "raise generator.prior_steps[/yellow]"
+            )
     if fresh and config.prior != "none":
         _set_prior(session, model, decider, moments)
     if not moments:
         return None
-    dtype = torch.bfloat16 if session.accelerator.mixed_precision == "bf16" else torch.float32
+    loaded = next(model.parameters()).dtype  # what a model computes in outside autocast
+    dtype = torch.bfloat16 if session.accelerator.mixed_precision == "bf16" else loaded
     compensation = Compensation(model, session.structure, moments, wanted.damping, wanted.weights == "decide", dtype)
     bank.follower = compensation
     return compensation

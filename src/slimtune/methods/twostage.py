@@ -83,20 +83,20 @@ class _TwoStage:
 
     def _generated(self, first: int) -> tuple[Plan, Counts]:
         """DISP-LLM's order (Gao et al. 2024): the generator learns on the frozen base, LoRA comes after."""
-        if first and self.bank.follower:
-            self._follow(first - 1)
-        turns = [Turn("decide", self._turn, self.recipe.search.decide_every)]
+        every = self.recipe.search.decide_every
+        if first:
+            self._follow((first - 1) // every * every)
+        turns = [Turn("decide", self._turn, every)]
         run_phase(self.session, self._phase("decide", self.recipe.search.steps, turns), first)
         return self.decider.plan()
 
     def _turn(self, step: int) -> dict[str, Any]:
         figures = self.decider.turn(step)
-        if self.bank.follower:
-            self._follow(step)
+        self._follow(step)
         return figures
 
     def _follow(self, step: int) -> None:
-        """The weights compensate for the masks of ``step``, under which the next turn is made."""
+        """The masks of ``step``: of figures on the way, and where weights compensate, what the next turn is made under."""
         self.bank.close(self.decider.masks(step))
 
     def _scored(self, kind: str) -> tuple[Plan, Counts]:
@@ -109,11 +109,12 @@ class _TwoStage:
         self.means = {site: mean.cpu() for site, mean in scorer.means.items()} if self.recipe.twostage.compensate else {}
         return found
 
-    def _cut(self) -> None:
+    def _cut(self, fresh: bool = True) -> None:
         assert self.plan is not None
         masks = budget.masks_of(self.plan, self.session.device)
         if self.recipe.twostage.least_squares:
-            self._refit(masks)
+            tokens = self._refit(masks)
+            self.scored += tokens if fresh else 0
         elif self.bank.follower:  # the weights that the decision was made under
             self.bank.close(masks)
         self.bank.follower = None
@@ -126,8 +127,9 @@ class _TwoStage:
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
 
-    def _refit(self, masks: dict[Site, Tensor]) -> None:
-        """Kept columns take over what removed inputs did, by moments of the model that the Plan leaves."""
+    def _refit(self, masks: dict[Site, Tensor]) -> int:
+        """Kept columns take over what removed inputs did, by moments of the model that the Plan leaves; the tokens read."""
+        self.bank.open()  # what was decided under compensating weights goes on from the base's
         self.bank.follower = None
         self.bank.close(masks)
         passes = Passes(self.session, self.model, self.decider.batches, self.recipe.twostage.batches)
@@ -135,7 +137,7 @@ class _TwoStage:
         moments = passes.second_moments(torch.device("cpu") if wanted.offload else self.session.device)
         self.bank.open()
         Compensation(self.model, self.structure, moments, wanted.damping, judge=False).closed(masks)
-        self.scored += passes.tokens
+        return passes.tokens
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:
         before = self.recipe.search.steps if name == "recover" and self.recipe.twostage.scores == "generator" else 0
@@ -162,5 +164,5 @@ class _TwoStage:
         if saved["plan"]:
             self.plan = Plan.from_json(saved["plan"])
             self.plan.check(self.structure)
-            self._cut()
+            self._cut(fresh=False)
         self.tuner.restore(saved["tuner"])

@@ -58,8 +58,9 @@ class Takeover:
 
     def weight(self, weight: Tensor) -> Tensor:
         """``weight`` [out, d] with D added to its kept columns; the others, whose inputs are gone, stay."""
-        changed = weight.clone()
-        changed[:, self.kept] += (weight[:, self.gone].to(self.onto.dtype) @ self.onto).to(weight.dtype)
+        changed, exact = weight.clone(), self.onto.dtype
+        added = weight[:, self.gone].to(exact) @ self.onto
+        changed[:, self.kept] = (weight[:, self.kept].to(exact) + added).to(weight.dtype)
         return changed
 
     def innovation(self, rows: int) -> Tensor:
@@ -72,7 +73,8 @@ class Takeover:
         matrix = torch.zeros(size, size, dtype=self.onto.dtype, device=self.kept.device)
         matrix[self.gone, self.gone] = 1.0
         matrix[self.gone[:, None], self.kept[None]] = -self.onto
-        wide = self.inverse.view(-1, rows, len(self.kept))
-        own = torch.stack([wide[unit, :, unit * rows : (unit + 1) * rows] for unit in range(len(wide))])
+        units = torch.arange(len(self.kept) // rows, device=self.kept.device)
+        wide = self.inverse.view(len(units), rows, len(self.kept))
+        own = self.inverse.view(len(units), rows, len(units), rows)[units, :, units]
         matrix[self.kept[:, None], self.kept[None]] = torch.linalg.solve(own, wide).reshape(len(self.kept), -1)
         return matrix.float()

@@ -112,8 +112,8 @@ class GeneratorConfig(Section):
     prior_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """Decay of the ``running`` average, a decide turn."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
-    """Standard deviation of the prior's logits. The sampling noise has one of 1.8: the larger the scale, the nearer to the
-    border are the units that it explores. Without ``calibrate`` use 2."""
+    """Standard deviation of the prior's logits (of each part of ``mixed``). The sampling noise has one of 1.8: the larger the
+    scale, the nearer to the border are the units that it explores. Without ``calibrate`` use 2."""
     prior_steps: Positive = 16
     """Decision batches read for the prior, and for the moments of ``compensate``; they count as search tokens."""
     lr: Annotated[float, Field(gt=0.0)] = 3e-3
