@@ -25,6 +25,14 @@ def started(bench: Bench, out: Path, weights: str = "decide", **overrides: Any) 
     return run
 
 
+def test_the_first_turn_judges_by_innovations_too(bench: Bench, tmp_path: Path) -> None:
+    run = started(bench, tmp_path)
+    run.bank.leaves(atp.budget.all_kept(run.structure, run.session.device))
+    own = run.bank.innovation(1, "ffn")
+    assert own is not None
+    assert own.kept.all()
+
+
 def halves(run: Any) -> dict[Site, Tensor]:
     return {
         (layer, axis): (torch.arange(run.structure.layers[layer].units[axis]) % 2 == 0).float()

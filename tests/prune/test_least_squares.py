@@ -63,10 +63,19 @@ def test_damping_holds_back_what_is_taken_over() -> None:
     assert moved[2] < 1e-5
 
 
-def test_there_is_nothing_to_take_over_where_nothing_or_all_is_gone() -> None:
-    moments = torch.eye(4)
-    assert Takeover.of(moments, torch.arange(4), 0.01) is None
-    assert Takeover.of(moments, torch.tensor([], dtype=torch.long), 0.01) is None
+def test_where_nothing_is_gone_weights_stay_and_innovations_are_told() -> None:
+    x = data()
+    found = Takeover.of(x.T @ x, torch.arange(10), 1e-9)
+    assert found is not None
+    weight = torch.randn(3, 10)
+    assert torch.equal(found.weight(weight), weight)
+    residual = x @ found.innovation(rows=2).T.double()
+    expected = x[:, 2:4] - x[:, [0, 1, *range(4, 10)]] @ torch.linalg.lstsq(x[:, [0, 1, *range(4, 10)]], x[:, 2:4]).solution
+    torch.testing.assert_close(residual[:, 2:4], expected, rtol=1e-3, atol=1e-3)
+
+
+def test_where_all_is_gone_there_is_nothing_to_take_over() -> None:
+    assert Takeover.of(torch.eye(4), torch.tensor([], dtype=torch.long), 0.01) is None
 
 
 def test_inputs_that_are_always_zero_take_over_nothing() -> None:

@@ -107,6 +107,10 @@ class Compensation:
     @torch.no_grad()
     def _solve(self, consumer: _Consumer, mask: Tensor) -> None:
         device = consumer.weight.device
+        if mask.all() and not self.judge:
+            consumer.mask, consumer.changed = mask.clone(), None
+            consumer.weight.data.copy_(consumer.original)
+            return
         kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
         takeover = Takeover.of(self.moments[consumer.site].to(device), kept, self.damping)
         self.innovations.pop(consumer.site, None)

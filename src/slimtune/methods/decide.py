@@ -129,10 +129,7 @@ class Decider:
     def taylor(self, batches: int) -> dict[Site, Tensor]:
         """Mean over ``batches`` of the squared gradients of per-sample gates at one: {site: [units]}."""
         scores: dict[Site, Any] = {}
-        ones = {
-            (layer, axis): torch.ones(self.structure.layers[layer].units[axis], device=self.session.device)
-            for layer, axis in self.structure.sites()
-        }
+        ones = budget.all_kept(self.structure, self.session.device)
         for step in range(batches):
             self.tokens["prior"] += self.batches.tokens(step)
             squares = self._squares(self._backward_to_gates(self.batches.at(step), ones)[1])

@@ -9,6 +9,7 @@ from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.passes import Passes
 from slimtune.methods.scores import Scorer
+from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Site
 from slimtune.train.session import Session
 
@@ -50,6 +51,8 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
     dtype = torch.bfloat16 if session.accelerator.mixed_precision == "bf16" else loaded
     compensation = Compensation(model, session.structure, moments, wanted.damping, wanted.weights == "decide", dtype)
     bank.follower = compensation
+    if compensation.judge:  # by innovations from the first turn on
+        bank.close(budget.all_kept(session.structure, session.device))
     return compensation
 
 

@@ -43,6 +43,11 @@ def allowance(structure: Structure, keep: float, of: str) -> float:
     return keep * structure.total_params - structure.constant_params
 
 
+def all_kept(structure: Structure, device: torch.device) -> dict[Site, Tensor]:
+    """Masks [units] of ones."""
+    return {(layer, axis): torch.ones(structure.layers[layer].units[axis], device=device) for layer, axis in structure.sites()}
+
+
 def masks_of(plan: Plan, device: torch.device | str = "cpu") -> dict[Site, Tensor]:
     """The Plan as 0/1 masks, fp32."""
     masks = {}

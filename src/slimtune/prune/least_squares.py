@@ -37,7 +37,7 @@ class Takeover:
 
     @classmethod
     def of(cls, moments: Tensor, kept: Tensor, damping: float) -> Takeover | None:
-        """Solve, in fp64 up to ``WIDE``; None where nothing is gone, or nothing is left to take over.
+        """Solve, in fp64 up to ``WIDE``; None where nothing is left to take over.
 
         Args:
             moments: G up to a factor [d, d].
@@ -47,7 +47,7 @@ class Takeover:
         left = torch.ones(len(moments), dtype=torch.bool, device=moments.device)
         left[kept] = False
         gone = left.nonzero().flatten()
-        if not len(gone) or not len(kept):
+        if not len(kept):
             return None
         exact = torch.float64 if len(kept) <= WIDE else torch.float32
         inside = moments[kept][:, kept].to(exact)
@@ -59,6 +59,8 @@ class Takeover:
     def weight(self, weight: Tensor) -> Tensor:
         """``weight`` [out, d] with D added to its kept columns; the others, whose inputs are gone, stay."""
         changed, exact = weight.clone(), self.onto.dtype
+        if not len(self.gone):
+            return changed
         added = weight[:, self.gone].to(exact) @ self.onto
         changed[:, self.kept] = (weight[:, self.kept].to(exact) + added).to(weight.dtype)
         return changed
