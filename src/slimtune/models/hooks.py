@@ -78,8 +78,8 @@ def _gate_input(
 def _compensated(x: Tensor, mask: Tensor, own: Innovation) -> Tensor:
     """The gated input of a consumer whose weight compensates for the units that are not kept.
 
-    A unit that goes takes only its innovation along, for the rest is taken over: that is what its mask's gradient is taken
-    by. One that comes back brings no more than that, for the rest is in the weight already.
+    A unit that comes back brings its innovation only, for the rest is in the weight already. One that goes is judged by its
+    innovation too, for the rest would be taken over; until the masks are solved for again the sample goes without all of it.
     """
     residual = x @ own.matrix.to(x.dtype).T
     fixed = mask.detach()
