@@ -10,7 +10,13 @@ import yaml
 
 from slimtune.comparison.rows import Row
 
-RECIPE = {"search": {"steps": 4, "batch": 2}, "recover": {"steps": 6}, "train": {"batch": 4}, "generator": {"prior_steps": 2}}
+RECIPE = {
+    "search": {"steps": 4, "batch": 2},
+    "recover": {"steps": 6},
+    "train": {"batch": 4},
+    "generator": {"prior": "running", "prior_steps": 2},
+    "compensate": {"weights": "none"},
+}
 """``atp`` reads (4 + 6) x 4 + (4 + 2) x 2 = 52 windows: 13 steps of 4."""
 
 FAKE = """

@@ -46,6 +46,7 @@ def recipe_of(config: dict[str, Any], **sections: Any) -> Recipe:
         "train": {"batch": 2, "precision": "float32"},
         "lora": {"rank": 4},
         "generator": {"prior": "none"},
+        "compensate": {"weights": "none"},
     }
     for name, value in sections.items():
         base[name] = {**base[name], **value} if isinstance(base.get(name), dict) else value
