@@ -12,6 +12,7 @@ from torch import Tensor
 from bases import Bench, session_of
 from slimtune.errors import UserError
 from slimtune.methods import atp, twostage
+from slimtune.methods.passes import Passes
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Site
 from slimtune.train.objective import forward
@@ -127,9 +128,9 @@ def test_decide_turns_compensate_only_where_they_are_told_to(bench: Bench, tmp_p
     assert (run.bank.innovation(0, "ffn") is None) == (weights == "adapt")
 
 
-def test_moments_do_not_depend_on_where_they_are_kept_and_count_no_padding(bench: Bench, tmp_path: Path) -> None:
-    run = started(bench, tmp_path, compensate__offload=False)
-    passes = atp.prepare.__globals__["Passes"](run.session, run.model, run.decider.batches, 2)
+def test_second_moments_are_sums_of_outer_products_of_tokens(bench: Bench, tmp_path: Path) -> None:
+    run = started(bench, tmp_path)
+    passes = Passes(run.session, run.model, run.decider.batches, 2)
     seen: dict[Site, Tensor] = {}
 
     def see(real: Tensor, layer: int, axis: str, values: Tensor) -> None:
