@@ -127,7 +127,7 @@ class GeneratorConfig(Section):
 class SearchConfig(Section):
     """The phase in which ``decide`` and ``adapt`` turns alternate."""
 
-    steps: Count = 80
+    steps: Count = 20
     """Steps (one ``adapt`` turn each)."""
     batch: Positive | None = None
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
@@ -164,7 +164,7 @@ class CompensateConfig(Section):
 class RecoverConfig(Section):
     """The phase that tunes the physically smaller model."""
 
-    steps: Count = 320
+    steps: Count = 380
     """Steps."""
     lr: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of this phase; default: ``train.lr``."""
