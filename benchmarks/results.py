@@ -3,8 +3,8 @@
     python benchmarks/results.py docs/RESULTS.md
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
-PARTS are any of ``figures means leads``, as ``slimtune compare`` prints them. ``![...](X.svg)`` after ``<!-- figure FILE -->``
-is drawn anew.
+PARTS are any of ``figures tasks means leads``, as ``slimtune compare`` prints them. ``![...](X.svg)`` after
+``<!-- figure FILE -->`` is drawn anew.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from pathlib import Path
 
 from slimtune.comparison.figure import draw
 from slimtune.comparison.rows import Row, read
-from slimtune.comparison.table import markdown, sheets
+from slimtune.comparison.sheet import markdown
+from slimtune.comparison.table import sheets
 from slimtune.errors import UserError
 
 START, END = "<!-- rows ", "<!-- /rows -->"
 TABLES = re.compile(rf"({START}(?P<file>\S+): (?P<parts>[a-z ]+) -->\n)(?:(?!{START}).)*?({END})", re.DOTALL)
 FIGURE = re.compile(r"<!-- figure (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>\S+\.svg)\)")
-PARTS = ("figures", "means", "leads")
+PARTS = ("figures", "tasks", "means", "leads")
 
 
 def filled(text: str, folder: Path) -> str:

@@ -13,8 +13,9 @@ from comparisons import row, write_comparison
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import jobs_of
 from slimtune.comparison.rows import Row, joined, packed
+from slimtune.comparison.sheet import markdown, render
 from slimtune.comparison.stats import beyond_chance
-from slimtune.comparison.table import listing, markdown, render, sheets
+from slimtune.comparison.table import listing, sheets
 
 
 def some() -> list[Row]:
@@ -30,20 +31,33 @@ def text(rows: list[Row]) -> str:
 
 def test_one_row_a_method_and_budget() -> None:
     found = text(some())
-    assert "| method | keep | M params | perplexity | retention | rqe.accuracy | M tokens | GPU s | seeds |" in found
+    assert "| method | keep | M params | perplexity | retention | M tokens | GPU s | seeds |" in found
     # 12/15 and 13/17: seed by seed, not of the means
-    assert "| atp | 0.6 | 1.50 | 16.00 ± 1.41 | 0.782 ± 0.025 | 0.750 | 2.00 | 30 | 0, 1 |" in found
-    assert "| dense_lora | all |  | 12.50 ± 0.71 | 1.000 ± 0.000 |  | 2.00 | 30 | 0, 1 |" in found
+    assert "| atp | 0.6 | 1.50 | 16.00 ± 1.41 | 0.782 ± 0.025 | 2.00 | 30 | 0, 1 |" in found
+    assert "| dense_lora | all |  | 12.50 ± 0.71 | 1.000 ± 0.000 | 2.00 | 30 | 0, 1 |" in found
     assert "INCOMPLETE" not in found
+
+
+def test_tasks_have_a_table_for_each_kind_of_metric() -> None:
+    rows = [*some(), row("atp", 0.6, 0, 40.0, "wikitext2.perplexity"), row("atp", 0.6, 0, 0.2, "meqsum.rougeL")]
+    rows += [row("dense_lora", 1.0, seed, 0.5, "mine.exact") for seed in (0, 1)]
+    found = text(rows)
+    assert "tasks, text**\n\n| method | keep | wikitext2.perplexity |\n| --- | --- | --- |\n| atp | 0.6 | 40.000 |\n\n" in found
+    assert "tasks, choices**\n\n| method | keep | rqe.accuracy |\n| --- | --- | --- |\n| atp | 0.6 | 0.750 |\n\n" in found
+    assert "tasks, answers**\n\n| method | keep | meqsum.rougeL |\n| --- | --- | --- |\n| atp | 0.6 | 0.200 |\n\n" in found
+    assert (
+        "tasks, exact**\n\n| method | keep | mine.exact |\n| --- | --- | --- |\n| dense_lora | all | 0.500 ± 0.000 |\n\n"
+        in found
+    )
 
 
 def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_same_seed() -> None:
     gains = [row("dense_lora", 1.0, 0, 0.2, "tasks_above_chance"), row("dense_lora", 1.0, 1, -0.1, "tasks_above_chance")]
     gains += [row("atp", 0.6, seed, 0.15, "tasks_above_chance") for seed in (0, 1)]
     found = text([*some(), *gains])
-    assert "| rqe.accuracy | tasks_above_chance | task retention |" in found
+    assert "| method | keep | tasks_above_chance | task retention |" in found
     # seed 1 has nothing above chance to retain
-    assert "| 0.750 | 0.150 ± 0.000 | 0.750 (n=1) |" in found
+    assert "| atp | 0.6 | 0.150 ± 0.000 | 0.750 (n=1) |" in found
     assert "task retention: that over dense LoRA's" in found
     assert "task retention" not in text(some())
 
@@ -55,7 +69,7 @@ def test_seconds_of_a_cpu_are_not_called_gpu_seconds() -> None:
 def test_missing_and_failed_seeds_are_named() -> None:
     failed: Row = {**row("flap", 0.6, 1, 0.0), "metric": "failed", "value": "error"}
     found = text([*some(), row("flap", 0.6, 0, 16.0), failed, row("wanda", 0.6, 1, 16.0)])
-    assert "| flap | 0.6 |  | 16.00 | 0.750 |  | 2.00 | 30 | 0; FAILED: 1 |" in found
+    assert "| flap | 0.6 |  | 16.00 | 0.750 | 2.00 | 30 | 0; FAILED: 1 |" in found
     assert "1; MISSING: 0 |" in found
     assert "INCOMPLETE: 2 of 8 runs are missing or failed" in found
 
@@ -63,7 +77,7 @@ def test_missing_and_failed_seeds_are_named() -> None:
 def test_what_was_asked_for_is_missing_until_it_is_there(tmp_path: Path) -> None:
     jobs = jobs_of(load(write_comparison(tmp_path, keep=[0.8, 0.6], seeds=[0, 1, 2])))
     found = markdown(sheets(joined([], some()), jobs))
-    assert "| atp | 0.8 |  |  |  |  |  |  | MISSING: 0, 1, 2 |" in found
+    assert "| atp | 0.8 |  |  |  |  |  | MISSING: 0, 1, 2 |" in found
     assert "0, 1; MISSING: 2 |" in found
     assert "INCOMPLETE: 5 of 9 runs" in found
 
@@ -154,11 +168,13 @@ def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> N
 
 
 def test_the_screen_shows_the_same(tmp_path: Path) -> None:
-    console = Console(width=160, record=True, file=(tmp_path / "screen").open("w"))
+    console = Console(width=100, record=True, file=(tmp_path / "screen").open("w"))
     console.print(render(sheets(joined([], [*some(), row("a[b]", 0.6, 0, 14.0)]))))
     shown = console.export_text()
     assert "16.00 ± 1.41" in shown
     assert "a[b]" in shown
+    assert "perplexity" in shown  # not cut off
+    assert "rqe  \n" in shown  # a task's name and its metric one above the other
     assert "▸ 14.00*" in shown
     console.file.close()
 

@@ -119,7 +119,8 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
     """The table on the screen; into ``out`` the table as Markdown and the figure."""
     from slimtune.comparison.figure import draw, drawable
     from slimtune.comparison.rows import put
-    from slimtune.comparison.table import markdown, render, sheets
+    from slimtune.comparison.sheet import markdown, render
+    from slimtune.comparison.table import sheets
 
     found = sheets(rows, asked)
     _wide().print(render(found))
@@ -136,7 +137,8 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
 def _list(asked: Order) -> None:
     """What would be run."""
     from slimtune.comparison.run import needed, present
-    from slimtune.comparison.table import listing, render
+    from slimtune.comparison.sheet import render
+    from slimtune.comparison.table import listing
 
     there = present(asked.work, asked.rows)
     todo = [job for job in asked.work if job not in there]

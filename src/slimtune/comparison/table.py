@@ -1,55 +1,26 @@
-"""Raw rows as tables, on the screen and as Markdown."""
+"""Raw rows as tables."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Container, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
-
-from rich import box
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
 
 from slimtune.comparison.jobs import Job
 from slimtune.comparison.rows import DENSE, GAIN, Row
+from slimtune.comparison.sheet import Sheet
 from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, spread
 
 
-@dataclass
-class Sheet:
-    """A table before it is drawn: texts, the best cells, and lines below."""
-
-    kind: Literal["figures", "means", "leads", "runs"]
-    title: str
-    columns: list[str]
-    rows: list[list[str]] = field(default_factory=list)
-    best: set[tuple[int, int]] = field(default_factory=set)
-    """Row and column of the cells to stress."""
-    notes: list[str] = field(default_factory=list)
-
-
 def sheets(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Sheet]:
-    """Three tables for each base and domain: all figures, perplexity by method and budget, and what atp is ahead by."""
+    """For each base and domain: all figures, those of its tasks, perplexity by method and budget, and what atp is ahead by."""
     found = []
     for board in boards(rows, asked):
-        found.append(_figures(board))
+        found += [_figures(board), *_tasks(board)]
         if board.methods:
             found.append(_overview(board))
         if OURS in board.methods and len(board.methods) > 1:
             found.append(_leads(board))
     return found
-
-
-def render(found: Iterable[Sheet]) -> RenderableType:
-    """For a terminal."""
-    return Group(*(_drawn(sheet) for sheet in found))
-
-
-def markdown(found: Iterable[Sheet]) -> str:
-    """The same as Markdown."""
-    return "\n".join(_marked(sheet) for sheet in found)
 
 
 def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = ()) -> Sheet:
@@ -69,17 +40,17 @@ def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = 
 
 GAINS = (
     f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's "
-    "answer; task retention: that over dense LoRA's; in brackets: what answers get that know nothing"
+    "answer; task retention: that over dense LoRA's"
 )
+BASELINES = "in brackets: what answers get that know nothing"
 
 
 def _figures(board: Board) -> Sheet:
     seconds = "GPU s" if _on_gpus(board) else "s"
-    gains = ["task retention"] if GAIN in board.metrics else []
     groups = ["KV groups"] if any(row.get("kv_groups") for row in board.rows) else []
-    measured = [_headed(board, metric) for metric in board.metrics]
+    measured = [metric for metric in board.metrics if "." not in metric and metric != GAIN]  # the others: _tasks
     before = ["method", "keep", "M params", *groups, "perplexity", "retention"]
-    columns = [*before, *measured, *gains, "M tokens", seconds, "seeds"]
+    columns = [*before, *measured, "M tokens", seconds, "seeds"]
     sheet = Sheet("figures", f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
         sheet.rows.append(
@@ -90,17 +61,52 @@ def _figures(board: Board) -> Sheet:
                 *(_count(_column(board, method, keep, "kv_groups")) for _ in groups),
                 spread(board.of(method, keep).values(), 2),
                 spread(board.retention(method, keep).values(), 3),
-                *(spread(board.of(method, keep, metric).values(), 3) for metric in board.metrics),
-                *(_task_retention(board, method, keep) for _ in gains),
+                *(spread(board.of(method, keep, metric).values(), 3) for metric in measured),
                 _millions(_column(board, method, keep, "tokens")),
                 _count(_column(board, method, keep, "gpu_seconds")),
                 _seeds(board, method, keep),
             ]
         )
     sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
-    if gains:
-        sheet.notes.append(GAINS)
     sheet.notes += _warnings(board)
+    return sheet
+
+
+KINDS = {
+    "text": ("perplexity", "bits_per_byte"),
+    "choices": ("accuracy", "macro_f1"),
+    "answers": ("rouge1", "rouge2", "rougeL"),
+}
+"""Tables of tasks, and the metrics in each; any other has its own."""
+
+
+def _tasks(board: Board) -> list[Sheet]:
+    """``task.metric``, a table for each kind of metric: no screen is wide enough for all of them in one."""
+    kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
+    for metric in board.metrics:
+        name = metric.partition(".")[2]
+        if name:
+            kinds.setdefault(next((kind for kind, names in KINDS.items() if name in names), name), []).append(metric)
+    found = [_task_scores(board)] if GAIN in board.metrics else []
+    for kind, metrics in kinds.items():
+        columns = ["method", "keep", *(_headed(board, metric) for metric in metrics)]
+        sheet = Sheet("tasks", f"{board.name}: tasks, {kind}", columns)
+        for method, keep in board.seeds:
+            cells = [spread(board.of(method, keep, metric).values(), 3) for metric in metrics]
+            if any(cells):
+                sheet.rows.append([method, _budget(keep), *cells])
+        if any("[" in column for column in columns):
+            sheet.notes.append(BASELINES)
+        found += [sheet] if metrics else []
+    return found
+
+
+def _task_scores(board: Board) -> Sheet:
+    sheet = Sheet("tasks", f"{board.name}: tasks, mean", ["method", "keep", GAIN, "task retention"])
+    for method, keep in board.seeds:
+        if scores := board.of(method, keep, GAIN):
+            sheet.rows.append([method, _budget(keep), spread(scores.values(), 3), _task_retention(board, method, keep)])
+    sheet.notes.append(GAINS)
     return sheet
 
 
@@ -240,25 +246,3 @@ def _lead(board: Board, rival: str, keep: float) -> str:
     error = board.text_error(rival, keep)
     text = "" if error is None else f", text ± {error:.2f}"
     return f"{sign} {'+' if mean >= 0 else ''}{spread(values, 2)}{few}{text}".strip()
-
-
-def _drawn(sheet: Sheet) -> RenderableType:
-    table = Table(title=Text(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for index, name in enumerate(sheet.columns):
-        left = index == 0 or name == "seeds"
-        table.add_column(Text(name), justify="left" if left else "right", no_wrap=index == 0)
-    for number, row in enumerate(sheet.rows):
-        best = [(number, column) in sheet.best for column in range(len(row))]
-        table.add_row(*(Text(f"▸ {cell}", "bold green") if it else Text(cell) for cell, it in zip(row, best, strict=True)))
-    return Group(table, *(Text(f"  {note}", "yellow" if note[:10].isupper() else "dim") for note in sheet.notes), Text())
-
-
-def _marked(sheet: Sheet) -> str:
-    lines = [f"**{sheet.title}**", "", _line(sheet.columns), _line("---" for _ in sheet.columns)]
-    for number, row in enumerate(sheet.rows):
-        lines.append(_line(f"**{cell}**" if (number, column) in sheet.best else cell for column, cell in enumerate(row)))
-    return "\n".join([*lines, "", *(f"{note.replace('*', chr(92) + '*')}.\n" for note in sheet.notes)])
-
-
-def _line(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
