@@ -4,7 +4,7 @@
 
 Of the first file: each rival over all texts and budgets, in pairs of the same seed, and which leads stand when all tests are
 held to 5% together (one-sided paired t-tests, Holm 1979). Of the others: what they have of the same method, budget and seed,
-minus the first file's figure. Needs scipy (``slimtune[eval]`` brings it).
+minus the first file's figure; names are compared, not what a method's words were. Needs scipy (``slimtune[eval]`` brings it).
 """
 
 from __future__ import annotations
