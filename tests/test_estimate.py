@@ -15,7 +15,10 @@ from transformers import AutoModelForCausalLM
 from families import tiny_config
 from slimtune.errors import UserError
 from slimtune.estimate import Estimate, estimate, render
+from slimtune.estimate.build import job_of
+from slimtune.estimate.cost import phases
 from slimtune.models.load import attach_lora, structure_of
+from slimtune.prune.least_squares import Takeover
 from slimtune.recipe import Recipe, parse
 
 LLAMA_3_8B = {
@@ -234,13 +237,56 @@ def test_a_refused_family_gives_its_reason() -> None:
         cost({"model_type": "mixtral"})
 
 
-def test_expected_time_is_operations_over_the_measured_rate() -> None:
+def test_solves_cost_what_a_flop_counter_sees_and_the_inverse() -> None:
+    config, model = tiny(**WIDE)
+    job = job_of(recipe_of(config), model.config, structure_of(model.config))
+    counted = inverse = 0
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            width = module.in_features
+            with FlopCounterMode(display=False) as counter:
+                takeover = Takeover.of(torch.eye(width), torch.arange(width // 4), 0.01)
+                assert takeover is not None
+                takeover.weight(module.weight.detach())
+            counted, inverse = counted + counter.get_total_flops(), inverse + (width // 4) ** 3
+    assert counted > 0
+    assert job.solve(0.25) == pytest.approx(counted + inverse)
+    assert job.solve(1.0) == sum(width**3 for width in job.consumers)
+
+
+def test_solves_come_once_a_step_of_a_search_that_compensates_and_once_at_a_rivals_cut() -> None:
+    config, model = tiny(**WIDE)
+    found = {}
+    for name, words in {
+        "none": {"compensate": {"weights": "none"}},
+        "ten": {"compensate": {"weights": "adapt"}, "search": {"steps": 10}},
+        "twenty": {"compensate": {"weights": "adapt"}, "search": {"steps": 20}},
+        "taylor": {"method": "twostage", "twostage": {"scores": "taylor"}, "compensate": {"weights": "adapt"}},
+        "taylor_ls": {"method": "twostage", "twostage": {"scores": "taylor", "least_squares": True}},
+        "generator": {"method": "twostage", "twostage": {"scores": "generator"}, "compensate": {"weights": "adapt"}},
+    }.items():
+        recipe = recipe_of(config, **{"budget": {"keep": 0.6}, **words})
+        job = job_of(recipe, model.config, structure_of(model.config))
+        found[name] = [phase.solve_flops for phase in phases(job, 1e12, 1e12)]
+        slow, none = phases(job, 1e12, 1e11)[0].seconds, phases(job, 1e12)[0].seconds
+        assert slow == pytest.approx((none or 0.0) + found[name][0] / 1e11)
+    assert found["none"] == [0.0] * 2
+    assert found["taylor"] == [0.0] * 2
+    assert found["ten"][0] > 0
+    assert found["ten"][1] == found["generator"][1] == found["taylor_ls"][1] == 0
+    assert found["twenty"][0] == pytest.approx(2 * found["ten"][0], rel=0.05)
+    assert found["taylor_ls"][0] == job.solve(job.part)
+
+
+def test_expected_time_is_operations_over_the_measured_rates() -> None:
     config, _ = tiny()
-    result = estimate(recipe_of(config))
+    result = estimate(recipe_of(config, compensate={"weights": "decide"}))
+    assert result.solve_flops
     assert result.matmul_flops is not None
     assert result.matmul_flops > 1e8
     for phase in result.phases:
-        assert phase.seconds == pytest.approx(phase.flops / (result.matmul_flops * result.efficiency))
+        solves = phase.solve_flops / result.solve_flops if result.solve_flops else 0.0
+        assert phase.seconds == pytest.approx((phase.flops / result.matmul_flops + solves) / result.efficiency)
 
 
 def test_tables_and_json_show_the_figures() -> None:

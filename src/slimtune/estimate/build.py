@@ -41,6 +41,7 @@ class Estimate:
         units: (layers, units by axis), equal neighbours together.
         memory: bytes of one process, by item.
         matmul_flops: measured operations a second of a plain matmul, or None.
+        solve_flops: the same in fp32, where solves (``compensate``) are among the work, else None.
         problem: why ``tune`` would refuse the run (its budget, its windows), or None.
     """
 
@@ -57,6 +58,7 @@ class Estimate:
     device: str
     dtype: str
     matmul_flops: float | None
+    solve_flops: float | None
     efficiency: float
     problem: str | None
 
@@ -82,6 +84,8 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     dtype = runtime.pick_precision(recipe.train.precision, kind)
     job = job_of(recipe, config, structure)
     rate = _matmul_rate(kind, dtype) if measure and (kind == "cpu" or torch.cuda.is_available()) else None
+    solving = _matmul_rate(kind, torch.float32) if rate and job.solves() else None
+    factors = EFFICIENCY[kind] * runtime.world_size(), EFFICIENCY[kind]
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),
@@ -91,11 +95,12 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         lora_params=job.lora(),
         lora_params_after=job.lora(job.part),
         generator_params=job.generator,
-        phases=tuple(phases(job, rate and rate * EFFICIENCY[kind] * runtime.world_size())),
+        phases=tuple(phases(job, rate and rate * factors[0], solving and solving * factors[1])),
         memory=memory(job, kind),
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
         matmul_flops=rate,
+        solve_flops=solving,
         efficiency=EFFICIENCY[kind],
         problem=_problem(recipe, config, structure, smallest),
     )

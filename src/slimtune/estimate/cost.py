@@ -8,7 +8,11 @@ Floating-point operations of a token (2 a multiply-add): forward ``f = 2 (block 
 ``2 f + 6 P_lora`` (LoRA: forward, and a backward that needs no gradient of the frozen weights), ``3 f`` (all weights)
 or ``2 f + 4 P_lora + 6 P_generator / tokens`` (decide); activation checkpointing adds the blocks' forward once more,
 a teacher one ``f``. Taking second moments of the consumers' inputs costs ``2 (A^2 + F^2)`` a layer, and so does each of the
-two passes through their innovations in a decide turn (``compensate``). Solves, evaluation and reading data are not counted.
+two passes through their innovations in a decide turn (``compensate``). Evaluation and reading data are not counted.
+
+Apart from the tokens, in fp32 or fp64: a search step with ``compensate`` fits every consumer anew. With k inputs kept and g
+gone, ``k^3`` for the inverse (Cholesky ``k^3 / 3``, then ``2 k^3 / 3``) and ``2 g k (k + D)`` for what kept columns take over.
+The k falls with the search's target; a consumer whose mask stays costs nothing.
 
 Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
 ``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
@@ -23,6 +27,7 @@ turn of more windows may need more.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -39,7 +44,7 @@ GRADIENTS = ("taylor", "generator")
 class Phase:
     """One phase: steps, tokens of all turns, floating-point operations, seconds (None without a measured rate).
 
-    ``step_flops`` leaves out what comes before the first step (the prior).
+    ``step_flops`` leaves out what comes before the first step (the prior), ``flops`` the solves that each process makes.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Phase:
     flops: float
     seconds: float | None
     step_flops: float
+    solve_flops: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -117,23 +123,48 @@ class Job:
         """Operations of one token that takes the second moments of all consumers' inputs, or their innovations, once."""
         return sum(2 * width**2 for width in self.consumers)
 
+    def solve(self, part: float) -> float:
+        """Operations of fitting all consumers when ``part`` of the inputs is kept."""
+        sizes = [(part * width, (1 - part) * width) for width in self.consumers]
+        return sum(kept**3 + 2 * gone * kept * (kept + self.config.hidden_size) for kept, gone in sizes)
+
+    def solves(self) -> float:
+        """Those of all steps of the search, whose target falls geometrically over ``search.ramp``; of a rival, at its cut."""
+        search, rival = self.recipe.search, self.recipe.method == "twostage" and self.recipe.twostage.least_squares
+        if not self.searches:
+            return self.solve(self.part) if rival else 0.0
+        if self.recipe.compensate.weights == "none":
+            return 0.0
+        fall = max(1.0, search.ramp * search.steps)
+        return sum(self.solve(self.part ** min(1.0, (step + 1) / fall)) for step in range(search.steps))
+
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""
         again = self.recipe.model.checkpointing != "none"
         return self.forward(part) - 2 * self.head_params if again else 0.0
 
 
-def phases(job: Job, speed: float | None) -> list[Phase]:
-    """The phases of the run. ``speed``: operations a second over all processes."""
+Turn = tuple[float, float]
+
+
+def phases(job: Job, speed: float | None, solving: float | None = None) -> list[Phase]:
+    """The phases of the run.
+
+    Args:
+        job: the run.
+        speed: operations a second over all processes.
+        solving: in fp32, of one process, for the solves that each of them makes.
+    """
     recipe = job.recipe
     step_tokens = recipe.train.batch * recipe.data.max_length
 
-    def phase(name: str, steps: int, turns: list[tuple[float, float]], first: list[tuple[float, float]] | None = None) -> Phase:
+    def phase(name: str, steps: int, turns: Sequence[Turn], first: Sequence[Turn] = (), solves: float = 0.0) -> Phase:
         """``turns`` (and those before the first step): (steps of ``train.batch`` windows, operations a token)."""
-        whole = [*turns, *(first or [])]
+        whole = [*turns, *first]
         flops, of_steps = (sum(count * step_tokens * cost for count, cost in each) for each in (whole, turns))
         tokens = round(sum(count for count, _ in whole) * step_tokens)
-        return Phase(name, steps, tokens, flops, flops / speed if speed else None, of_steps)
+        seconds = flops / speed + (solves / solving if solving else 0.0) if speed else None
+        return Phase(name, steps, tokens, flops, seconds, of_steps, solves)
 
     if recipe.method == "finetune":
         return [phase("tune", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
@@ -153,12 +184,12 @@ def phases(job: Job, speed: float | None) -> list[Phase]:
     if recipe.method == "twostage":
         score = decide if recipe.twostage.scores in GRADIENTS else job.forward()
         steps = search if recipe.twostage.scores == "generator" else 0
-        rows = [phase("decide", steps, [], first=_scoring(job, score))]
+        rows = [phase("decide", steps, [], first=_scoring(job, score), solves=job.solves())]
         rows.append(phase("recover", recipe.tuning_steps, [(recipe.tuning_steps, job.adapt(part))]))
         return rows + reference
     settle = recipe.settle_steps
     recovering = job.adapt(part) + (teacher if recipe.distill.recover or recipe.distill.teacher else 0.0)
-    rows = [phase("search", search, turns, first=prior)]
+    rows = [phase("search", search, turns, first=prior, solves=job.solves())]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
     rows.append(phase("recover", recover - settle, [(recover - settle, recovering)]))

@@ -67,9 +67,16 @@ def _footnote(estimate: Estimate) -> str:
         return f"No matmul was timed for {machine} on this machine, so no time is expected."
     return (
         f"Expected time = FLOP / ({estimate.matmul_flops / 1e9:,.0f} GFLOP/s, a matmul timed just now on {machine}, "
-        f"x {estimate.efficiency} assumed efficiency x processes); evaluation, data and set-up are not in it. "
-        "The formulas stand in slimtune/estimate/cost.py."
+        f"x {estimate.efficiency} assumed efficiency x processes); {_solves(estimate)}"
+        "evaluation, data and set-up are not in it. The formulas stand in slimtune/estimate/cost.py."
     )
+
+
+def _solves(estimate: Estimate) -> str:
+    work = sum(phase.solve_flops for phase in estimate.phases) / 1e12
+    if not estimate.solve_flops:
+        return ""
+    return f"for compensation {work:,.1f} TFLOP more in each process, at {estimate.solve_flops / 1e9:,.0f} GFLOP/s in fp32; "
 
 
 def _clock(seconds: float | None) -> str:
