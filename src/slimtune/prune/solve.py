@@ -94,13 +94,15 @@ def _items(scores: Mapping[Site, Tensor], structure: Structure, multiple: int) -
     rest: list[_Item] = []
     for site in structure.sites():
         layer, axis = site
-        values = scores[site].detach().double().cpu()
-        order = torch.sort(values, descending=True, stable=True).indices.tolist()
-        size = multiple if axis == FFN else 1
-        chunks = [order[start : start + size] for start in range(0, len(order), size)]
-        for number, units in enumerate(chunks):
-            score = float(values[units].mean())
-            item = _Item(score, len(units) * structure.layers[layer].unit_params[axis], site, tuple(units))
+        ranked = torch.sort(scores[site].detach().double().cpu(), descending=True, stable=True)
+        order, size = ranked.indices.tolist(), multiple if axis == FFN else 1
+        whole = len(order) // size * size
+        means = ranked.values[:whole].view(-1, size).mean(1).tolist()  # of all blocks at once: an 8B model has thousands
+        if whole < len(order):
+            means.append(float(ranked.values[whole:].mean()))
+        for number, score in enumerate(means):
+            units = tuple(order[number * size : (number + 1) * size])
+            item = _Item(score, len(units) * structure.layers[layer].unit_params[axis], site, units)
             (must if number == 0 else rest).append(item)
     return must, rest
 

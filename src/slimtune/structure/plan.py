@@ -42,7 +42,7 @@ class Plan:
             structure.family.model_type,
             structure.group,
             tuple(dict(layer.units) for layer in structure.layers),
-            tuple({axis: tuple(sorted(int(unit) for unit in layer[axis])) for axis in AXES} for layer in kept),
+            tuple({axis: tuple(sorted(map(int, layer[axis]))) for axis in AXES} for layer in kept),
             notes,
         )
         plan.check(structure)
