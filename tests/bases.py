@@ -125,6 +125,14 @@ class Bench:
         return parse(raw)
 
 
+@torch.no_grad()
+def verify_here(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor) -> float:
+    """``export.verify`` without its fresh process, which takes longer than a tiny run: for what is read, not for who reads."""
+    how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
+    return float((model(input_ids=input_ids).logits - expected).abs().max())
+
+
 def metrics(out: Path | str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without their times."""
     lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

@@ -1,6 +1,7 @@
 """Alternating decide and adapt turns on one tiny model, in one process or (as a script) in two under DDP and FSDP2.
 
-``python worker.py OUT`` forks two gloo ranks after its imports, which take longer than everything the ranks do.
+``python worker.py OUT RECIPE`` has torchrun start two ranks for these, and two for ``slimtune tune RECIPE``. They are forked
+after the imports of this file, which take longer than everything the ranks do.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.run
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: tests/ holds gated.py
 
+import slimtune.pipeline
 from gated import random_model, random_plan
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import enable_checkpointing
@@ -125,13 +128,17 @@ def _whole(parameter: Tensor) -> Tensor:
     return full.detach().clone()
 
 
-def run_rank(rank: int, world: int, folder: Path) -> None:
-    # accelerate wants an address to be set, though the ranks meet in a file (no port to collide on)
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+def differences(record: dict[str, Any], reference: dict[str, Any], key: str) -> float:
+    """The largest difference over the largest entry."""
+    largest = max(float(value.abs().max()) for value in reference[key].values())
+    return max(float((record[key][site] - value).abs().max()) for site, value in reference[key].items()) / largest
+
+
+def run_rank(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
     accelerator = Accelerator(cpu=True)
-    assert accelerator.num_processes == world
+    assert accelerator.num_processes == 2
     for wrapper in WRAPPERS:
         for checkpointing in CHECKPOINTING:
             alternation = Alternation(accelerator, "llama-bias", checkpointing, wrapper)
@@ -143,6 +150,14 @@ def run_rank(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def torchrun(script: str, *arguments: str) -> None:
+    torch.distributed.run.main(["--standalone", "--nproc_per_node=2", "--start-method=fork", "--run-path", script, *arguments])
+
+
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    torch.multiprocessing.start_processes(run_rank, (2, Path(sys.argv[1])), nprocs=2, start_method="fork")
+    if "RANK" in os.environ:
+        torch.set_num_threads(1)
+        run_rank(Path(sys.argv[1]))
+    else:
+        torchrun(str(Path(__file__).resolve()), sys.argv[1])
+        torchrun(str(Path(slimtune.pipeline.__file__).with_name("__main__.py")), "tune", sys.argv[2])
