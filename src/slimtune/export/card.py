@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 
 from slimtune.models.load import BUILTIN
 from slimtune.recipe import Recipe
@@ -176,8 +177,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     cut = any(len(kept[axis]) < full[axis] for kept, full in zip(plan.kept, plan.full, strict=True) for axis in kept)
     figures = {name: dict(values) for name, values in dict(known.get("figures", {})).items()}
     metrics = list(dict.fromkeys(metric for values in figures.values() for metric in values))
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
-    return environment.from_string(_TEMPLATE).render(
+    return _template().render(
         title=known.get("title", "Pruned model" if cut else "Tuned model"),
         cut=cut,
         base=base,
@@ -193,6 +193,11 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         architecture=(config.get("architectures") or ["?"])[0],
         widths=_widths(plan),
     )
+
+
+@functools.cache
+def _template() -> Template:
+    return Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(_TEMPLATE)
 
 
 def write(folder: Path, facts: Mapping[str, Any], plan: Plan) -> Path:

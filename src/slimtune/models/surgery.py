@@ -163,11 +163,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
     The model stays in train mode, because activation checkpointing is only active there.
     """
-    dropouts: list[Any] = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+    modules: list[Any] = list(model.modules())
+    dropouts = [module for module in modules if isinstance(module, nn.Dropout)]
     rates = [module.p for module in dropouts]
-    attention: list[Any] = [
-        module for module in model.modules() if isinstance(getattr(module, "attention_dropout", None), float)
-    ]
+    # vars, because an attribute that a module lacks is looked for long, and a model has thousands of modules
+    attention = [module for module in modules if isinstance(vars(module).get("attention_dropout"), float)]
     attention_rates = [module.attention_dropout for module in attention]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for module in dropouts:
