@@ -45,6 +45,12 @@ def finished(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, tune(bench.recipe(out, export__verify=True, evaluate__dense_lora=True))
 
 
+@pytest.fixture(autouse=True)
+def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixth of such a short run, tested elsewhere and in ``finished``."""
+    monkeypatch.setattr(pipeline, "self_check", lambda config, seed: 0.0)
+
+
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for file in folder.glob("*.safetensors"):
