@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from pathlib import Path
@@ -10,16 +11,37 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import hypothesis
-import numpy as np
 import pytest
-import torch
 
-torch.set_num_threads(1)
 
-# Examples take as long as a shared machine lets them; the same ones on every run, so a red run can be repeated.
-hypothesis.settings.register_profile("slimtune", deadline=None, derandomize=True, print_blob=True)
-hypothesis.settings.load_profile("slimtune")
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") != "no":  # hands out tests to workers and runs none: nothing heavy, they wait for it
+        return
+    gc.disable()  # until all is imported: a tenth of that time
+    import hypothesis
+    import torch
+
+    torch.set_num_threads(1)
+    # Examples take as long as a shared machine lets them; the same ones on every run, so a red run can be repeated.
+    hypothesis.settings.register_profile("slimtune", deadline=None, derandomize=True, print_blob=True)
+    hypothesis.settings.load_profile("slimtune")
+
+
+SLOW = ("methods", "test_pipeline.py", "test_assets.py", "parity", "contract", "models", "evaluate", "comparison", "e2e")
+"""What takes long is handed out first, and the rest evens out which worker ends when."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(Path(__file__).parent).parts[0]
+        return SLOW.index(name) if name in SLOW else len(SLOW)
+
+    items.sort(key=place)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the million objects of the libraries stay: the collector need not look at them again and again
+    gc.enable()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +56,9 @@ def record(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)

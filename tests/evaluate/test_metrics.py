@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from sklearn.metrics import f1_score
 
 from slimtune.evaluate import metrics
 
@@ -18,6 +17,8 @@ def test_the_likeliest_choice_and_ties() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_macro_f1_is_that_of_scikit_learn(seed: int) -> None:
+    from sklearn.metrics import f1_score  # slow to import: not in every process that collects
+
     labels, answers = np.random.default_rng(seed).integers(0, 4, (2, 12)).tolist()
     assert metrics.macro_f1(list(zip(labels, answers, strict=True))) == pytest.approx(
         f1_score(labels, answers, average="macro")
