@@ -27,7 +27,7 @@ turn of more windows may need more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
@@ -67,6 +67,11 @@ class Job:
     whole: bool
     generator: int
     bytes_: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an adapt turn over all processes."""
+        return self.recipe.train.batch * self.recipe.data.max_length
 
     @property
     def query_widths(self) -> int:
@@ -155,22 +160,12 @@ def phases(job: Job, speed: float | None, solving: float | None = None) -> list[
         speed: operations a second over all processes.
         solving: in fp32, of one process, for the solves that each of them makes.
     """
-    recipe = job.recipe
-    step_tokens = recipe.train.batch * recipe.data.max_length
-
-    def phase(name: str, steps: int, turns: Sequence[Turn], first: Sequence[Turn] = (), solves: float = 0.0) -> Phase:
-        """``turns`` (and those before the first step): (steps of ``train.batch`` windows, operations a token)."""
-        whole = [*turns, *first]
-        flops, of_steps = (sum(count * step_tokens * cost for count, cost in each) for each in (whole, turns))
-        tokens = round(sum(count for count, _ in whole) * step_tokens)
-        seconds = flops / speed + (solves / solving if solving else 0.0) if speed else None
-        return Phase(name, steps, tokens, flops, seconds, of_steps, solves)
-
+    recipe, phase = job.recipe, _timed(job, speed, solving)
     if recipe.method == "finetune":
         return [phase("tune", recipe.train.steps, [(recipe.train.steps, job.adapt())])]
     search, recover, part = recipe.search.steps, recipe.recover.steps, job.part
     small = (recipe.search.batch or recipe.train.batch) / recipe.train.batch
-    decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (small * step_tokens)
+    decide = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (small * job.step_tokens)
     prior = [
         (small * recipe.generator.prior_steps * passes, cost)
         for passes, cost in zip(recipe.prior_passes, (decide, job.forward() + job.moments()), strict=True)
@@ -194,6 +189,20 @@ def phases(job: Job, speed: float | None, solving: float | None = None) -> list[
         rows.append(phase("settle", settle, [(settle, job.adapt() + teacher)]))
     rows.append(phase("recover", recover - settle, [(recover - settle, recovering)]))
     return rows + reference
+
+
+def _timed(job: Job, speed: float | None, solving: float | None) -> Callable[..., Phase]:
+    """What makes a phase of its turns; see ``phases`` for the rates."""
+
+    def phase(name: str, steps: int, turns: Sequence[Turn], first: Sequence[Turn] = (), solves: float = 0.0) -> Phase:
+        """``turns`` (and those before the first step): (steps of ``train.batch`` windows, operations a token)."""
+        whole = [*turns, *first]
+        flops, of_steps = (sum(count * job.step_tokens * cost for count, cost in each) for each in (whole, turns))
+        tokens = round(sum(count for count, _ in whole) * job.step_tokens)
+        seconds = flops / speed + (solves / solving if solving else 0.0) if speed else None
+        return Phase(name, steps, tokens, flops, seconds, of_steps, solves)
+
+    return phase
 
 
 def _scoring(job: Job, score: float) -> list[tuple[float, float]]:
