@@ -186,6 +186,17 @@ def test_the_table_shows_before_and_after(finished: tuple[Path, dict[str, Any]])
     assert "accuracy" not in text  # there are no multiple-choice rows
 
 
+def test_a_result_worse_than_the_base_is_told(finished: tuple[Path, dict[str, Any]]) -> None:
+    _, summary = finished
+    worse = {**summary, "result": {**summary["result"], "ppl": 289.05}, "base": {**summary["base"], "ppl": 30.61}}
+    told = " ".join(rendered(worse).split())
+    assert "caution perplexity is above the base's, 289.05 for 30.61" in told
+    assert "train.warmup; else raise recover.steps or budget.keep" in told
+    assert "else raise train.steps" in " ".join(rendered({**worse, "method": "finetune"}).split())
+    for fine in ({**worse, "base": None}, {**worse, "base": {**worse["base"], "ppl": 289.05}}):
+        assert "caution" not in rendered(fine)
+
+
 def test_choices_give_an_accuracy_in_summary_and_table(bench: Bench, tmp_path: Path) -> None:
     rows = [
         {"prompt": text, "completion": [" yes", " no"][i % 2], "choices": ["yes", "no"], "label": i % 2}

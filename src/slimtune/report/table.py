@@ -27,7 +27,19 @@ def render(summary: Summary) -> RenderableType:
             table.add_row(label, *cells)
     for key in dict.fromkeys(key for name in present for key in summary[name] if _of_task(key)):
         table.add_row(key.replace(".", ", ").replace("_", " "), *(_task_cell(summary[name], key) for name in present))
-    return Group(table, Text(_footer(summary)))
+    return Group(table, Text(_footer(summary)), *(Text(line, "yellow") for line in _cautions(summary)))
+
+
+def _cautions(summary: Summary) -> list[str]:
+    """What a reader of the figures should not overlook."""
+    base, result = summary.get("base") or {}, summary["result"]
+    if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= base["ppl"]:
+        return []
+    more = "train.steps" if summary["method"] == "finetune" else "recover.steps or budget.keep"
+    return [
+        f"caution    perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}: if the loss rose in training, lower "
+        f"train.lr or raise train.warmup; else raise {more}"
+    ]
 
 
 def _of_task(key: str) -> bool:
