@@ -36,10 +36,8 @@ def _cautions(summary: Summary) -> list[str]:
     if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= base["ppl"]:
         return []
     more = "train.steps" if summary["method"] == "finetune" else "recover.steps or budget.keep"
-    return [
-        f"caution    perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}: if the loss rose in training, lower "
-        f"train.lr or raise train.warmup; else raise {more}"
-    ]
+    told = f"perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}"
+    return [f"caution    {told}: if the loss rose in training, lower train.lr or raise train.warmup; else raise {more}"]
 
 
 def _of_task(key: str) -> bool:
