@@ -264,6 +264,14 @@ def test_solves_come_once_a_step_of_a_search_that_compensates_and_once_at_a_riva
         "taylor": {"method": "twostage", "twostage": {"scores": "taylor"}, "compensate": {"weights": "adapt"}},
         "taylor_ls": {"method": "twostage", "twostage": {"scores": "taylor", "least_squares": True}},
         "generator": {"method": "twostage", "twostage": {"scores": "generator"}, "compensate": {"weights": "adapt"}},
+        "generator_ls": {"method": "twostage", "twostage": {"scores": "generator", "least_squares": True}},
+        "every_fourth": {
+            "method": "twostage",
+            "twostage": {"scores": "generator"},
+            "compensate": {"weights": "adapt"},
+            "search": {"decide_every": 4},
+        },
+        "decide": {"compensate": {"weights": "decide"}, "search": {"steps": 10}},
     }.items():
         recipe = recipe_of(config, **{"budget": {"keep": 0.6}, **words})
         job = job_of(recipe, model.config, structure_of(model.config))
@@ -275,17 +283,19 @@ def test_solves_come_once_a_step_of_a_search_that_compensates_and_once_at_a_riva
     assert found["ten"][0] > 0
     assert found["ten"][1] == found["generator"][1] == found["taylor_ls"][1] == 0
     assert found["twenty"][0] == pytest.approx(2 * found["ten"][0], rel=0.05)
-    assert found["taylor_ls"][0] == job.solve(job.part)
+    assert found["taylor_ls"][0] == found["generator_ls"][0] == job.solve(job.part)
+    assert found["every_fourth"][0] == pytest.approx(found["generator"][0] / 4, rel=0.2)
+    assert found["decide"][0] == found["ten"][0] + job.solve(1.0)
 
 
 def test_expected_time_is_operations_over_the_measured_rates() -> None:
     config, _ = tiny()
     result = estimate(recipe_of(config, compensate={"weights": "decide"}))
-    assert result.solve_flops
+    assert result.solve_rate
     assert result.matmul_flops is not None
     assert result.matmul_flops > 1e8
     for phase in result.phases:
-        solves = phase.solve_flops / result.solve_flops if result.solve_flops else 0.0
+        solves = phase.solve_flops / result.solve_rate if result.solve_rate else 0.0
         assert phase.seconds == pytest.approx((phase.flops / result.matmul_flops + solves) / result.efficiency)
 
 

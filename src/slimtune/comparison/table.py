@@ -84,21 +84,28 @@ def _tasks(board: Board) -> list[Sheet]:
     """``task.metric``, a table for each kind of metric: no screen is wide enough for all of them in one."""
     kinds: dict[str, list[str]] = {kind: [] for kind in KINDS}
     for metric in board.metrics:
-        name = metric.partition(".")[2]
-        if name:
+        name = metric.rpartition(".")[2]
+        if "." in metric:
             kinds.setdefault(next((kind for kind, names in KINDS.items() if name in names), name), []).append(metric)
     found = [_task_scores(board)] if GAIN in board.metrics else []
     for kind, metrics in kinds.items():
         columns = ["method", "keep", *(_headed(board, metric) for metric in metrics)]
         sheet = Sheet("tasks", f"{board.name}: tasks, {kind}", columns)
         for method, keep in board.seeds:
-            cells = [spread(board.of(method, keep, metric).values(), 3) for metric in metrics]
+            cells = [_of_seeds(board, method, keep, metric) for metric in metrics]
             if any(cells):
                 sheet.rows.append([method, _budget(keep), *cells])
         if any("[" in column for column in columns):
             sheet.notes.append(BASELINES)
         found += [sheet] if metrics else []
     return found
+
+
+def _of_seeds(board: Board, method: str, keep: float, metric: str) -> str:
+    """Mean and spread, and of how many seeds where others have a perplexity only."""
+    values, seeds = board.of(method, keep, metric), board.of(method, keep)
+    few = f" (n={len(values)})" if 0 < len(values) < len(seeds) else ""
+    return spread(values.values(), 3) + few
 
 
 def _task_scores(board: Board) -> Sheet:

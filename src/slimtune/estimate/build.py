@@ -41,7 +41,7 @@ class Estimate:
         units: (layers, units by axis), equal neighbours together.
         memory: bytes of one process, by item.
         matmul_flops: measured operations a second of a plain matmul, or None.
-        solve_flops: the same in fp32, where solves (``compensate``) are among the work, else None.
+        solve_rate: the same in fp32, where solves (``compensate``) are among the work, else None.
         problem: why ``tune`` would refuse the run (its budget, its windows), or None.
     """
 
@@ -58,7 +58,7 @@ class Estimate:
     device: str
     dtype: str
     matmul_flops: float | None
-    solve_flops: float | None
+    solve_rate: float | None
     efficiency: float
     problem: str | None
 
@@ -68,7 +68,7 @@ class Estimate:
 
 
 def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
-    """The cost of a run. Reads config.json (or the inline config) only; times a matmul for less than a second.
+    """The cost of a run. Reads config.json (or the inline config) only; times a matmul or two, each for less than a second.
 
     Args:
         recipe: the run; its data need not exist.
@@ -84,7 +84,8 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     dtype = runtime.pick_precision(recipe.train.precision, kind)
     job = job_of(recipe, config, structure)
     rate = _matmul_rate(kind, dtype) if measure and (kind == "cpu" or torch.cuda.is_available()) else None
-    solving = _matmul_rate(kind, torch.float32) if rate and job.solves() else None
+    exact = rate if dtype == torch.float32 else None
+    solving = (exact or _matmul_rate(kind, torch.float32)) if rate and job.solves() else None
     factors = EFFICIENCY[kind] * runtime.world_size(), EFFICIENCY[kind]
     return Estimate(
         model_type=structure.family.model_type,
@@ -100,7 +101,7 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
         matmul_flops=rate,
-        solve_flops=solving,
+        solve_rate=solving,
         efficiency=EFFICIENCY[kind],
         problem=_problem(recipe, config, structure, smallest),
     )

@@ -134,14 +134,18 @@ class Job:
         return sum(kept**3 + 2 * gone * kept * (kept + self.config.hidden_size) for kept, gone in sizes)
 
     def solves(self) -> float:
-        """Those of all steps of the search, whose target falls geometrically over ``search.ramp``; of a rival, at its cut."""
-        search, rival = self.recipe.search, self.recipe.method == "twostage" and self.recipe.twostage.least_squares
-        if not self.searches:
-            return self.solve(self.part) if rival else 0.0
-        if self.recipe.compensate.weights == "none":
-            return 0.0
-        fall = max(1.0, search.ramp * search.steps)
-        return sum(self.solve(self.part ** min(1.0, (step + 1) / fall)) for step in range(search.steps))
+        """Those of the steps of a search, whose target falls geometrically over ``search.ramp``, and at a cut.
+
+        The masks of ``twostage`` move with the decide turns, those of ATP at every step of the ramp and with them after it.
+        """
+        search, weights, rival = self.recipe.search, self.recipe.compensate.weights, self.recipe.method == "twostage"
+        refit = self.solve(self.part) if rival and self.recipe.twostage.least_squares else 0.0
+        if not self.searches or weights == "none":
+            return refit
+        fall, every = max(1.0, search.ramp * search.steps), search.decide_every
+        moved = [step for step in range(search.steps) if step % every == 0 or not (rival or step > fall)]
+        before = self.solve(1.0) if weights == "decide" else 0.0  # innovations of the open model, for the first turn
+        return before + sum(self.solve(self.part ** min(1.0, (step + 1) / fall)) for step in moved) + refit
 
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""
@@ -158,7 +162,7 @@ def phases(job: Job, speed: float | None, solving: float | None = None) -> list[
     Args:
         job: the run.
         speed: operations a second over all processes.
-        solving: in fp32, of one process, for the solves that each of them makes.
+        solving: in fp32, of one process, for the solves that each of them makes; without it they take no time.
     """
     recipe, phase = job.recipe, _timed(job, speed, solving)
     if recipe.method == "finetune":

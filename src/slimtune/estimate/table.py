@@ -74,9 +74,12 @@ def _footnote(estimate: Estimate) -> str:
 
 def _solves(estimate: Estimate) -> str:
     work = sum(phase.solve_flops for phase in estimate.phases) / 1e12
-    if not estimate.solve_flops:
+    if not estimate.solve_rate:
         return ""
-    return f"for compensation {work:,.1f} TFLOP more in each process, at {estimate.solve_flops / 1e9:,.0f} GFLOP/s in fp32; "
+    return (
+        f"for the solves of compensation {work:,.1f} TFLOP more in each process, at {estimate.solve_rate / 1e9:,.0f} GFLOP/s x "
+        f"{estimate.efficiency} (fp32; those of narrow layers are in fp64 and take longer); "
+    )
 
 
 def _clock(seconds: float | None) -> str:

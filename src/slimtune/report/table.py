@@ -33,7 +33,7 @@ def render(summary: Summary) -> RenderableType:
 def _cautions(summary: Summary) -> list[str]:
     """What a reader of the figures should not overlook."""
     base, result = summary.get("base") or {}, summary["result"]
-    if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= base["ppl"]:
+    if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= 1.01 * base["ppl"]:  # nan is told as well
         return []
     more = "train.steps" if summary["method"] == "finetune" else "recover.steps or budget.keep"
     told = f"perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}"
