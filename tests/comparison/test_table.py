@@ -42,13 +42,13 @@ def test_tasks_have_a_table_for_each_kind_of_metric() -> None:
     rows = [*some(), row("atp", 0.6, 0, 40.0, "wikitext2.perplexity"), row("atp", 0.6, 0, 0.2, "meqsum.rougeL")]
     rows += [row("dense_lora", 1.0, seed, 0.5, "mine.exact") for seed in (0, 1)]
     found = text(rows)
-    assert "tasks, text**\n\n| method | keep | wikitext2.perplexity |\n| --- | --- | --- |\n| atp | 0.6 | 40.000 (n=1) |\n\n" in found
-    assert "tasks, choices**\n\n| method | keep | rqe.accuracy |\n| --- | --- | --- |\n| atp | 0.6 | 0.750 (n=1) |\n\n" in found
-    assert "tasks, answers**\n\n| method | keep | meqsum.rougeL |\n| --- | --- | --- |\n| atp | 0.6 | 0.200 (n=1) |\n\n" in found
-    assert (
-        "tasks, exact**\n\n| method | keep | mine.exact |\n| --- | --- | --- |\n| dense_lora | all | 0.500 ± 0.000 |\n\n"
-        in found
-    )
+    for kind, metric, line in (
+        ("text", "wikitext2.perplexity", "atp | 0.6 | 40.000 (n=1)"),
+        ("choices", "rqe.accuracy", "atp | 0.6 | 0.750 (n=1)"),
+        ("answers", "meqsum.rougeL", "atp | 0.6 | 0.200 (n=1)"),
+        ("exact", "mine.exact", "dense_lora | all | 0.500 ± 0.000"),
+    ):
+        assert f"tasks, {kind}**\n\n| method | keep | {metric} |\n| --- | --- | --- |\n| {line} |\n\n" in found
 
 
 def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_same_seed() -> None:
