@@ -49,12 +49,14 @@ def measured(recipe: Recipe, summary: dict[str, Any]) -> dict[str, Any]:
 
 
 def expected(recipe: Recipe) -> dict[str, Any]:
-    """The same from ``slimtune estimate``, without the passes for the prior, which come before the first step."""
-    found = estimate(recipe.model_copy(update={"generator": recipe.generator.model_copy(update={"prior": "none"})}))
+    """The same from ``slimtune estimate``, without the passes for prior and moments, which come before the first step."""
+    found = estimate(recipe)
     values: dict[str, Any] = {"peak_gib": sum(found.memory.values()) / 2**30}
     for phase in found.phases:
-        if phase.seconds and phase.name in ("search", "recover"):
-            values[f"{phase.name}_seconds"] = phase.seconds / phase.steps
+        if found.matmul_flops and phase.name in ("search", "recover"):
+            solves = phase.solve_flops / found.solve_rate if found.solve_rate else 0.0
+            seconds = (phase.step_flops / found.matmul_flops + solves) / found.efficiency
+            values[f"{phase.name}_seconds"] = seconds / phase.steps
     return values
 
 

@@ -186,6 +186,19 @@ def test_the_table_shows_before_and_after(finished: tuple[Path, dict[str, Any]])
     assert "accuracy" not in text  # there are no multiple-choice rows
 
 
+def test_nothing_is_trained_where_masked_and_cut_logits_differ(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(config: Any, seed: int) -> float:
+        raise UserError("masked and cut logits differ")
+
+    monkeypatch.setattr(pipeline, "self_check", fails)
+    with pytest.raises(UserError, match="masked and cut logits differ"):
+        tune(bench.recipe(tmp_path / "run"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
 def test_a_result_worse_than_the_base_is_told(finished: tuple[Path, dict[str, Any]]) -> None:
     _, summary = finished
     worse = {**summary, "result": {**summary["result"], "ppl": 289.05}, "base": {**summary["base"], "ppl": 30.61}}
