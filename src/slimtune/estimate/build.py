@@ -86,7 +86,7 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
     rate = _matmul_rate(kind, dtype) if measure and (kind == "cpu" or torch.cuda.is_available()) else None
     exact = rate if dtype == torch.float32 else None
     solving = (exact or _matmul_rate(kind, torch.float32)) if rate and job.solves() else None
-    factors = EFFICIENCY[kind] * runtime.world_size(), EFFICIENCY[kind]
+    speed, solver = (value and value * EFFICIENCY[kind] for value in (rate, solving))
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),
@@ -96,7 +96,7 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         lora_params=job.lora(),
         lora_params_after=job.lora(job.part),
         generator_params=job.generator,
-        phases=tuple(phases(job, rate and rate * factors[0], solving and solving * factors[1])),
+        phases=tuple(phases(job, speed and speed * runtime.world_size(), solver)),
         memory=memory(job, kind),
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
