@@ -17,7 +17,7 @@ import pytest
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no":  # hands out tests to workers and runs none: nothing heavy, they wait for it
         return
-    gc.disable()  # until all is imported: a tenth of that time
+    gc.disable()  # until all is imported, which makes a million objects that stay
     import hypothesis
     import torch
 

@@ -25,7 +25,7 @@ run = CliRunner().invoke
 # lm_eval's command, but for the index of the 14,000 files of its own tasks, which takes longer than all the rest.
 PLAIN_LM_EVAL = """
 import gc
-gc.disable()  # a tenth of the time
+gc.disable()  # a process that ends soon
 import functools, lm_eval.tasks
 from lm_eval.__main__ import cli_evaluate
 lm_eval.tasks.TaskManager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
