@@ -62,6 +62,28 @@ def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_sa
     assert "task retention" not in text(some())
 
 
+def test_tasks_that_dense_lora_did_not_learn_are_left_out_of_the_learned() -> None:
+    def score(method: str, keep: float, seed: int, metric: str, value: float, low: float) -> Row:
+        baseline = {"majority": 0.5} if metric == "rqe.accuracy" else {"chance": 0.1}
+        return {**row(method, keep, seed, value, metric), "low": low, "high": 1.0, **baseline}
+
+    scores = [score("dense_lora", 1.0, seed, "rqe.accuracy", 0.6, low) for seed, low in ((0, 0.51), (1, 0.49))]
+    scores += [score("dense_lora", 1.0, seed, "meqsum.rougeL", 0.3, 0.2) for seed in (0, 1)]
+    scores += [score("atp", 0.6, seed, "rqe.accuracy", 0.7, 0.6) for seed in (0, 1)]
+    scores += [score("atp", 0.6, seed, "meqsum.rougeL", value, 0.2) for seed, value in ((0, 0.2), (1, 0.25))]
+    means = [row(method, keep, seed, 0.1, "tasks_above_chance") for method, keep in CELLS for seed in (0, 1)]
+    found = text([*some(), *scores, *means])
+    assert "| tasks_above_chance | task retention | learned | learned retention |" in found
+    # of meqsum alone: (0.2 - 0.1) and (0.25 - 0.1), of dense LoRA's 0.2
+    assert "| atp | 0.6 | 0.100 ± 0.000 | 1.000 ± 0.000 | 0.125 ± 0.035 | 0.625 ± 0.177 |" in found
+    assert "nothing, on each seed: meqsum.rougeL" in found
+    unlearned = [it for it in scores if it["metric"] == "rqe.accuracy"]
+    assert "learned" not in text([*some(), *unlearned, *means])
+
+
+CELLS = (("dense_lora", 1.0), ("atp", 0.6))
+
+
 def test_seconds_of_a_cpu_are_not_called_gpu_seconds() -> None:
     assert "| s | seeds |" in text([{**it, "machine": "1 CPU threads (x86)"} for it in some()])
 

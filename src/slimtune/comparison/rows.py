@@ -29,6 +29,8 @@ HALF = 65504.0
 """The largest half float."""
 GAIN = "tasks_above_chance"
 """Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's answer."""
+SCORES = {".accuracy": "majority", ".rougeL": "chance"}
+"""Ends of the figures that count as a task's score, and what stands beside each for answers that know nothing."""
 BESIDE = ("low", "high", "majority", "chance")
 """What a task's figure has beside it: its interval, and what answers get that know nothing."""
 ASIDE = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
@@ -92,11 +94,10 @@ def unpacked(text: str) -> tuple[str, list[float]]:
 
 def _with_gain(figures: dict[str, Any]) -> dict[str, Any]:
     """The figures with the mean task score above chance, where there are tasks that have one."""
-    baselines = {".accuracy": "majority", ".rougeL": "chance"}
     gains = [
         value - figures[f"{key}_{baseline}"]
         for key, value in figures.items()
-        for end, baseline in baselines.items()
+        for end, baseline in SCORES.items()
         if key.endswith(end) and f"{key}_{baseline}" in figures
     ]
     return {**figures, GAIN: sum(gains) / len(gains)} if gains else figures

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import DENSE, GAIN, Row, key_of, unpacked
+from slimtune.comparison.rows import DENSE, GAIN, SCORES, Row, key_of, unpacked
 
 PPL = "domain_ppl"
 OURS = "atp"
@@ -58,6 +58,30 @@ class Board:
         """The method's mean task score above chance over dense LoRA's, by seed, where that is above chance at all."""
         dense, mine = self.of(DENSE, 1.0, GAIN), self.of(method, keep, GAIN)
         return {seed: value / dense[seed] for seed, value in mine.items() if dense.get(seed, 0.0) > 0}
+
+    @property
+    def learned(self) -> list[str]:
+        """Scores of tasks in which dense LoRA's interval lies above what answers get that know nothing, on each of its seeds.
+
+        The choice is by dense LoRA's luck as well, so what others retain of these is rather told too low.
+        """
+        above: dict[str, bool] = {}
+        for row in self.rows:
+            if row["method"] == DENSE and row["metric"].endswith(tuple(SCORES)) and row.get("low") is not None:
+                baseline = row.get("majority", row.get("chance"))
+                above[row["metric"]] = above.get(row["metric"], True) and baseline is not None and row["low"] > baseline
+        return sorted(metric for metric, it in above.items() if it)
+
+    def learned_gain(self, method: str, keep: float) -> dict[int, float]:
+        """Mean score above answers that know nothing over ``learned``, by seed, where a seed has all of them."""
+        scores = [(self.of(method, keep, metric), self.baseline(metric) or 0.0) for metric in self.learned]
+        seeds = set.intersection(*(set(values) for values, _ in scores)) if scores else set()
+        return {seed: statistics.mean(values[seed] - baseline for values, baseline in scores) for seed in sorted(seeds)}
+
+    def learned_retention(self, method: str, keep: float) -> dict[int, float]:
+        """The method's over dense LoRA's, by seed."""
+        dense = self.learned_gain(DENSE, 1.0)
+        return {seed: value / dense[seed] for seed, value in self.learned_gain(method, keep).items() if seed in dense}
 
     def lead(self, rival: str, keep: float) -> dict[int, float]:
         """Perplexity of a rival minus that of atp, by seed: above 0, atp is ahead."""

@@ -42,6 +42,10 @@ GAINS = (
     f"{GAIN}: mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's "
     "answer; task retention: that over dense LoRA's"
 )
+LEARNED = (
+    "learned: tasks_above_chance over those tasks alone whose interval for dense LoRA lies above what answers get that know "
+    "nothing, on each seed"
+)
 BASELINES = "in brackets: what answers get that know nothing"
 
 
@@ -109,11 +113,15 @@ def _of_seeds(board: Board, method: str, keep: float, metric: str) -> str:
 
 
 def _task_scores(board: Board) -> Sheet:
-    sheet = Sheet("tasks", f"{board.name}: tasks, mean", ["method", "keep", GAIN, "task retention"])
+    learned = ["learned", "learned retention"] if board.learned else []
+    sheet = Sheet("tasks", f"{board.name}: tasks, mean", ["method", "keep", GAIN, "task retention", *learned])
     for method, keep in board.seeds:
         if scores := board.of(method, keep, GAIN):
-            sheet.rows.append([method, _budget(keep), spread(scores.values(), 3), _task_retention(board, method, keep)])
+            cells = [spread(scores.values(), 3), _task_retention(board, method, keep)]
+            found = (board.learned_gain(method, keep), board.learned_retention(method, keep)) if learned else ()
+            sheet.rows.append([method, _budget(keep), *cells, *(spread(values.values(), 3) for values in found)])
     sheet.notes.append(GAINS)
+    sheet.notes += [f"{LEARNED}: {', '.join(board.learned)}"] if learned else []
     return sheet
 
 
