@@ -128,7 +128,7 @@ class SearchConfig(Section):
     """The phase in which ``decide`` and ``adapt`` turns alternate."""
 
     steps: Count = 20
-    """Steps (one ``adapt`` turn each)."""
+    """Steps (one ``adapt`` turn each). They come out of those of ``recover``: best a tenth of all steps or fewer."""
     batch: Positive | None = None
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
     decide_every: Positive = 1
