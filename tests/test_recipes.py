@@ -11,6 +11,7 @@ import pytest
 from slimtune.comparison import config, jobs
 from slimtune.data import sources
 from slimtune.estimate import estimate
+from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe, load
 
 FOLDER = Path(__file__).parent.parent / "recipes"
@@ -70,9 +71,9 @@ HUB_ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         "train",
         {"context": "The court (<HOLDING>).", "endings": ["a", "b", "c", "d", "e"], "label": 3},
         {
-            "prompt": "The court (<HOLDING>).\n(0) a\n(1) b\n(2) c\n(3) d\n(4) e\nHolding:",
-            "completion": " 3",
-            "choices": (" 0", " 1", " 2", " 3", " 4"),
+            "prompt": "The court (<HOLDING>).\n(A) a\n(B) b\n(C) c\n(D) d\n(E) e\nThe correct holding is",
+            "completion": " (D)",
+            "choices": (" (A)", " (B)", " (C)", " (D)", " (E)"),
             "label": 3,
         },
     ),
@@ -80,7 +81,7 @@ HUB_ROWS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
         "qwen3-1.7b-billsum",
         "train",
         {"text": "SECTION 1.", "summary": "Amends.", "title": "An act"},
-        {"prompt": "SECTION 1.\n\nSummary:", "completion": " Amends.", "choices": None, "label": None},
+        {"prompt": "Bill: SECTION 1.\nSummary:", "completion": " Amends.", "choices": None, "label": None},
     ),
 ]
 """A row each with the fields and types that the data sets' pages on the hub give, and what the recipe makes of it."""
@@ -94,6 +95,23 @@ def test_the_templates_of_a_hub_recipe(
     monkeypatch.setattr(sources, "records", lambda asked: iter([(asked.path, fields)]))
     (row,) = sources.read(source)
     assert {key: getattr(row, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("llama-2-7b-pubmedqa", "pubmedqa"),
+        ("llama-3-8b-casehold", "casehold"),
+        ("llama-3-8b-mednli", "mednli"),
+        ("qwen3-1.7b-billsum", "billsum"),
+    ],
+)
+def test_a_hub_recipe_trains_with_the_prompts_of_the_task(name: str, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLIMTUNE_MEDNLI", "somewhere")
+    asked = find_task(task).file.sources[-1]
+    for source in load(FOLDER / f"{name}.yaml").data.train:
+        for key in ("prompt", "completion", "label"):
+            assert getattr(source, key) == asked.get(key)
 
 
 @pytest.mark.parametrize(

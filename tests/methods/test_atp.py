@@ -338,6 +338,23 @@ def test_figures_on_the_way_are_those_of_the_hard_plan(bench: Bench, tmp_path: P
     assert len({figures["ppl"] for figures in (whole, hard, aware)}) == 3
 
 
+def test_figures_are_taken_more_often_while_gates_close(bench: Bench, tmp_path: Path) -> None:
+    """A curve of quality against the kept ratio."""
+    recipe = bench.recipe(tmp_path, evaluate__every=4, evaluate__search_every=1)
+    tune(recipe)
+    rows = [row for row in metrics(tmp_path) if "valid_ppl" in row]
+    places = [(row["phase"], row["step"]) for row in rows]
+    assert places == [*(("search", step) for step in range(recipe.search.steps)), ("recover", 3)]
+    kept = [row["kept"] for row in rows]
+    assert kept[0] > 0.9
+    assert kept[-1] < 0.8
+
+
+def test_no_figures_on_the_way_where_none_are_wanted(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path, evaluate__every=0, evaluate__search_every=1))
+    assert not any("valid_ppl" in row for row in metrics(tmp_path))
+
+
 def test_the_lasso_ramps_up_over_the_search(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     real = atp.penalties.proximal

@@ -246,6 +246,8 @@ class EvaluateConfig(Section):
 
     every: Count = 0
     """Steps between validation figures of the current hard masks; 0: none."""
+    search_every: Positive | None = None
+    """The same while gates close, in few steps: quality against the kept ratio. Default: ``every``; not if that is 0."""
     windows: Positive = 256
     """At most this many windows for each figure."""
     batch: Positive = 16

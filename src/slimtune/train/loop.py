@@ -16,6 +16,9 @@ from slimtune.train.session import Figures, Session
 
 Step = Callable[[int], dict[str, Any]]
 
+SEARCHES = ("search", "decide")
+"""Phases in which gates close."""
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -33,7 +36,7 @@ class Phase:
     Attributes:
         capture: everything a resumed run needs besides (phase, step).
         kept: the present kept ratio, for the progress bar and the metrics.
-        figures: validation figures of the current hard Plan, taken every ``evaluate.every`` steps.
+        figures: validation figures of the current hard Plan, taken every ``evaluate.every`` or ``search_every`` steps.
         before: steps of the stage's earlier phases; trackers count on from there.
     """
 
@@ -108,13 +111,19 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
         row |= {f"{turn.name}_{key}": value for key, value in figures.items()}
     row["kept"] = phase.kept()
     row["seconds"] = round(time.perf_counter() - started, 4)
-    every = session.recipe.evaluate.every
+    every = _cadence(session, phase)
     if every and (step + 1) % every == 0:
         row |= {f"valid_{key}": value for key, value in phase.figures().items()}
     session.metrics.write(**row)
     if session.recipe.trackers:
         _track(session, row, phase.before + step)
     session.progress.step(phase.name, step, loss, row["kept"])
+
+
+def _cadence(session: Session, phase: Phase) -> int:
+    """Steps between validation figures; 0: none."""
+    evaluate = session.recipe.evaluate
+    return evaluate.search_every if evaluate.every and evaluate.search_every and phase.name in SEARCHES else evaluate.every
 
 
 def _track(session: Session, row: dict[str, Any], step: int) -> None:
