@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -154,3 +156,33 @@ def test_models_and_folders_that_cannot_be_used(suite: str, tmp_path: Path) -> N
     (tmp_path / "pick.yaml").write_text("metric: choice\nsources: [{path: x}]")
     with pytest.raises(UserError, match="two tasks are called 'pick'"):
         slimtune.evaluate_model(base, suite, tasks=str(tmp_path / "pick.yaml"))
+
+
+def test_a_task_of_a_suite_without_data_is_skipped_and_told(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that was named itself, or whose file was given, is not; nor is a suite of which nothing is left."""
+    monkeypatch.delenv("SLIMTUNE_DATA", raising=False)
+    model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
+    more = tmp_path / "more.yaml"
+    more.write_text(f"tasks: [rqe, {Path(suite).parent / 'pick.yaml'}]\nsuites: [general]")
+    (tmp_path / "none.yaml").write_text("tasks: [rqe, meqsum]")
+    lines: list[str] = []
+
+    def measure(**asked: Any) -> dict[str, Any]:
+        return slimtune.evaluate_model(model, tokenizer=make_tokenizer(), say=lines.append, limit=2, **asked)
+
+    found = measure(suites=str(more))
+    assert found["suites"] == {"more": ["pick"]}
+    assert list(found["tasks"]) == ["pick"]
+    assert list(found["skipped"]) == ["rqe", "wikitext2", "general_docs"]
+    told = "its test rows cannot be read: SLIMTUNE_DATA is not set. Remedy: set SLIMTUNE_DATA .* --data rqe=FILE"
+    assert re.match(told, found["skipped"]["rqe"])
+    assert [line for line in lines if "rqe" in line] == [f"skipped rqe: {found['skipped']['rqe']}"]
+    assert not [line for line in lines if "\n" in line]
+    with pytest.raises(UserError, match="task 'rqe': its test rows cannot be read"):
+        measure(suites=str(more), tasks="rqe")
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        measure(suites=str(more), data={"rqe": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(UserError, match=f"nothing is left to evaluate: task 'rqe': {told}.*; nor can those of meqsum"):
+        measure(suites=str(tmp_path / "none.yaml"))

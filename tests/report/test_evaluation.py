@@ -23,6 +23,7 @@ def found(**figure: Any) -> dict[str, Any]:
             "uscode_headings": {"rows": 1500, "prompts_cut": 3, "figures": {"accuracy": accuracy}},
             "wikitext2": {"rows": 9, "prompts_cut": 0, "figures": {"perplexity": {**perplexity, "high": 26.0}}},
         },
+        "skipped": {},
         "window": 2048,
         "versions": {"lm_eval": "1", "transformers": "2", "torch": "3"},
         "seed": 7,
@@ -59,3 +60,9 @@ def test_rouge_has_its_baseline_in_the_same_column() -> None:
     assert "uscode_headings ROUGE-L 20.0 18.0 to 22.0 6.0 1,500" in [
         " ".join(line.split()) for line in text(value).splitlines()
     ]
+
+
+def test_tasks_that_were_skipped_are_named() -> None:
+    shown = " ".join(text({**found(), "skipped": {"rqe": "why", "meqsum": "why"}}).split())
+    assert "Skipped, for their rows cannot be read: rqe, meqsum. Set SLIMTUNE_DATA, or give --data TASK=FILE." in shown
+    assert "Skipped" not in text(found())

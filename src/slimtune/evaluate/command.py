@@ -14,7 +14,7 @@ from torch import nn
 from slimtune.errors import UserError, nearest
 from slimtune.evaluate import folder, harness
 from slimtune.evaluate.intervals import DRAWS
-from slimtune.evaluate.rows import Prepared, prepare, window_of
+from slimtune.evaluate.rows import Prepared, Unread, prepare, window_of
 from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
 from slimtune.models.load import load_config, load_tokenizer, locate, pretrained
 from slimtune.runtime import pick_device, pick_dtype, seed_everything
@@ -22,6 +22,7 @@ from slimtune.sections import ModelConfig
 from slimtune.version import versions
 
 _PACKAGES = ("slimtune", "lm_eval", "transformers", "torch", "datasets", "rouge_score", "tokenizers")
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def evaluate_model(
     data: Mapping[str, str] | None = None,
     write_tasks: str | Path | None = None,
     options: Options | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
     see: harness.See = lambda what, done, total: None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -79,8 +80,9 @@ def evaluate_model(
         see: gets what is being done, how many requests are through, and of how many, as they come.
 
     Returns:
-        ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``versions``, and how
-        it was run. A figure has ``value``, ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
+        ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``skipped`` ({name:
+        reason} of tasks of a suite whose rows cannot be had), ``versions``, and how it was run. A figure has
+        ``value``, ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
 
     Raises:
         UserError: anything the user can mend.
@@ -95,18 +97,18 @@ def evaluate_model(
     tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where))
     say("reading rows ...")  # before the weights, which may have to be fetched
     config = found.config if isinstance(found, nn.Module) else load_config(found)
-    prepared = _prepared(groups, tokenizer, window_of(config), options)
+    named = {*(Path(name).stem for name in _names(tasks)), *(data or {})}
+    prepared, skipped = _prepared(groups, named, tokenizer, window_of(config), options, say)
     model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
     say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
     figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed, see=see)
-    of = {task.name: group for group, members in groups.items() for task in members}
     return {
         "model": where,
         **_how(model, window_of(config), options),
-        "suites": {group: [task.name for task in members] for group, members in groups.items()},
-        "tasks": {task.name: _entry(task, of[task.name], figures.get(task.name, {})) for task in prepared},
+        **_by_suite(groups, prepared, figures),
+        "skipped": skipped,
         "versions": _versions(),
         "lm_eval": lm_eval_command(where, prepared, options, model),
         "seconds": round(time.perf_counter() - started, 1),
@@ -128,6 +130,15 @@ def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
         "decoding": "greedy, no examples in the prompt",
         "intervals": f"95%, bootstrap over rows, {DRAWS} draws",
     }
+
+
+def _by_suite(groups: Mapping[str, Sequence[Task]], prepared: Sequence[Prepared], figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What was measured: the names by suite, and all there is to say of each task."""
+    run = {task.name: task for task in prepared}
+    suites = {group: [task.name for task in members if task.name in run] for group, members in groups.items()}
+    of = {name: group for group, names in suites.items() for name in names}
+    tasks = {name: _entry(task, of[name], figures.get(name, {})) for name, task in run.items()}
+    return {"suites": {group: names for group, names in suites.items() if names}, "tasks": tasks}
 
 
 def _entry(task: Prepared, group: str, figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,9 +189,31 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [name.strip() for item in items for name in item.split(",") if name.strip()]
 
 
-def _prepared(groups: Mapping[str, Sequence[Task]], tokenizer: Any, window: int, options: Options) -> list[Prepared]:
+def _prepared(
+    groups: Mapping[str, Sequence[Task]], named: set[str], tokenizer: Any, window: int, options: Options, say: Say
+) -> tuple[list[Prepared], dict[str, str]]:
+    """The tasks that can be run, and why others cannot: a suite is worth running without some, a task that was named is not.
+
+    Args:
+        named: tasks that were asked for by name, or whose file was given.
+    """
     split: Split = "valid" if options.split == "valid" else "test"
-    return [prepare(task, split, tokenizer, window, options.limit) for tasks in groups.values() for task in tasks]
+    found: list[Prepared] = []
+    skipped: dict[str, str] = {}
+    for task in (task for tasks in groups.values() for task in tasks):
+        try:
+            found.append(prepare(task, split, tokenizer, window, options.limit))
+        except Unread as error:
+            if task.name in named:
+                raise
+            skipped[task.name] = error.reason
+    if not found:
+        name, reason = next(iter(skipped.items()))
+        others = f"; nor can those of {', '.join(list(skipped)[1:])}" if len(skipped) > 1 else ""
+        raise UserError(f"nothing is left to evaluate: task {name!r}: {reason}{others}")
+    for name, reason in skipped.items():
+        say(f"skipped {name}: {reason}")
+    return found, skipped
 
 
 def _found(model: Any) -> tuple[nn.Module | ModelConfig, str]:

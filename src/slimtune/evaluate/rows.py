@@ -55,6 +55,22 @@ class Prepared:
         return self.task.name
 
 
+class Unread(UserError):
+    """None of a task's sources can be had.
+
+    Attributes:
+        reason: why not, and what to do, in one line.
+    """
+
+    def __init__(self, task: Task, split: Split, reasons: Sequence[str]):
+        variable = next(iter(task.variables), None)
+        remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
+        remedy += f"ame a file (slimtune evaluate --data {task.name}=FILE)"
+        why = "; ".join(" ".join(reason.split()) for reason in reasons)  # the hub's have several lines
+        self.reason = f"its {split} rows cannot be read: {why}. Remedy: {remedy}"
+        super().__init__(f"task {task.name!r}: {self.reason}, or leave the task out")
+
+
 def window_of(config: Any) -> int:
     """Tokens that a model can read at once, as the harness finds it."""
     inner = getattr(config, "text_config", None) or config
@@ -71,7 +87,8 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         limit: at most this many rows, evenly spaced over all.
 
     Raises:
-        UserError: no source can be read, or a row is not of the shape that the metric needs.
+        Unread: no source can be had.
+        UserError: a source is damaged, or a row is not of the shape that the metric needs.
     """
     rows, source = _read(task, split)
     most = min(limit or len(rows), task.file.rows or len(rows))
@@ -94,14 +111,14 @@ def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
     """Where the test rows of tasks are, and their validation rows where they have some: what nothing may learn from.
 
     Raises:
-        UserError: the test rows of a task cannot be found.
+        Unread: the test rows of a task cannot be found.
     """
     found = []
     for task in tasks:
         reasons: list[str] = []
         tests = next(_sources(task, "test", reasons), None)
         if tests is None:
-            raise _unread(task, "test", reasons)
+            raise Unread(task, "test", reasons)
         found.append(tests)
         with suppress(UserError):  # a task need not have validation rows
             found += islice(_sources(task, "valid", []), 1)
@@ -117,7 +134,7 @@ def _read(task: Task, split: Split) -> tuple[list[Row], str]:
             if Path(source.path).is_file():
                 raise
             reasons.append(str(error))
-    raise _unread(task, split, reasons)
+    raise Unread(task, split, reasons)
 
 
 def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
@@ -137,13 +154,6 @@ def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
             yield source
         else:
             reasons.append(f"{source.path!r} does not exist")
-
-
-def _unread(task: Task, split: Split, reasons: Sequence[str]) -> UserError:
-    variable = next(iter(task.variables), None)
-    remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
-    remedy += f"ame a file (slimtune evaluate --data {task.name}=FILE), or leave the task out"
-    return UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
 
 
 def _there(source: Source) -> bool:

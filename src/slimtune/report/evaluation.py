@@ -83,6 +83,9 @@ def _footer(found: dict[str, Any], poor: bool) -> str:
     if cut:
         told = ", ".join(f"{count} of {name}" for name, count in cut.items())
         lines.append(f"Prompts cut from the left to fit {found['window']:,} tokens: {told}.")
+    if found["skipped"]:
+        names = ", ".join(found["skipped"])
+        lines.append(f"Skipped, for their rows cannot be read: {names}. Set SLIMTUNE_DATA, or give --data TASK=FILE.")
     versions = found["versions"]
     lines.append(
         f"lm-eval {versions['lm_eval']}, transformers {versions['transformers']}, torch {versions['torch']}; "
