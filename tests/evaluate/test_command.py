@@ -186,3 +186,27 @@ def test_a_task_of_a_suite_without_data_is_skipped_and_told(
         measure(suites=str(more), data={"rqe": str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError, match=f"nothing is left to evaluate: task 'rqe': {told}.*; nor can those of meqsum"):
         measure(suites=str(tmp_path / "none.yaml"))
+
+
+def test_tasks_that_the_run_of_a_model_did_not_protect_are_told(suite: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "run" / "model")
+    pick = str(Path(suite).parent / "pick.yaml")
+    lines: list[str] = []
+
+    def measure() -> Any:
+        lines.clear()
+        return slimtune.evaluate_model(base, suite, limit=2, say=lines.append)["not_protected"]
+
+    assert measure() is None
+    (tmp_path / "run" / "stages.json").write_text("{}")
+    data = {"train": "builtin:python-docs", "test": str(Path(suite).parent / "read-test.jsonl")}
+    recipe = slimtune.Recipe.model_validate({"data": data, "evaluate": {"tasks": [pick]}})
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    assert measure() == ["sum"]
+    (line,) = [line for line in lines if "tuned on" in line]
+    assert line.startswith("their rows were not kept from what this model was tuned on: sum; name them in evaluate.tasks or")
+    (tmp_path / "run" / "recipe.yaml").write_text("a: 1")
+    assert measure() is None
+    assert [
+        line for line in lines if re.search(r"tuned on is not known: .*recipe.yaml cannot be read: .*unknown key 'a'", line)
+    ]

@@ -24,6 +24,7 @@ def found(**figure: Any) -> dict[str, Any]:
             "wikitext2": {"rows": 9, "prompts_cut": 0, "figures": {"perplexity": {**perplexity, "high": 26.0}}},
         },
         "skipped": {},
+        "not_protected": None,
         "window": 2048,
         "versions": {"lm_eval": "1", "transformers": "2", "torch": "3"},
         "seed": 7,
@@ -66,3 +67,9 @@ def test_tasks_that_were_skipped_are_named() -> None:
     shown = " ".join(text({**found(), "skipped": {"rqe": "why", "meqsum": "why"}}).split())
     assert "Skipped, for their rows cannot be read: rqe, meqsum. Set SLIMTUNE_DATA, or give --data TASK=FILE." in shown
     assert "Skipped" not in text(found())
+
+
+def test_tasks_that_a_run_did_not_protect_are_named() -> None:
+    shown = " ".join(text({**found(), "not_protected": ["billsum", "rqe"]}).split())
+    assert "Their rows were not kept from what this model was tuned on: billsum, rqe." in shown
+    assert "were not kept" not in text({**found(), "not_protected": []})

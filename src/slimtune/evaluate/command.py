@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimtune.errors import UserError, nearest
-from slimtune.evaluate import folder, harness
+from slimtune.evaluate import folder, harness, leakage
 from slimtune.evaluate.intervals import DRAWS
 from slimtune.evaluate.rows import Prepared, Unread, prepare, window_of
 from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
@@ -81,8 +81,9 @@ def evaluate_model(
 
     Returns:
         ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``skipped`` ({name:
-        reason} of tasks of a suite whose rows cannot be had), ``versions``, and how it was run. A figure has
-        ``value``, ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
+        reason} of tasks of a suite whose rows cannot be had), ``not_protected`` (of a run's model: the tasks whose rows its
+        recipe did not keep from being learned; else None), ``versions``, and how it was run. A figure has ``value``,
+        ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
 
     Raises:
         UserError: anything the user can mend.
@@ -97,8 +98,8 @@ def evaluate_model(
     tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where))
     say("reading rows ...")  # before the weights, which may have to be fetched
     config = found.config if isinstance(found, nn.Module) else load_config(found)
-    named = {*(Path(name).stem for name in _names(tasks)), *(data or {})}
-    prepared, skipped = _prepared(groups, named, tokenizer, window_of(config), options, say)
+    prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window_of(config), options, say)
+    not_protected = leakage.tell(where, prepared, say)
     model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
@@ -109,7 +110,7 @@ def evaluate_model(
         **_how(model, window_of(config), options),
         **_by_suite(groups, prepared, figures),
         "skipped": skipped,
-        "versions": _versions(),
+        "not_protected": not_protected,
         "lm_eval": lm_eval_command(where, prepared, options, model),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -129,6 +130,7 @@ def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
         "seed": options.seed,
         "decoding": "greedy, no examples in the prompt",
         "intervals": f"95%, bootstrap over rows, {DRAWS} draws",
+        "versions": dict.fromkeys(_PACKAGES, "not installed") | versions(_PACKAGES),
     }
 
 
@@ -189,14 +191,15 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [name.strip() for item in items for name in item.split(",") if name.strip()]
 
 
+def _named(tasks: str | Sequence[str], data: Mapping[str, str]) -> set[str]:
+    """Tasks that were asked for by name, or whose file was given."""
+    return {*(Path(name).stem for name in _names(tasks)), *data}
+
+
 def _prepared(
     groups: Mapping[str, Sequence[Task]], named: set[str], tokenizer: Any, window: int, options: Options, say: Say
 ) -> tuple[list[Prepared], dict[str, str]]:
-    """The tasks that can be run, and why others cannot: a suite is worth running without some, a task that was named is not.
-
-    Args:
-        named: tasks that were asked for by name, or whose file was given.
-    """
+    """The tasks that can be run, and why others cannot: a suite is worth running without some, but what was named is wanted."""
     split: Split = "valid" if options.split == "valid" else "test"
     found: list[Prepared] = []
     skipped: dict[str, str] = {}
@@ -240,7 +243,3 @@ def lm_eval_command(model: str, tasks: Sequence[Prepared], options: Options, loa
         f"lm_eval run --model hf --model_args {args} --include_path . --tasks {names} --batch_size {options.batch} "
         f"--device {loaded.device}"
     )
-
-
-def _versions() -> dict[str, str]:
-    return dict.fromkeys(_PACKAGES, "not installed") | versions(_PACKAGES)

@@ -34,7 +34,7 @@ class Prepared:
         docs: what stands in the rows' file: ``prompt``, ``choices``, ``label``; ``prompt``, ``completion``; or ``prompt``
             (what precedes a text: nothing where the tokenizer adds a beginning token, else end-of-text), ``text``,
             ``tokens``, ``bytes``.
-        source: where they came from.
+        origin: where they came from.
         sha256: of the rows before they were cut to the model's window.
         cut: number of prompts that were cut from the left.
         tokens: most tokens to be written.
@@ -43,7 +43,7 @@ class Prepared:
 
     task: Task
     docs: list[Doc]
-    source: str
+    origin: Source
     sha256: str
     cut: int
     tokens: int
@@ -53,6 +53,11 @@ class Prepared:
     def name(self) -> str:
         """The task's name."""
         return self.task.name
+
+    @property
+    def source(self) -> str:
+        """The file, or the id of the hub's data set."""
+        return self.origin.path
 
 
 class Unread(UserError):
@@ -90,7 +95,7 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         Unread: no source can be had.
         UserError: a source is damaged, or a row is not of the shape that the metric needs.
     """
-    rows, source = _read(task, split)
+    rows, origin = _read(task, split)
     most = min(limit or len(rows), task.file.rows or len(rows))
     tokens = min(task.file.tokens, window // 2)
     if task.file.metric == "perplexity":
@@ -98,13 +103,13 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         texts = [texts[index] for index in spread(len(texts), min(limit or len(texts), task.file.rows or len(texts)))]
         plain = [{"text": text} for text in texts]
         docs = _text_docs(texts, tokenizer, window)
-        return Prepared(task, docs, source, _digest(plain), 0, tokens, _longest(docs, tokenizer))
+        return Prepared(task, docs, origin, _digest(plain), 0, tokens, _longest(docs, tokenizer))
     make = _choice_doc if task.file.metric == "choice" else _summary_doc
     plain = [make(rows[index], task.name) for index in spread(len(rows), most)]
     fit = _fitter(tokenizer, window)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
-    return Prepared(task, docs, source, _digest(plain), cut, tokens, _longest(docs, tokenizer))
+    return Prepared(task, docs, origin, _digest(plain), cut, tokens, _longest(docs, tokenizer))
 
 
 def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
@@ -125,11 +130,11 @@ def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def _read(task: Task, split: Split) -> tuple[list[Row], str]:
+def _read(task: Task, split: Split) -> tuple[list[Row], Source]:
     reasons: list[str] = []
     for source in _sources(task, split, reasons):
         try:
-            return read(source), source.path
+            return read(source), source
         except UserError as error:
             if Path(source.path).is_file():
                 raise

@@ -86,6 +86,9 @@ def _footer(found: dict[str, Any], poor: bool) -> str:
     if found["skipped"]:
         names = ", ".join(found["skipped"])
         lines.append(f"Skipped, for their rows cannot be read: {names}. Set SLIMTUNE_DATA, or give --data TASK=FILE.")
+    if found["not_protected"]:
+        names = ", ".join(found["not_protected"])
+        lines.append(f"Their rows were not kept from what this model was tuned on: {names}.")
     versions = found["versions"]
     lines.append(
         f"lm-eval {versions['lm_eval']}, transformers {versions['transformers']}, torch {versions['torch']}; "
