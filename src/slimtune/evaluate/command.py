@@ -129,7 +129,7 @@ def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
         "batch": options.batch,
         "seed": options.seed,
         "decoding": "greedy, no examples in the prompt",
-        "intervals": f"95%, bootstrap over rows, {DRAWS} draws",
+        "intervals": f"95%, bootstrap over rows, {DRAWS} draws; exact of an accuracy of 0 or 1",
         "versions": dict.fromkeys(_PACKAGES, "not installed") | versions(_PACKAGES),
     }
 
