@@ -150,9 +150,23 @@ def test_models_and_folders_that_cannot_be_used(suite: str, tmp_path: Path) -> N
         slimtune.evaluate_model(tmp_path, suite)
     with pytest.raises(UserError, match=r"MODEL='.*/none' does not exist"):
         slimtune.evaluate_model(tmp_path / "none", suite)
+    with pytest.raises(UserError, match=r"^MODEL='nosuch/dir-x' cannot be loaded .*; check the id and the network"):
+        slimtune.evaluate_model("nosuch/dir-x", suite)
     base = write_base(tmp_path / "base")
     with pytest.raises(UserError, match=r"base' is not empty; give a new folder"):
         slimtune.evaluate_model(base, suite, write_tasks=base)
+    with pytest.raises(UserError, match=r"^MODEL='.*config.json' is a file; give the folder"):
+        slimtune.evaluate_model(base / "config.json", suite)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^MODEL='.*base' cannot be loaded .*model.safetensors"):
+        slimtune.evaluate_model(base, suite)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"^MODEL='.*base' has no tokenizer files; copy"):
+        slimtune.evaluate_model(base, suite)
+    (base / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"^MODEL='.*base' cannot be loaded"):
+        slimtune.evaluate_model(base, suite)
     (tmp_path / "pick.yaml").write_text("metric: choice\nsources: [{path: x}]")
     with pytest.raises(UserError, match="two tasks are called 'pick'"):
         slimtune.evaluate_model(base, suite, tasks=str(tmp_path / "pick.yaml"))

@@ -22,6 +22,8 @@ from slimtune.sections import ModelConfig
 from slimtune.version import versions
 
 _PACKAGES = ("slimtune", "lm_eval", "transformers", "torch", "datasets", "rouge_score", "tokenizers")
+_GIVEN = "MODEL"
+"""What messages call the model: the user gave an argument, and no key of a recipe."""
 Say = Callable[[str], None]
 
 
@@ -95,9 +97,9 @@ def evaluate_model(
     pick_device(options.device)
     seed_everything(options.seed)
     found, where = _found(model_or_path)
-    tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where))
+    config = found.config if isinstance(found, nn.Module) else load_config(found, _GIVEN)
+    tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where), _GIVEN)
     say("reading rows ...")  # before the weights, which may have to be fetched
-    config = found.config if isinstance(found, nn.Module) else load_config(found)
     prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window_of(config), options, say)
     not_protected = leakage.tell(where, prepared, say)
     model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
@@ -223,14 +225,14 @@ def _found(model: Any) -> tuple[nn.Module | ModelConfig, str]:
     """A model object, or where to load it from; and what to call it."""
     if isinstance(model, nn.Module):
         return model, str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    location, local = locate(str(model), "MODEL")
+    location, local = locate(str(model), _GIVEN)
     where = str(Path(location).resolve()) if local else location
     return ModelConfig(path=where), where
 
 
 def _loaded(config: ModelConfig, options: Options) -> nn.Module:
     device = pick_device(options.device)
-    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)})
+    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)}, _GIVEN)
     return model.to(torch.device(device)).eval()
 
 
