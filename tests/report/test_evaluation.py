@@ -65,7 +65,7 @@ def test_rouge_has_its_baseline_in_the_same_column() -> None:
 
 def test_tasks_that_were_skipped_are_named() -> None:
     shown = " ".join(text({**found(), "skipped": {"rqe": "why", "meqsum": "why"}}).split())
-    assert "Skipped, for their rows cannot be read: rqe, meqsum. Set SLIMTUNE_DATA, or give --data TASK=FILE." in shown
+    assert "Skipped, for their rows cannot be read: rqe, meqsum (why: the lines above, or the JSON)." in shown
     assert "Skipped" not in text(found())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -68,12 +69,23 @@ class Unread(UserError):
     """
 
     def __init__(self, task: Task, split: Split, reasons: Sequence[str]):
-        variable = next(iter(task.variables), None)
-        remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
-        remedy += f"ame a file (slimtune evaluate --data {task.name}=FILE)"
         why = "; ".join(" ".join(reason.split()) for reason in reasons)  # the hub's have several lines
-        self.reason = f"its {split} rows cannot be read: {why}. Remedy: {remedy}"
+        self.reason = f"its {split} rows cannot be read: {why}. Remedy: {_remedy(task)}"
         super().__init__(f"task {task.name!r}: {self.reason}, or leave the task out")
+
+
+def _remedy(task: Task) -> str:
+    """What to do for rows that are nowhere, as the environment is."""
+    file = f"name a file (slimtune evaluate --data {task.name}=FILE)"
+    variable = next(iter(task.variables), None)
+    if variable is None:
+        return file
+    folder = os.environ.get(variable)
+    if folder is None:
+        return f"set {variable} to the folder that holds them, or {file}"
+    if Path(folder).expanduser().is_dir():
+        return f"{variable}={folder!r} does not hold it: set it to the folder that does, or {file}"
+    return f"{variable}={folder!r} is no folder: set it to the one that holds the file, or {file}"
 
 
 def window_of(config: Any) -> int:
@@ -138,6 +150,8 @@ def _read(task: Task, split: Split) -> tuple[list[Row], Source]:
         except UserError as error:
             if Path(source.path).is_file():
                 raise
+            if task.data is not None:
+                raise UserError(f"--data {task.name}={task.data}: {error}") from error
             reasons.append(str(error))
     raise Unread(task, split, reasons)
 

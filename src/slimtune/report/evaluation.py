@@ -85,7 +85,7 @@ def _footer(found: dict[str, Any], poor: bool) -> str:
         lines.append(f"Prompts cut from the left to fit {found['window']:,} tokens: {told}.")
     if found["skipped"]:
         names = ", ".join(found["skipped"])
-        lines.append(f"Skipped, for their rows cannot be read: {names}. Set SLIMTUNE_DATA, or give --data TASK=FILE.")
+        lines.append(f"Skipped, for their rows cannot be read: {names} (why: the lines above, or the JSON).")
     if found["not_protected"]:
         names = ", ".join(found["not_protected"])
         lines.append(f"Their rows were not kept from what this model was tuned on: {names}.")
