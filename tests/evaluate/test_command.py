@@ -117,9 +117,20 @@ def test_an_object_its_valid_rows_and_data_of_the_users_own(suite: str, tmp_path
     found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), split="valid")
     assert found["suites"] == {"tasks": ["pick"]}
     assert found["tasks"]["pick"]["rows"] == 5
+    assert found["tasks"]["pick"]["split"] == "valid"
     other = shutil.copy(Path(suite).parent / "pick-test.jsonl", tmp_path / "other.jsonl")
-    found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), data={"pick": str(other)})
+    found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), data={"pick": str(other)}, split="valid")
+    assert found["tasks"]["pick"]["split"] == "given"  # a file has no splits
     assert found["tasks"]["pick"]["source"] == str(other)
+
+
+def test_rows_without_an_answer_are_counted(suite: str, tmp_path: Path) -> None:
+    model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
+    rows = [{"prompt": "In short:", "completion": " home"}] * 2 + [{"prompt": "In short:", "completion": " "}] * 3
+    data = {"sum": write_rows(tmp_path / "some.jsonl", rows)}
+    found = slimtune.evaluate_model(model, suite, tokenizer=make_tokenizer(), data=data, limit=2)["tasks"]
+    assert (found["sum"]["rows"], found["sum"]["rows_empty"]) == (2, 3)
+    assert [task["rows_empty"] for name, task in found.items() if name != "sum"] == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -141,6 +141,13 @@ def test_data_of_the_users_own_with_the_tasks_template(tmp_path: Path, tokenizer
     assert found.docs[0]["choices"][found.docs[0]["label"]] == " neutral"
 
 
+def test_rows_without_an_answer_are_counted_but_blank_texts_are_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "A", "completion": " a"}, {"prompt": "B", "completion": " "}, {"prompt": "C", "completion": ""}]
+    assert made(tmp_path, "rouge", rows, tokenizer).empty == 2
+    assert made(tmp_path, "choice", [CHOICE], tokenizer).empty == 0
+    assert made(tmp_path, "perplexity", [{"text": "a"}, {"text": "\n"}], tokenizer).empty == 0
+
+
 def test_the_window_is_found_as_the_harness_finds_it() -> None:
     assert window_of(SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=7), n_positions=3)) == 7
     assert window_of(SimpleNamespace(n_positions=3)) == 3

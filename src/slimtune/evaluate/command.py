@@ -110,7 +110,7 @@ def evaluate_model(
     return {
         "model": where,
         **_how(model, window_of(config), options),
-        **_by_suite(groups, prepared, figures),
+        **_by_suite(groups, prepared, options.split, figures),
         "skipped": skipped,
         "not_protected": not_protected,
         "lm_eval": lm_eval_command(where, prepared, options, model),
@@ -136,20 +136,24 @@ def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
     }
 
 
-def _by_suite(groups: Mapping[str, Sequence[Task]], prepared: Sequence[Prepared], figures: Mapping[str, Any]) -> dict[str, Any]:
+def _by_suite(
+    groups: Mapping[str, Sequence[Task]], prepared: Sequence[Prepared], split: str, figures: Mapping[str, Any]
+) -> dict[str, Any]:
     """What was measured: the names by suite, and all there is to say of each task."""
     run = {task.name: task for task in prepared}
     suites = {group: [task.name for task in members if task.name in run] for group, members in groups.items()}
     of = {name: group for group, names in suites.items() for name in names}
-    tasks = {name: _entry(task, of[name], figures.get(name, {})) for name, task in run.items()}
+    tasks = {name: _entry(task, of[name], split, figures.get(name, {})) for name, task in run.items()}
     return {"suites": {group: names for group, names in suites.items() if names}, "tasks": tasks}
 
 
-def _entry(task: Prepared, group: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _entry(task: Prepared, group: str, split: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "suite": group,
         "metric": task.task.file.metric,
         "rows": len(task.docs),
+        "split": split if task.task.data is None else "given",  # a file is read as it is, whatever was asked for
+        "rows_empty": task.empty,
         "prompts_cut": task.cut,
         "source": task.source,
         "sha256": task.sha256,

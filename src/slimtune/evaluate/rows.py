@@ -14,7 +14,7 @@ from typing import Any
 
 from slimtune.data.prompts import special_prefix
 from slimtune.data.records import is_hub_id
-from slimtune.data.sources import BUILTIN, Row, read
+from slimtune.data.sources import BUILTIN, Row, read_counted
 from slimtune.data.windows import spread
 from slimtune.errors import UserError
 from slimtune.evaluate.choices import answers
@@ -37,6 +37,7 @@ class Prepared:
             ``tokens``, ``bytes``.
         origin: where they came from.
         sha256: of the rows before they were cut to the model's window.
+        empty: rows without an answer, which were left out (a text without a word is none).
         cut: number of prompts that were cut from the left.
         tokens: most tokens to be written.
         longest: tokens of the row with the most characters, answer included.
@@ -46,6 +47,7 @@ class Prepared:
     docs: list[Doc]
     origin: Source
     sha256: str
+    empty: int
     cut: int
     tokens: int
     longest: int
@@ -107,7 +109,7 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         Unread: no source can be had.
         UserError: a source is damaged, or a row is not of the shape that the metric needs.
     """
-    rows, origin = _read(task, split)
+    rows, empty, origin = _read(task, split)
     most = min(limit or len(rows), task.file.rows or len(rows))
     tokens = min(task.file.tokens, window // 2)
     if task.file.metric == "perplexity":
@@ -115,13 +117,13 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         texts = [texts[index] for index in spread(len(texts), min(limit or len(texts), task.file.rows or len(texts)))]
         plain = [{"text": text} for text in texts]
         docs = _text_docs(texts, tokenizer, window)
-        return Prepared(task, docs, origin, _digest(plain), 0, tokens, _longest(docs, tokenizer))
+        return Prepared(task, docs, origin, _digest(plain), 0, 0, tokens, _longest(docs, tokenizer))
     make = _choice_doc if task.file.metric == "choice" else _summary_doc
     plain = [make(rows[index], task.name) for index in spread(len(rows), most)]
     fit = _fitter(tokenizer, window)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
-    return Prepared(task, docs, origin, _digest(plain), cut, tokens, _longest(docs, tokenizer))
+    return Prepared(task, docs, origin, _digest(plain), empty, cut, tokens, _longest(docs, tokenizer))
 
 
 def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
@@ -142,11 +144,11 @@ def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
     return tuple(found)
 
 
-def _read(task: Task, split: Split) -> tuple[list[Row], Source]:
+def _read(task: Task, split: Split) -> tuple[list[Row], int, Source]:
     reasons: list[str] = []
     for source in _sources(task, split, reasons):
         try:
-            return read(source), source
+            return *read_counted(source), source
         except UserError as error:
             if Path(source.path).is_file():
                 raise
