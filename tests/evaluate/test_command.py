@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -115,9 +117,20 @@ def test_an_object_its_valid_rows_and_data_of_the_users_own(suite: str, tmp_path
     found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), split="valid")
     assert found["suites"] == {"tasks": ["pick"]}
     assert found["tasks"]["pick"]["rows"] == 5
+    assert found["tasks"]["pick"]["split"] == "valid"
     other = shutil.copy(Path(suite).parent / "pick-test.jsonl", tmp_path / "other.jsonl")
-    found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), data={"pick": str(other)})
+    found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), data={"pick": str(other)}, split="valid")
+    assert found["tasks"]["pick"]["split"] == "given"  # a file has no splits
     assert found["tasks"]["pick"]["source"] == str(other)
+
+
+def test_rows_without_an_answer_are_counted(suite: str, tmp_path: Path) -> None:
+    model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
+    rows = [{"prompt": "In short:", "completion": " home"}] * 2 + [{"prompt": "In short:", "completion": " "}] * 3
+    data = {"sum": write_rows(tmp_path / "some.jsonl", rows)}
+    found = slimtune.evaluate_model(model, suite, tokenizer=make_tokenizer(), data=data, limit=2)["tasks"]
+    assert (found["sum"]["rows"], found["sum"]["rows_empty"]) == (2, 3)
+    assert [task["rows_empty"] for name, task in found.items() if name != "sum"] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -148,9 +161,77 @@ def test_models_and_folders_that_cannot_be_used(suite: str, tmp_path: Path) -> N
         slimtune.evaluate_model(tmp_path, suite)
     with pytest.raises(UserError, match=r"MODEL='.*/none' does not exist"):
         slimtune.evaluate_model(tmp_path / "none", suite)
+    with pytest.raises(UserError, match=r"^MODEL='nosuch/dir-x' cannot be loaded .*; check the id and the network"):
+        slimtune.evaluate_model("nosuch/dir-x", suite)
     base = write_base(tmp_path / "base")
     with pytest.raises(UserError, match=r"base' is not empty; give a new folder"):
         slimtune.evaluate_model(base, suite, write_tasks=base)
+    with pytest.raises(UserError, match=r"^MODEL='.*config.json' is a file; give the folder"):
+        slimtune.evaluate_model(base / "config.json", suite)
+    (base / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"^MODEL='.*base' cannot be loaded .*model.safetensors"):
+        slimtune.evaluate_model(base, suite)
+    for file in base.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(UserError, match=r"^MODEL='.*base' has no tokenizer files; copy"):
+        slimtune.evaluate_model(base, suite)
+    (base / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"^MODEL='.*base' cannot be loaded"):
+        slimtune.evaluate_model(base, suite)
     (tmp_path / "pick.yaml").write_text("metric: choice\nsources: [{path: x}]")
     with pytest.raises(UserError, match="two tasks are called 'pick'"):
         slimtune.evaluate_model(base, suite, tasks=str(tmp_path / "pick.yaml"))
+
+
+def test_a_task_of_a_suite_without_data_is_skipped_and_told(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that was named itself, or whose file was given, is not; nor is a suite of which nothing is left."""
+    monkeypatch.delenv("SLIMTUNE_DATA", raising=False)
+    model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
+    more = tmp_path / "more.yaml"
+    more.write_text(f"tasks: [rqe, {Path(suite).parent / 'pick.yaml'}]\nsuites: [general]")
+    (tmp_path / "none.yaml").write_text("tasks: [rqe, meqsum]")
+    lines: list[str] = []
+
+    def measure(**asked: Any) -> dict[str, Any]:
+        return slimtune.evaluate_model(model, tokenizer=make_tokenizer(), say=lines.append, limit=2, **asked)
+
+    found = measure(suites=str(more))
+    assert found["suites"] == {"more": ["pick"]}
+    assert list(found["tasks"]) == ["pick"]
+    assert list(found["skipped"]) == ["rqe", "wikitext2", "general_docs"]
+    told = "its test rows cannot be read: SLIMTUNE_DATA is not set. Remedy: set SLIMTUNE_DATA .* --data rqe=FILE"
+    assert re.match(told, found["skipped"]["rqe"])
+    assert [line for line in lines if "rqe" in line] == [f"skipped rqe: {found['skipped']['rqe']}"]
+    assert not [line for line in lines if "\n" in line]
+    with pytest.raises(UserError, match="task 'rqe': its test rows cannot be read"):
+        measure(suites=str(more), tasks="rqe")
+    with pytest.raises(UserError, match=r"gone\.jsonl"):
+        measure(suites=str(more), data={"rqe": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(UserError, match=f"nothing is left to evaluate: task 'rqe': {told}.*; nor can those of meqsum"):
+        measure(suites=str(tmp_path / "none.yaml"))
+
+
+def test_tasks_that_the_run_of_a_model_did_not_protect_are_told(suite: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "run" / "model")
+    pick = str(Path(suite).parent / "pick.yaml")
+    lines: list[str] = []
+
+    def measure() -> Any:
+        lines.clear()
+        return slimtune.evaluate_model(base, suite, limit=2, say=lines.append)["not_protected"]
+
+    assert measure() is None
+    (tmp_path / "run" / "stages.json").write_text("{}")
+    data = {"train": "builtin:python-docs", "test": str(Path(suite).parent / "read-test.jsonl")}
+    recipe = slimtune.Recipe.model_validate({"data": data, "evaluate": {"tasks": [pick]}})
+    (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+    assert measure() == ["sum"]
+    (line,) = [line for line in lines if "tuned on" in line]
+    assert line.startswith("their rows were not kept from what this model was tuned on: sum; name them in evaluate.tasks or")
+    (tmp_path / "run" / "recipe.yaml").write_text("a: 1")
+    assert measure() is None
+    assert [
+        line for line in lines if re.search(r"tuned on is not known: .*recipe.yaml cannot be read: .*unknown key 'a'", line)
+    ]

@@ -49,3 +49,19 @@ def test_chance_of_rouge_is_what_the_next_rows_answer_gets() -> None:
     assert found["rouge1"] == pytest.approx((2 / 3 + 0 + 0) / 3)
     assert found["rouge2"] == 0
     assert chance(docs[:1]) == {}
+
+
+@pytest.mark.parametrize("rows", [2, 20, 100])
+def test_all_right_or_all_wrong_is_not_certainty(rows: int) -> None:
+    """The exact ends are where such a result has a probability of 2.5%; a bootstrap would have no width at all."""
+    low, high = interval("accuracy", [1.0] * rows, 0, "t") or (0, 0)
+    assert (low**rows, high) == (pytest.approx(0.025), 1.0)
+    low, high = interval("accuracy", [0.0] * rows, 0, "t") or (0, 0)
+    assert (low, (1 - high) ** rows) == (0.0, pytest.approx(0.025))
+
+
+def test_other_figures_keep_the_bootstrap() -> None:
+    assert interval("rouge1", [1.0] * 9, 0, "t") == (1.0, 1.0)  # no share of hits
+    assert interval("macro_f1", [[1, 1]] * 9, 0, "t") == (1.0, 1.0)
+    low, high = interval("accuracy", [1.0] * 8 + [0.0], 0, "t") or (0, 0)
+    assert 0 < low < 8 / 9 < high

@@ -103,12 +103,27 @@ def test_a_row_of_another_shape_is_told(metric: str, needs: str, tmp_path: Path,
 def test_unreadable_data_name_the_reasons_and_the_remedy(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SLIMTUNE_DATA", str(tmp_path))
-    with pytest.raises(UserError, match=r"rqe/test.jsonl.xz' does not exist.*Remedy: set SLIMTUNE_DATA.*--data rqe=FILE"):
-        prepare(find_task("rqe"), "test", tokenizer, 128)
+    file = r"name a file \(slimtune evaluate --data rqe=FILE\)"
+    for folder, remedy in (
+        (tmp_path, f"SLIMTUNE_DATA='{tmp_path}' does not hold it: set it to the folder that does, or {file}"),
+        (tmp_path / "no", f"SLIMTUNE_DATA='{tmp_path / 'no'}' is no folder: set it to the one that holds the file, or {file}"),
+    ):
+        monkeypatch.setenv("SLIMTUNE_DATA", str(folder))
+        with pytest.raises(UserError, match=rf"'{folder}/.*rqe/test.jsonl.xz' does not exist. Remedy: {remedy}"):
+            prepare(find_task("rqe"), "test", tokenizer, 128)
     monkeypatch.delenv("SLIMTUNE_DATA")
     with pytest.raises(UserError, match=r"SLIMTUNE_DATA is not set; .*lex_glue.*cannot be loaded from the hub"):
         prepare(find_task("casehold"), "test", tokenizer, 128)
+    with pytest.raises(UserError, match=rf"Remedy: set SLIMTUNE_DATA to the folder that holds them, or {file}"):
+        prepare(find_task("rqe"), "test", tokenizer, 128)
+
+
+@pytest.mark.parametrize(("given", "why"), [("gone.jsonl", "does not exist; give a file"), ("", "is a directory; name a file")])
+def test_a_given_file_that_is_missing_is_named(given: str, why: str, tmp_path: Path, tokenizer: Any) -> None:
+    path = str(tmp_path / given)
+    with pytest.raises(UserError, match=rf"^--data rqe={path}: data source '{path}' {why}") as raised:
+        prepare(find_task("rqe").reading(path), "test", tokenizer, 128)
+    assert "SLIMTUNE_DATA" not in str(raised.value)
 
 
 def test_a_damaged_file_is_not_passed_over(tmp_path: Path, tokenizer: Any) -> None:
@@ -124,6 +139,13 @@ def test_data_of_the_users_own_with_the_tasks_template(tmp_path: Path, tokenizer
     found = prepare(find_task("mednli").reading(file), "test", tokenizer, 2048)
     assert found.docs[0]["prompt"].startswith("Premise: A.\nHypothesis: B.\n")
     assert found.docs[0]["choices"][found.docs[0]["label"]] == " neutral"
+
+
+def test_rows_without_an_answer_are_counted_but_blank_texts_are_nothing(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"prompt": "A", "completion": " a"}, {"prompt": "B", "completion": " "}, {"prompt": "C", "completion": ""}]
+    assert made(tmp_path, "rouge", rows, tokenizer).empty == 2
+    assert made(tmp_path, "choice", [CHOICE], tokenizer).empty == 0
+    assert made(tmp_path, "perplexity", [{"text": "a"}, {"text": "\n"}], tokenizer).empty == 0
 
 
 def test_the_window_is_found_as_the_harness_finds_it() -> None:

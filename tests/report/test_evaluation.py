@@ -20,9 +20,23 @@ def found(**figure: Any) -> dict[str, Any]:
         "split": "test",
         "suites": {"mine": ["uscode_headings"], "general": ["wikitext2"]},
         "tasks": {
-            "uscode_headings": {"rows": 1500, "prompts_cut": 3, "figures": {"accuracy": accuracy}},
-            "wikitext2": {"rows": 9, "prompts_cut": 0, "figures": {"perplexity": {**perplexity, "high": 26.0}}},
+            "uscode_headings": {
+                "rows": 1500,
+                "split": "test",
+                "rows_empty": 0,
+                "prompts_cut": 3,
+                "figures": {"accuracy": accuracy},
+            },
+            "wikitext2": {
+                "rows": 9,
+                "split": "test",
+                "rows_empty": 0,
+                "prompts_cut": 0,
+                "figures": {"perplexity": {**perplexity, "high": 26.0}},
+            },
         },
+        "skipped": {},
+        "not_protected": None,
         "window": 2048,
         "versions": {"lm_eval": "1", "transformers": "2", "torch": "3"},
         "seed": 7,
@@ -59,3 +73,35 @@ def test_rouge_has_its_baseline_in_the_same_column() -> None:
     assert "uscode_headings ROUGE-L 20.0 18.0 to 22.0 6.0 1,500" in [
         " ".join(line.split()) for line in text(value).splitlines()
     ]
+
+
+def test_tasks_that_were_skipped_are_named() -> None:
+    shown = " ".join(text({**found(), "skipped": {"rqe": "why", "meqsum": "why"}}).split())
+    assert "Skipped, for their rows cannot be read: rqe, meqsum (why: the lines above, or the JSON)." in shown
+    assert "Skipped" not in text(found())
+
+
+def test_tasks_that_a_run_did_not_protect_are_named() -> None:
+    shown = " ".join(text({**found(), "not_protected": ["billsum", "rqe"]}).split())
+    assert "Their rows were not kept from what this model was tuned on: billsum, rqe." in shown
+    assert "were not kept" not in text({**found(), "not_protected": []})
+
+
+def test_what_was_read_is_said_where_it_is_not_the_split() -> None:
+    value = found()
+    value["tasks"]["wikitext2"] |= {"split": "given", "source": "mine/a.txt"}
+    shown = " ".join(text(value).split())
+    assert "1,234,567 parameters, fp32, test rows" in shown
+    assert "Rows of a given file, of no split: wikitext2 (mine/a.txt)." in shown
+    value["tasks"]["uscode_headings"] |= {"split": "given", "source": "b.jsonl"}
+    shown = " ".join(text(value).split())
+    assert "fp32, rows of given files" in shown
+    assert "uscode_headings (b.jsonl), wikitext2 (mine/a.txt)." in shown
+    assert "given file" not in text(found())
+
+
+def test_rows_without_an_answer_are_told() -> None:
+    value = found()
+    value["tasks"]["uscode_headings"]["rows_empty"] = 1200
+    assert "Rows without an answer, left out: 1,200 of uscode_headings." in " ".join(text(value).split())
+    assert "without an answer" not in text(found())

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from slimtune.errors import UserError, nearest
-from slimtune.evaluate import folder, harness
+from slimtune.evaluate import folder, harness, leakage
 from slimtune.evaluate.intervals import DRAWS
-from slimtune.evaluate.rows import Prepared, prepare, window_of
+from slimtune.evaluate.rows import Prepared, Unread, prepare, window_of
 from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
 from slimtune.models.load import load_config, load_tokenizer, locate, pretrained
 from slimtune.runtime import pick_device, pick_dtype, seed_everything
@@ -22,6 +22,9 @@ from slimtune.sections import ModelConfig
 from slimtune.version import versions
 
 _PACKAGES = ("slimtune", "lm_eval", "transformers", "torch", "datasets", "rouge_score", "tokenizers")
+_GIVEN = "MODEL"
+"""What messages call the model: the user gave an argument, and no key of a recipe."""
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ def evaluate_model(
     data: Mapping[str, str] | None = None,
     write_tasks: str | Path | None = None,
     options: Options | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Say = lambda _: None,
     see: harness.See = lambda what, done, total: None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -79,8 +82,10 @@ def evaluate_model(
         see: gets what is being done, how many requests are through, and of how many, as they come.
 
     Returns:
-        ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``versions``, and how
-        it was run. A figure has ``value``, ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
+        ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``skipped`` ({name:
+        reason} of tasks of a suite whose rows cannot be had), ``not_protected`` (of a run's model: the tasks whose rows its
+        recipe did not keep from being learned; else None), ``versions``, and how it was run. A figure has ``value``,
+        ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
 
     Raises:
         UserError: anything the user can mend.
@@ -92,22 +97,22 @@ def evaluate_model(
     pick_device(options.device)
     seed_everything(options.seed)
     found, where = _found(model_or_path)
-    tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where))
+    config = found.config if isinstance(found, nn.Module) else load_config(found, _GIVEN)
+    tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where), _GIVEN)
     say("reading rows ...")  # before the weights, which may have to be fetched
-    config = found.config if isinstance(found, nn.Module) else load_config(found)
-    prepared = _prepared(groups, tokenizer, window_of(config), options)
+    prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window_of(config), options, say)
+    not_protected = leakage.tell(where, prepared, say)
     model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
     say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
     figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed, see=see)
-    of = {task.name: group for group, members in groups.items() for task in members}
     return {
         "model": where,
         **_how(model, window_of(config), options),
-        "suites": {group: [task.name for task in members] for group, members in groups.items()},
-        "tasks": {task.name: _entry(task, of[task.name], figures.get(task.name, {})) for task in prepared},
-        "versions": _versions(),
+        **_by_suite(groups, prepared, options.split, figures),
+        "skipped": skipped,
+        "not_protected": not_protected,
         "lm_eval": lm_eval_command(where, prepared, options, model),
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -126,15 +131,29 @@ def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
         "batch": options.batch,
         "seed": options.seed,
         "decoding": "greedy, no examples in the prompt",
-        "intervals": f"95%, bootstrap over rows, {DRAWS} draws",
+        "intervals": f"95%, bootstrap over rows, {DRAWS} draws; exact of an accuracy of 0 or 1",
+        "versions": dict.fromkeys(_PACKAGES, "not installed") | versions(_PACKAGES),
     }
 
 
-def _entry(task: Prepared, group: str, figures: Mapping[str, Any]) -> dict[str, Any]:
+def _by_suite(
+    groups: Mapping[str, Sequence[Task]], prepared: Sequence[Prepared], split: str, figures: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What was measured: the names by suite, and all there is to say of each task."""
+    run = {task.name: task for task in prepared}
+    suites = {group: [task.name for task in members if task.name in run] for group, members in groups.items()}
+    of = {name: group for group, names in suites.items() for name in names}
+    tasks = {name: _entry(task, of[name], split, figures.get(name, {})) for name, task in run.items()}
+    return {"suites": {group: names for group, names in suites.items() if names}, "tasks": tasks}
+
+
+def _entry(task: Prepared, group: str, split: str, figures: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "suite": group,
         "metric": task.task.file.metric,
         "rows": len(task.docs),
+        "split": split if task.task.data is None else "given",  # a file is read as it is, whatever was asked for
+        "rows_empty": task.empty,
         "prompts_cut": task.cut,
         "source": task.source,
         "sha256": task.sha256,
@@ -178,23 +197,46 @@ def _names(value: str | Sequence[str]) -> list[str]:
     return [name.strip() for item in items for name in item.split(",") if name.strip()]
 
 
-def _prepared(groups: Mapping[str, Sequence[Task]], tokenizer: Any, window: int, options: Options) -> list[Prepared]:
+def _named(tasks: str | Sequence[str], data: Mapping[str, str]) -> set[str]:
+    """Tasks that were asked for by name, or whose file was given."""
+    return {*(Path(name).stem for name in _names(tasks)), *data}
+
+
+def _prepared(
+    groups: Mapping[str, Sequence[Task]], named: set[str], tokenizer: Any, window: int, options: Options, say: Say
+) -> tuple[list[Prepared], dict[str, str]]:
+    """The tasks that can be run, and why others cannot: a suite is worth running without some, but what was named is wanted."""
     split: Split = "valid" if options.split == "valid" else "test"
-    return [prepare(task, split, tokenizer, window, options.limit) for tasks in groups.values() for task in tasks]
+    found: list[Prepared] = []
+    skipped: dict[str, str] = {}
+    for task in (task for tasks in groups.values() for task in tasks):
+        try:
+            found.append(prepare(task, split, tokenizer, window, options.limit))
+        except Unread as error:
+            if task.name in named:
+                raise
+            skipped[task.name] = error.reason
+    if not found:
+        name, reason = next(iter(skipped.items()))
+        others = f"; nor can those of {', '.join(list(skipped)[1:])}" if len(skipped) > 1 else ""
+        raise UserError(f"nothing is left to evaluate: task {name!r}: {reason}{others}")
+    for name, reason in skipped.items():
+        say(f"skipped {name}: {reason}")
+    return found, skipped
 
 
 def _found(model: Any) -> tuple[nn.Module | ModelConfig, str]:
     """A model object, or where to load it from; and what to call it."""
     if isinstance(model, nn.Module):
         return model, str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-    location, local = locate(str(model), "MODEL")
+    location, local = locate(str(model), _GIVEN)
     where = str(Path(location).resolve()) if local else location
     return ModelConfig(path=where), where
 
 
 def _loaded(config: ModelConfig, options: Options) -> nn.Module:
     device = pick_device(options.device)
-    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)})
+    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)}, _GIVEN)
     return model.to(torch.device(device)).eval()
 
 
@@ -207,7 +249,3 @@ def lm_eval_command(model: str, tasks: Sequence[Prepared], options: Options, loa
         f"lm_eval run --model hf --model_args {args} --include_path . --tasks {names} --batch_size {options.batch} "
         f"--device {loaded.device}"
     )
-
-
-def _versions() -> dict[str, str]:
-    return dict.fromkeys(_PACKAGES, "not installed") | versions(_PACKAGES)

@@ -2,6 +2,7 @@
 
 Rows are drawn with replacement ``DRAWS`` times, the figure is computed anew on each draw (for a perplexity the ratio of
 sums, for macro-F1 the F1 of every class), and the interval runs from the 2.5th to the 97.5th percentile.
+Where all rows are right, or all are wrong, every draw is the same; an accuracy then has exact ends (Clopper and Pearson 1934).
 """
 
 from __future__ import annotations
@@ -32,11 +33,19 @@ def interval(metric: str, values: Sequence[Any], seed: int, name: str) -> tuple[
     if len(values) < 2:
         return None
     table = np.asarray(values, dtype=np.float64)
+    if metric == "accuracy" and table.min() == table.max():
+        return _exact(bool(table[0]), len(table))
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     draws = np.array([_STATISTICS.get(metric, _mean)(table[rows]) for rows in _drawn(rng, len(table))])
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
     return float(low), float(high)
+
+
+def _exact(right: bool, rows: int) -> tuple[float, float]:
+    """Clopper and Pearson's interval of a share that is 1 or 0: up to where such rows would be as rare as one tail."""
+    end = float(((1 - LEVEL) / 2) ** (1 / rows))
+    return (end, 1.0) if right else (0.0, 1 - end)
 
 
 def _drawn(rng: np.random.Generator, rows: int) -> Sequence[NDArray[np.int64]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 
 from slimtune.data.prompts import special_prefix
 from slimtune.data.records import is_hub_id
-from slimtune.data.sources import BUILTIN, Row, read
+from slimtune.data.sources import BUILTIN, Row, read_counted
 from slimtune.data.windows import spread
 from slimtune.errors import UserError
 from slimtune.evaluate.choices import answers
@@ -34,8 +35,9 @@ class Prepared:
         docs: what stands in the rows' file: ``prompt``, ``choices``, ``label``; ``prompt``, ``completion``; or ``prompt``
             (what precedes a text: nothing where the tokenizer adds a beginning token, else end-of-text), ``text``,
             ``tokens``, ``bytes``.
-        source: where they came from.
+        origin: where they came from.
         sha256: of the rows before they were cut to the model's window.
+        empty: rows without an answer, which were left out (a text without a word is none).
         cut: number of prompts that were cut from the left.
         tokens: most tokens to be written.
         longest: tokens of the row with the most characters, answer included.
@@ -43,8 +45,9 @@ class Prepared:
 
     task: Task
     docs: list[Doc]
-    source: str
+    origin: Source
     sha256: str
+    empty: int
     cut: int
     tokens: int
     longest: int
@@ -53,6 +56,38 @@ class Prepared:
     def name(self) -> str:
         """The task's name."""
         return self.task.name
+
+    @property
+    def source(self) -> str:
+        """The file, or the id of the hub's data set."""
+        return self.origin.path
+
+
+class Unread(UserError):
+    """None of a task's sources can be had.
+
+    Attributes:
+        reason: why not, and what to do, in one line.
+    """
+
+    def __init__(self, task: Task, split: Split, reasons: Sequence[str]):
+        why = "; ".join(" ".join(reason.split()) for reason in reasons)  # the hub's have several lines
+        self.reason = f"its {split} rows cannot be read: {why}. Remedy: {_remedy(task)}"
+        super().__init__(f"task {task.name!r}: {self.reason}, or leave the task out")
+
+
+def _remedy(task: Task) -> str:
+    """What to do for rows that are nowhere, as the environment is."""
+    file = f"name a file (slimtune evaluate --data {task.name}=FILE)"
+    variable = next(iter(task.variables), None)
+    if variable is None:
+        return file
+    folder = os.environ.get(variable)
+    if folder is None:
+        return f"set {variable} to the folder that holds them, or {file}"
+    if Path(folder).expanduser().is_dir():
+        return f"{variable}={folder!r} does not hold it: set it to the folder that does, or {file}"
+    return f"{variable}={folder!r} is no folder: set it to the one that holds the file, or {file}"
 
 
 def window_of(config: Any) -> int:
@@ -71,9 +106,10 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         limit: at most this many rows, evenly spaced over all.
 
     Raises:
-        UserError: no source can be read, or a row is not of the shape that the metric needs.
+        Unread: no source can be had.
+        UserError: a source is damaged, or a row is not of the shape that the metric needs.
     """
-    rows, source = _read(task, split)
+    rows, empty, origin = _read(task, split)
     most = min(limit or len(rows), task.file.rows or len(rows))
     tokens = min(task.file.tokens, window // 2)
     if task.file.metric == "perplexity":
@@ -81,43 +117,45 @@ def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | 
         texts = [texts[index] for index in spread(len(texts), min(limit or len(texts), task.file.rows or len(texts)))]
         plain = [{"text": text} for text in texts]
         docs = _text_docs(texts, tokenizer, window)
-        return Prepared(task, docs, source, _digest(plain), 0, tokens, _longest(docs, tokenizer))
+        return Prepared(task, docs, origin, _digest(plain), 0, 0, tokens, _longest(docs, tokenizer))
     make = _choice_doc if task.file.metric == "choice" else _summary_doc
     plain = [make(rows[index], task.name) for index in spread(len(rows), most)]
     fit = _fitter(tokenizer, window)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
-    return Prepared(task, docs, source, _digest(plain), cut, tokens, _longest(docs, tokenizer))
+    return Prepared(task, docs, origin, _digest(plain), empty, cut, tokens, _longest(docs, tokenizer))
 
 
 def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
     """Where the test rows of tasks are, and their validation rows where they have some: what nothing may learn from.
 
     Raises:
-        UserError: the test rows of a task cannot be found.
+        Unread: the test rows of a task cannot be found.
     """
     found = []
     for task in tasks:
         reasons: list[str] = []
         tests = next(_sources(task, "test", reasons), None)
         if tests is None:
-            raise _unread(task, "test", reasons)
+            raise Unread(task, "test", reasons)
         found.append(tests)
         with suppress(UserError):  # a task need not have validation rows
             found += islice(_sources(task, "valid", []), 1)
     return tuple(found)
 
 
-def _read(task: Task, split: Split) -> tuple[list[Row], str]:
+def _read(task: Task, split: Split) -> tuple[list[Row], int, Source]:
     reasons: list[str] = []
     for source in _sources(task, split, reasons):
         try:
-            return read(source), source.path
+            return *read_counted(source), source
         except UserError as error:
             if Path(source.path).is_file():
                 raise
+            if task.data is not None:
+                raise UserError(f"--data {task.name}={task.data}: {error}") from error
             reasons.append(str(error))
-    raise _unread(task, split, reasons)
+    raise Unread(task, split, reasons)
 
 
 def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
@@ -137,13 +175,6 @@ def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
             yield source
         else:
             reasons.append(f"{source.path!r} does not exist")
-
-
-def _unread(task: Task, split: Split, reasons: Sequence[str]) -> UserError:
-    variable = next(iter(task.variables), None)
-    remedy = f"set {variable} to the folder that holds them, or n" if variable else "n"
-    remedy += f"ame a file (slimtune evaluate --data {task.name}=FILE), or leave the task out"
-    return UserError(f"task {task.name!r}: its {split} rows cannot be read: {'; '.join(reasons)}. Remedy: {remedy}")
 
 
 def _there(source: Source) -> bool:

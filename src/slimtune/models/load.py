@@ -53,7 +53,7 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
     """A usable location and whether it is local. Only ``org/name`` may reach the network, and not beside a folder ``org``.
 
     Raises:
-        UserError: a folder that does not exist, or a builtin that is not shipped.
+        UserError: a folder that does not exist, a file, or a builtin that is not shipped.
     """
     if path.startswith(BUILTIN):
         folder = Path(str(files("slimtune"))) / "assets" / path.removeprefix(BUILTIN)
@@ -66,6 +66,8 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
         if not (folder / "config.json").is_file():
             raise UserError(f"{what}={path!r} has no config.json; give a Hugging Face model folder")
         return str(folder), True
+    if folder.is_file():
+        raise UserError(f"{what}={path!r} is a file; give the folder that holds a model's config.json and weights")
     # "recipes/nope" beside a folder "recipes" is a mistyped path: it must not become a download
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", path) and not folder.parent.is_dir():
         return path, False
@@ -82,8 +84,8 @@ def _hub(call: Any, location: str, local: bool, what: str, bad: tuple[type[Excep
         raise UserError(f"{what}={location!r} cannot be loaded ({reason}); {remedy}") from error
 
 
-def load_config(config: ModelConfig) -> PreTrainedConfig:
-    """The Hugging Face config of the recipe's model, inline keys applied for ``init: config``."""
+def load_config(config: ModelConfig, what: str = "model.path") -> PreTrainedConfig:
+    """The Hugging Face config of the recipe's model, inline keys applied for ``init: config``; ``what`` stands in messages."""
     if not config.path:
         if "model_type" not in config.config:
             raise UserError("model.path is empty: give a folder or hub id, or init: config with config.model_type")
@@ -95,8 +97,8 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
         raise UserError(
             f"model.revision={config.revision!r} is for a hub id; model.path={config.path!r} is a folder: leave it out"
         )
-    _refuse_unknown(location, local, config.revision)
-    loaded = _hub(AutoConfig.from_pretrained, location, local, "model.path", _BAD_FILES, revision=config.revision)
+    _refuse_unknown(location, local, what, config.revision)
+    loaded = _hub(AutoConfig.from_pretrained, location, local, what, _BAD_FILES, revision=config.revision)
     return _configured(loaded, config.config, lambda: _with(loaded, config.config))
 
 
@@ -124,11 +126,11 @@ def _with(config: PreTrainedConfig, keys: Mapping[str, Any]) -> PreTrainedConfig
     return type(config)(**{**raw, **{config.attribute_map.get(key, key): value for key, value in keys.items()}})
 
 
-def _refuse_unknown(location: str, local: bool, revision: str | None) -> None:
+def _refuse_unknown(location: str, local: bool, what: str, revision: str | None) -> None:
     """Refuse a model_type that transformers does not know either, with our list instead of its ValueError."""
-    raw, _ = _hub(PreTrainedConfig.get_config_dict, location, local, "model.path", _BAD_FILES, revision=revision)
+    raw, _ = _hub(PreTrainedConfig.get_config_dict, location, local, what, _BAD_FILES, revision=revision)
     if not isinstance(raw, dict):
-        raise UserError(f"model.path={location!r} cannot be loaded (its config.json is no object); check the folder's files")
+        raise UserError(f"{what}={location!r} cannot be loaded (its config.json is no object); check the folder's files")
     if raw.get("model_type") and raw["model_type"] not in CONFIG_MAPPING:
         family_of(str(raw["model_type"]))
 
@@ -162,18 +164,20 @@ def check_length(config: PreTrainedConfig, max_length: int) -> None:
         )
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer, exactly as it is (no token added, no setting changed)."""
+def load_tokenizer(config: ModelConfig, what: str = "") -> Any:
+    """The tokenizer, exactly as it is (no token added, no setting changed); ``what`` stands in messages for a recipe's key."""
     path, revision = config.tokenizer_source
     if not path:
         raise UserError("model.tokenizer is empty: give a folder or hub id with a tokenizer")
+    key = what or ("model.tokenizer" if config.tokenizer else "model.path")
     if config.tokenizer and Path(path).expanduser().is_dir():
         location, local = str(Path(path).expanduser()), True
     else:
-        location, local = locate(path, "model.tokenizer" if config.tokenizer else "model.path")
+        location, local = locate(path, key)
     if local and not any(file for name in TOKENIZER_FILES for file in Path(location).glob(name)):
-        raise UserError(f"{path!r} has no tokenizer files; give a folder or hub id that has them: model.tokenizer=...")
-    return _hub(AutoTokenizer.from_pretrained, location, local, "model.tokenizer", _BAD_FILES, revision=revision)
+        remedy = "copy those of its base there" if what else "give a folder or hub id that has them: model.tokenizer=..."
+        raise UserError(f"{key}={path!r} has no tokenizer files; {remedy}")
+    return _hub(AutoTokenizer.from_pretrained, location, local, key, _BAD_FILES, revision=revision)
 
 
 def meta_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
@@ -226,18 +230,18 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
     return model.to(device).eval()
 
 
-def pretrained(config: ModelConfig, kwargs: Mapping[str, Any]) -> PreTrainedModel:
+def pretrained(config: ModelConfig, kwargs: Mapping[str, Any], what: str = "model.path") -> PreTrainedModel:
     """Weights from files. transformers would draw absent tensors at random with no more than a warning."""
     location, local = locate(config.path)
     # ignore_mismatched_sizes: so that such tensors are told by name below
     asked = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     bad = (*_BAD_FILES, SafetensorError)
-    model, info = _hub(AutoModelForCausalLM.from_pretrained, location, local, "model.path", bad, **asked)
+    model, info = _hub(AutoModelForCausalLM.from_pretrained, location, local, what, bad, **asked)
     wrong = [f"{name} is missing" for name in sorted(info["missing_keys"])]
     wrong += [f"{item[0]} has another shape" for item in sorted(info["mismatched_keys"])]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise UserError(f"model.path={config.path!r} cannot be loaded ({wrong[0]}{more}); check the folder's files")
+        raise UserError(f"{what}={config.path!r} cannot be loaded ({wrong[0]}{more}); check the folder's files")
     return model
 
 

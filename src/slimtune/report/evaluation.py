@@ -25,9 +25,9 @@ _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 def render(found: dict[str, Any]) -> RenderableType:
     """Tasks by suite: each figure with its interval, what answers get that know nothing, and the rows that it was taken on."""
     dtype = _SHORT.get(found["dtype"], found["dtype"])
-    title = Text.assemble(
-        (found["model"], "bold"), f"\n{found['parameters']:,} parameters, {dtype}, {found['split']} rows", style="default"
-    )
+    given = _given(found)
+    rows = "rows of given files" if len(given) == len(found["tasks"]) else f"{found['split']} rows"
+    title = Text.assemble((found["model"], "bold"), f"\n{found['parameters']:,} parameters, {dtype}, {rows}", style="default")
     table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("task", no_wrap=True)
     table.add_column("metric", no_wrap=True)
@@ -40,6 +40,11 @@ def render(found: dict[str, Any]) -> RenderableType:
         for name in names:
             poor |= _add_task(table, name, found["tasks"][name])
     return Group(table, Text(_footer(found, poor), style="dim"))
+
+
+def _given(found: dict[str, Any]) -> list[str]:
+    """Tasks whose rows are those of a file that the user gave, and not of a split."""
+    return [name for name, task in found["tasks"].items() if task["split"] == "given"]
 
 
 def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
@@ -79,10 +84,20 @@ def _footer(found: dict[str, Any], poor: bool) -> str:
     lines.append("baseline: the most frequent answer, always given; of ROUGE, the reference answer of another row.")
     if poor:
         lines.append("Yellow: the interval does not lie above the baseline.")
+    if given := [f"{name} ({found['tasks'][name]['source']})" for name in _given(found)]:
+        lines.append(f"Rows of a given file, of no split: {', '.join(given)}.")
+    if empty := [f"{task['rows_empty']:,} of {name}" for name, task in found["tasks"].items() if task["rows_empty"]]:
+        lines.append(f"Rows without an answer, left out: {', '.join(empty)}.")
     cut = {name: task["prompts_cut"] for name, task in found["tasks"].items() if task["prompts_cut"]}
     if cut:
         told = ", ".join(f"{count} of {name}" for name, count in cut.items())
         lines.append(f"Prompts cut from the left to fit {found['window']:,} tokens: {told}.")
+    if found["skipped"]:
+        names = ", ".join(found["skipped"])
+        lines.append(f"Skipped, for their rows cannot be read: {names} (why: the lines above, or the JSON).")
+    if found["not_protected"]:
+        names = ", ".join(found["not_protected"])
+        lines.append(f"Their rows were not kept from what this model was tuned on: {names}.")
     versions = found["versions"]
     lines.append(
         f"lm-eval {versions['lm_eval']}, transformers {versions['transformers']}, torch {versions['torch']}; "
