@@ -147,6 +147,8 @@ class _Clock:
 
     def line(self, ended: Ended) -> str:
         """What came of a run."""
+        if ended.again:
+            return f"{ended.job.label}: {ended.why}"
         self.done += 1
         left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
         rest = f"; about {duration(left)} left" if self.done < self.total else ""
