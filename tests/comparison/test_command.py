@@ -120,6 +120,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
         (["--keep", "most"], "--keep 'most' is not a list such as 0.6,0.5"),
         (["--table"], "there are no rows in"),
         (["--table", "--dry-run"], "--table and --dry-run exclude each other"),
+        (["--threads", "0"], "--threads 0: give the CPU threads of a run, 1 or more"),
+        (["--threads", "-2", "--dry-run"], "--threads -2: give the CPU threads"),
         (["--jobs", "0", "--dry-run"], "--jobs 0: give the number of runs"),
         (["--gpus", "0,x"], "--gpus x: give the numbers of GPUs"),
         (["--gpus", "-1", "--dry-run"], "--gpus -1: give the numbers of GPUs"),

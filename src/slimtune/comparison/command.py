@@ -71,7 +71,7 @@ def compare(
         _show(_there(asked.rows), asked.jobs, asked.out)
         return
     cards = _items(gpus, str, "--gpus")
-    many = side_by_side(jobs, cards)
+    many = side_by_side(jobs, cards, threads)
     _warn_of_figure()
     if dry_run:
         _list(asked)

@@ -79,15 +79,17 @@ def compare(
         UserError: a run is not a valid recipe, the file asks for something unknown, or a folder cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
-    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say)
+    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus, threads), gpus, threads), say)
 
 
-def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
-    """``jobs``, else one a GPU, else one. Raises UserError where nothing would run, or not on a GPU."""
+def side_by_side(jobs: int | None, gpus: Sequence[str], threads: int | None = None) -> int:
+    """``jobs``, else one a GPU, else one. Raises UserError where nothing would run, or not on a GPU, or without a thread."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give the number of runs side by side, 1 or more")
     for gpu in gpus:  # CUDA takes what it cannot read for an empty list, and the runs would go on without a GPU
         if not gpu.isdecimal() and not gpu.startswith(("GPU-", "MIG-")):
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: give the CPU threads of a run, 1 or more, or leave it out")
             raise UserError(f"--gpus {gpu}: give the numbers of GPUs, e.g. --gpus 0,1, or their UUIDs (nvidia-smi -L)")
     return jobs or len(gpus) or 1
 
