@@ -11,6 +11,7 @@ import yaml
 from slimtune.comparison.rows import Row
 
 RECIPE = {
+    "model": {"path": "builtin:base-10m"},
     "search": {"steps": 4, "batch": 2},
     "recover": {"steps": 6},
     "train": {"batch": 4},
