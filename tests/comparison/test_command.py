@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,29 @@ def test_a_part_without_a_point_to_draw_is_no_failure(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "figure.svg").exists()
 
 
+def test_without_matplotlib_the_runs_and_tables_are_made_and_the_figure_is_told_of_before_and_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "matplotlib" else found(name, *more))
+    words = ["compare", str(write_comparison(tmp_path, seeds=0))]
+    dry = ask(app, [*words, "--dry-run"])
+    assert "needs matplotlib: pip install 'slimtune[plot]'" in dry.stderr
+    result = ask(app, words)
+    assert result.exit_code == 0, result.output
+    assert "[3/3] " in result.stdout
+    first, last = result.output.splitlines()[0], result.output.splitlines()[-1]
+    assert (
+        first == "no figure will be drawn: it needs matplotlib: pip install 'slimtune[plot]' (also later, for --table draws it)"
+    )
+    assert last == "no figure: it needs matplotlib: pip install 'slimtune[plot]', then the same command with --table draws it"
+    out = tmp_path / "out"
+    assert (out / "table.md").is_file()
+    assert not (out / "figure.svg").exists()
+    again = ask(app, [*words, "--table"])
+    assert (again.exit_code, again.output.splitlines()[-1]) == (0, last)
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -96,6 +120,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
         (["--keep", "most"], "--keep 'most' is not a list such as 0.6,0.5"),
         (["--table"], "there are no rows in"),
         (["--table", "--dry-run"], "--table and --dry-run exclude each other"),
+        (["--threads", "0"], "--threads 0: give the CPU threads of a run, 1 or more"),
+        (["--threads", "-2", "--dry-run"], "--threads -2: give the CPU threads"),
         (["--jobs", "0", "--dry-run"], "--jobs 0: give the number of runs"),
         (["--gpus", "0,x"], "--gpus x: give the numbers of GPUs"),
         (["--gpus", "-1", "--dry-run"], "--gpus -1: give the numbers of GPUs"),

@@ -27,6 +27,7 @@ def test_a_file_says_what_all_runs_share_and_what_each_method_changes(tmp_path: 
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"seedz": [0]}, "comparison: unknown key 'seedz'. Did you mean 'seeds'?"),
+    ({"domain": None, "domian": "x"}, "comparison: unknown key 'domian'. Did you mean 'domain'?"),
     ({"base": None}, "comparison: the key 'base' is missing"),
     ({"keep": [0.6, 1.2]}, "comparison: keep.1=1.2 is not valid: Input should be less than or equal to 1"),
     ({"seeds": [0, 0]}, "comparison: seeds=[0, 0] is not valid: an item stands there twice"),
@@ -47,6 +48,14 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path: Path, changes: dict[str
         load(write_comparison(tmp_path, **changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_recipe_is_no_comparison() -> None:
+    file = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+    with pytest.raises(
+        UserError, match=r"demo.yaml' is a recipe for slimtune tune; .* holds recipe, base, domain, out, methods"
+    ):
+        load(file)
 
 
 def test_no_file() -> None:

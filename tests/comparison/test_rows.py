@@ -72,6 +72,15 @@ def test_a_row_for_each_metric_and_every_key_with_a_dot_is_one(job: Job) -> None
         assert common.items() <= found.items()
 
 
+def test_the_accuracy_on_choices_has_its_baseline_and_interval(job: Job) -> None:
+    """By hand, Wilson's: the middle (0.9 + 1.92 / 50) / (1 + 3.84 / 50); of the base nothing but its value."""
+    figures = {"accuracy": 0.9, "accuracy_se": 0.042, "majority": 0.4, "rows": 50.0}
+    summary = {**SUMMARY, "base": {"ppl": 40.0, "accuracy": 0.3}, "result": {**SUMMARY["result"], **figures}}
+    (found,) = (row for row in of_run(job, summary) if row["metric"] == "accuracy")
+    assert (found["value"], found["se"], found["base_value"], found["majority"]) == (0.9, 0.042, 0.3, 0.4)
+    assert (found["low"], found["high"]) == (pytest.approx(0.7864, abs=1e-4), pytest.approx(0.9565, abs=1e-4))
+
+
 def test_the_perplexitys_row_tells_of_its_windows(job: Job) -> None:
     found = [0.25, -1.5, 0.1234]
     dense = {"ppl": 16.0, "parameters": 100, "seconds": 2.0}

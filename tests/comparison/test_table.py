@@ -51,6 +51,28 @@ def test_tasks_have_a_table_for_each_kind_of_metric() -> None:
         assert f"tasks, {kind}**\n\n| method | keep | {metric} |\n| --- | --- | --- |\n| {line} |\n\n" in found
 
 
+def test_a_single_seed_of_a_task_tells_its_interval() -> None:
+    """What lies between seeds where there are several; of one seed the rows tell what other test rows would do."""
+    ends = {"low": 0.4721, "high": 0.5564}
+    rows = [row("atp", 0.6, 0, 15.0), {**row("atp", 0.6, 0, 0.514, "rqe.accuracy"), **ends, "majority": 0.5}]
+    rows += [row("dense_lora", 1.0, seed, 12.0) for seed in (0, 1)]
+    rows += [{**row("dense_lora", 1.0, seed, 0.6, "rqe.accuracy"), **ends} for seed in (0, 1)]
+    found = text(rows)
+    assert "| atp | 0.6 | 0.514 [0.472, 0.556] |" in found
+    assert "| dense_lora | all | 0.600 ± 0.000 |" in found
+    assert "in brackets behind a figure of one seed: its 95% interval" in found
+    assert "| atp | 0.6 | 0.514 [0.472, 0.556] (n=1) |" in text([*rows, row("atp", 0.6, 1, 15.0)])
+    assert "behind a figure" not in text([it for it in rows if it["method"] != "atp"])
+
+
+def test_the_accuracy_of_a_test_source_has_its_baseline_and_interval() -> None:
+    rows = [row("atp", 0.6, 0, 15.0), {**row("atp", 0.6, 0, 0.5, "accuracy"), "low": 0.404, "high": 0.596, "majority": 0.4}]
+    found = text(rows)
+    assert "| perplexity | retention | accuracy [0.400] |" in found
+    assert "| 0.500 [0.404, 0.596] |" in found
+    assert "in brackets in a head: what answers get that know nothing" in found
+
+
 def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_same_seed() -> None:
     gains = [row("dense_lora", 1.0, 0, 0.2, "tasks_above_chance"), row("dense_lora", 1.0, 1, -0.1, "tasks_above_chance")]
     gains += [row("atp", 0.6, seed, 0.15, "tasks_above_chance") for seed in (0, 1)]
@@ -191,10 +213,12 @@ def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> N
 
 def test_the_screen_shows_the_same(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=(tmp_path / "screen").open("w"))
-    console.print(render(sheets(joined([], [*some(), row("a[b]", 0.6, 0, 14.0)]))))
+    rows = [{**it, "low": 0.7, "high": 0.8} if it["metric"] == "rqe.accuracy" else it for it in some()]
+    console.print(render(sheets(joined([], [*rows, row("a[b]", 0.6, 0, 14.0)]))))
     shown = console.export_text()
     assert "16.00 ± 1.41" in shown
     assert "a[b]" in shown
+    assert "  [0.700, 0.800]" in shown  # below its figure, so that many tasks fit
     assert "perplexity" in shown  # not cut off
     assert "rqe  \n" in shown  # a task's name and its metric one above the other
     assert "▸ 14.00*" in shown

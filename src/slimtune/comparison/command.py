@@ -71,7 +71,8 @@ def compare(
         _show(_there(asked.rows), asked.jobs, asked.out)
         return
     cards = _items(gpus, str, "--gpus")
-    many = side_by_side(jobs, cards)
+    many = side_by_side(jobs, cards, threads)
+    _warn_of_figure()
     if dry_run:
         _list(asked)
         return
@@ -115,9 +116,21 @@ def _there(file: Path) -> list[Row]:
     return found
 
 
+PLOT = "it needs matplotlib: pip install 'slimtune[plot]'"
+
+
+def _warn_of_figure() -> None:
+    """Before hours of runs, not after them. They go on: what they are for are the figures of the table."""
+    from slimtune.comparison.figure import installed
+
+    if not installed():
+        told = f"no figure will be drawn: {PLOT} (also later, for --table draws it)"
+        typer.secho(told, fg=typer.colors.YELLOW, err=True)
+
+
 def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
     """The table on the screen; into ``out`` the table as Markdown and the figure."""
-    from slimtune.comparison.figure import draw, drawable
+    from slimtune.comparison.figure import draw, drawable, installed
     from slimtune.comparison.rows import put
     from slimtune.comparison.sheet import markdown, render
     from slimtune.comparison.table import sheets
@@ -127,7 +140,10 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
     if out is not None:
         put(out / "table.md", markdown(found))
         typer.echo(f"table: {out / 'table.md'}")
-        if drawable(rows):
+        if not installed():
+            told = f"no figure: {PLOT}, then the same command with --table draws it"
+            typer.secho(told, fg=typer.colors.YELLOW, err=True)
+        elif drawable(rows):
             draw(rows, out / "figure.svg", asked)
             typer.echo(f"figure: {out / 'figure.svg'}")
         else:
@@ -135,7 +151,8 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
 
 
 def _list(asked: Order) -> None:
-    """What would be run."""
+    """What would be run. The base need not be here for that."""
+    from slimtune.comparison.budgets import check_budgets
     from slimtune.comparison.run import needed, present
     from slimtune.comparison.sheet import render
     from slimtune.comparison.table import listing
@@ -143,6 +160,7 @@ def _list(asked: Order) -> None:
     there = present(asked.work, asked.rows)
     todo = [job for job in asked.work if job not in there]
     before = needed(todo)
+    check_budgets([*before, *todo], absent=True)
     _wide().print(render([listing(asked.work, there, before)]))
 
 

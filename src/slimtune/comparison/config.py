@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from slimtune.errors import UserError, nearest
-from slimtune.recipe import read_yaml
+from slimtune.recipe import Recipe, read_yaml
 from slimtune.section import Section
 
 Keep = Annotated[float, Field(gt=0.0, le=1.0)]
@@ -125,7 +125,14 @@ def load(path: str | Path) -> Comparison:
     Raises:
         UserError: the file is missing or not a mapping, a key is unknown, a value is invalid or a variable unset.
     """
-    comparison = Comparison.model_validate(read_yaml(path, "comparison", "recipes/compare/health.yaml"))
+    raw = read_yaml(path, "comparison", "recipes/compare/health.yaml")
+    if not raw.keys() & {"recipe", "methods"} and raw.keys() & (Recipe.model_fields.keys() - Comparison.model_fields.keys()):
+        needs = [name for name, it in Comparison.model_fields.items() if it.is_required()]
+        raise UserError(
+            f"comparison: {str(path)!r} is a recipe for slimtune tune; a comparison names it as its recipe and holds "
+            f"{', '.join(needs)}, e.g. recipes/compare/health.yaml (docs/compare.md)"
+        )
+    comparison = Comparison.model_validate(raw)
     first = tuple(
         item.model_copy(update={"recipe": _beside(path, item.recipe, f"first.{index}.recipe")})
         for index, item in enumerate(comparison.first)
@@ -150,7 +157,8 @@ def _flat(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explain(error: ValidationError) -> str:
-    first = error.errors()[0]
+    errors = error.errors()
+    first = next((it for it in errors if it["type"] == "extra_forbidden"), errors[0])  # a misspelt key is missing as well
     loc = [str(part) for part in first["loc"] if part != "[key]"]
     where, known = ".".join(loc), list(Comparison.model_fields)
     if first["type"] == "extra_forbidden":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import statistics
 from collections.abc import Iterable
@@ -28,6 +29,11 @@ STYLES = [
 """Colours that colour-blind readers tell apart; markers and line styles that do without colour."""
 WIDE = 2.5
 """Largest over smallest perplexity from which the axis is logarithmic: one bad method must not flatten the rest."""
+
+
+def installed() -> bool:
+    """Whether matplotlib is there, without which there is no figure. Nothing is imported."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def drawable(rows: Iterable[Row]) -> bool:

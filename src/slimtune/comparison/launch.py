@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import signal
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimtune.comparison.gpus import Places, ran_out
 from slimtune.comparison.jobs import Job
 from slimtune.comparison.lock import held
 from slimtune.comparison.program import commit, program
@@ -31,12 +31,17 @@ STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 
 @dataclass(frozen=True)
 class Ended:
-    """A run's end: its summary, ``{"failed": end of the log}``, or None when there is none; how long it took; why none."""
+    """A run's end: its summary, ``{"failed": end of the log}``, or None when there is none; how long it took; why none.
+
+    Attributes:
+        again: it is made once more, for others took the memory of its GPU.
+    """
 
     job: Job
     summary: Summary | None
     seconds: float
     why: str = "stopped from outside"
+    again: bool = False
 
 
 def beside(job: Job, ending: str) -> Path:
@@ -95,9 +100,7 @@ class Launcher:
 
     def __init__(self, jobs: int, gpus: Sequence[str] = (), threads: int | None = None):
         self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
-        self.gpus: queue.SimpleQueue[str] = queue.SimpleQueue()  # a run takes the GPU that an ended one has left
-        for index in range(jobs):
-            self.gpus.put(gpus[index % len(gpus)] if gpus else "")
+        self.places = Places(jobs, gpus)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self.lock = threading.Lock()
@@ -105,19 +108,22 @@ class Launcher:
     def run_all(self, work: Sequence[Job]) -> Generator[Ended, None, None]:
         """The ends of the runs, as they come. An interrupt stops the runs and goes on to the caller.
 
-        A run starts when those of ``work`` that it reads have ended, and not at all where one of them has no result.
+        A run starts when those of ``work`` that it reads have ended, and not at all where one of them has no result. One that
+        others left too little memory ends with ``again``, and once more later.
         """
         self.stopping = False  # the end of an earlier call left it set
+        self.places.clear()
         pool = ThreadPoolExecutor(self.jobs)
-        left, going, without = list(work), dict[Future[Ended], Job](), dict[Job, Ended]()
+        left, going, without = list(work), dict[Future[Ended], tuple[Job, str]](), dict[Job, Ended]()
         try:
             with _terminable():
                 while left or going:
                     yield from self._start(pool, left, going, without)
                     for future in wait(going, return_when=FIRST_COMPLETED).done:
-                        ended = future.result()
-                        del going[future]
-                        if ended.summary is None or "failed" in ended.summary:
+                        ended = self._left(future.result(), *going.pop(future))
+                        if ended.again:
+                            left.append(ended.job)
+                        elif ended.summary is None or "failed" in ended.summary:
                             without[ended.job] = ended
                         yield ended
         finally:  # also when the caller leaves early
@@ -125,38 +131,48 @@ class Launcher:
             pool.shutdown(cancel_futures=True)
 
     def _start(
-        self, pool: ThreadPoolExecutor, left: list[Job], going: dict[Future[Ended], Job], without: dict[Job, Ended]
+        self,
+        pool: ThreadPoolExecutor,
+        left: list[Job],
+        going: dict[Future[Ended], tuple[Job, str]],
+        without: dict[Job, Ended],
     ) -> Iterator[Ended]:
         """Fill the free places in order; the ends of those that cannot start."""
+        running = {job for job, _ in going.values()}
         for job in list(left):
             lost = next((without[source] for source in job.reads if source in without), None)
             if lost:
                 left.remove(job)
                 without[job] = Ended(job, None, 0.0, f"not started: it reads {lost.job.label} ({told(lost)})")
                 yield without[job]
-            elif len(going) < self.jobs and not any(source in left or source in going.values() for source in job.reads):
-                left.remove(job)
-                going[pool.submit(self._run, job)] = job
+            elif not any(source in left or source in running for source in job.reads):
+                gpu = self.places.take(job)
+                if gpu is not None:
+                    left.remove(job)
+                    running.add(job)
+                    going[pool.submit(self._run, job, gpu)] = job, gpu
 
-    def _run(self, job: Job) -> Ended:
+    def _left(self, ended: Ended, job: Job, gpu: str) -> Ended:
+        """A run's end, or that it is made again: its GPU was full, and not by it alone."""
+        failed = ended.summary is not None and "failed" in ended.summary
+        fewer = self.places.leave(gpu, job, failed and ran_out(beside(job, ".log")))
+        return Ended(job, None, ended.seconds, str(fewer), again=True) if fewer else ended
+
+    def _run(self, job: Job, gpu: str) -> Ended:
         job.folder.mkdir(parents=True, exist_ok=True)
         with held(beside(job, ".lock")) as ours:
             if not ours:
                 return Ended(job, None, 0.0, "left to another call, which is making it now")
             there = finished(job, program())  # another call may have made it since
-            return Ended(job, there, 0.0) if there else self._made(job)
+            return Ended(job, there, 0.0) if there else self._made(job, gpu)
 
-    def _made(self, job: Job) -> Ended:
+    def _made(self, job: Job, gpu: str) -> Ended:
         started, now, log = time.perf_counter(), program(), beside(job, ".log")
         (job.folder / "summary.json").unlink(missing_ok=True)
         words = command(job)
         stamp = {"words": job.digest, "program": now, "commit": commit(), "command": " ".join(words)}
         beside(job, ".json").write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-        gpu = self.gpus.get()
-        try:
-            code = self._wait(words, log, gpu)
-        finally:
-            self.gpus.put(gpu)
+        code = self._wait(words, log, gpu)
         seconds = time.perf_counter() - started
         if code is None or code in STOPPED:
             return Ended(job, None, seconds)

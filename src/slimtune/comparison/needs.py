@@ -56,6 +56,12 @@ def missing(work: Iterable[Job], made: Callable[[Job], bool]) -> list[Job]:
     return found
 
 
+def starts_from(job: Job) -> bool:
+    """Whether the run's model is another run's."""
+    path = job.recipe.model.path
+    return bool(path) and any(_lies_in(path, job, source) for source in job.reads)
+
+
 def _read_texts(job: Job) -> list[str]:
     recipe = job.recipe
     return [text for text in (recipe.model.path, recipe.model.tokenizer, recipe.distill.teacher) if text]

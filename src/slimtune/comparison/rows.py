@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import struct
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -57,7 +58,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
     tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(ASIDE) and _is_number(value)}
-    figures, base = _with_gain(figures), _with_gain(base)
+    figures, base = _with_ends(_with_gain(figures)), _with_gain(base)
     return [
         {
             **common,
@@ -101,6 +102,25 @@ def _with_gain(figures: dict[str, Any]) -> dict[str, Any]:
         if key.endswith(end) and f"{key}_{baseline}" in figures
     ]
     return {**figures, GAIN: sum(gains) / len(gains)} if gains else figures
+
+
+NORMAL = 1.96
+"""97.5th percentile of the normal distribution."""
+
+
+def _with_ends(figures: dict[str, Any]) -> dict[str, Any]:
+    """The accuracy on the test sources' choices with beside it what tasks have: Wilson's 95% interval, and the baseline.
+
+    Not ± 1.96 standard errors: those leave 0 to 1 where few rows are nearly all right.
+    """
+    value, rows = figures.get("accuracy"), figures.get("rows")
+    if value is None or not rows:
+        return figures
+    share = NORMAL**2 / rows
+    middle = (value + share / 2) / (1 + share)
+    half = NORMAL / (1 + share) * math.sqrt(value * (1 - value) / rows + share / (4 * rows))
+    found = {"low": max(0.0, middle - half), "high": min(1.0, middle + half), "majority": figures.get("majority")}
+    return {**figures, **{f"accuracy_{name}": it for name, it in found.items() if it is not None}}
 
 
 def _is_number(value: Any) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slimtune.comparison import rows as raw
+from slimtune.comparison.budgets import check_budgets
 from slimtune.comparison.config import Comparison, load
 from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
 from slimtune.comparison.launch import Ended, Launcher, finished, made_for_others, told
@@ -76,16 +77,19 @@ def compare(
         All rows of the file, those of failed runs (metric ``failed``) among them.
 
     Raises:
-        UserError: a run is not a valid recipe, the file asks for something unknown, or a folder cannot be written.
+        UserError: a run is not a valid recipe or cannot meet its budget, the file asks for something unknown, or a folder
+            cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
-    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus), gpus, threads), say)
+    return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus, threads), gpus, threads), say)
 
 
-def side_by_side(jobs: int | None, gpus: Sequence[str]) -> int:
-    """``jobs``, else one a GPU, else one. Raises UserError where nothing would run, or not on a GPU."""
+def side_by_side(jobs: int | None, gpus: Sequence[str], threads: int | None = None) -> int:
+    """``jobs``, else one a GPU, else one. Raises UserError where nothing would run, or not on a GPU, or without a thread."""
     if jobs is not None and jobs < 1:
         raise UserError(f"--jobs {jobs}: give the number of runs side by side, 1 or more")
+    if threads is not None and threads < 1:
+        raise UserError(f"--threads {threads}: give the CPU threads of a run, 1 or more, or leave it out")
     for gpu in gpus:  # CUDA takes what it cannot read for an empty list, and the runs would go on without a GPU
         if not gpu.isdecimal() and not gpu.startswith(("GPU-", "MIG-")):
             raise UserError(f"--gpus {gpu}: give the numbers of GPUs, e.g. --gpus 0,1, or their UUIDs (nvidia-smi -L)")
@@ -102,6 +106,7 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
     there = {job: summary for job in left if (summary := finished(job, now))}
     todo = [job for job in left if job not in there]
     before = needed(todo)
+    check_budgets([*before, *todo])
     _check_folders([*left, *before])
     rows = raw.added(file, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
     if len(todo) < len(work):
@@ -147,6 +152,8 @@ class _Clock:
 
     def line(self, ended: Ended) -> str:
         """What came of a run."""
+        if ended.again:
+            return f"{ended.job.label}: {ended.why}"
         self.done += 1
         left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
         rest = f"; about {duration(left)} left" if self.done < self.total else ""

@@ -48,7 +48,8 @@ def _drawn(sheet: Sheet) -> RenderableType:
         table.add_column(Text(head), justify="left" if left else "right", no_wrap=index == 0)
     for number, row in enumerate(sheet.rows):
         best = [(number, column) in sheet.best for column in range(len(row))]
-        table.add_row(*(Text(f"▸ {cell}", "bold green") if it else Text(cell) for cell, it in zip(row, best, strict=True)))
+        cells = [row[0], *(cell.replace(" [", "\n[") for cell in row[1:])]  # an interval below its figure, as in the heads
+        table.add_row(*(Text(f"▸ {cell}", "bold green") if it else Text(cell) for cell, it in zip(cells, best, strict=True)))
     return Group(
         Text(sheet.title, "bold"),
         table,

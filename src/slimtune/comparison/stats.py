@@ -118,6 +118,12 @@ class Board:
                 return float(found)
         return None
 
+    def interval(self, method: str, keep: float, metric: str) -> tuple[float, float] | None:
+        """The 95% interval of a figure that rests on one seed, where the rows tell it."""
+        mine = [row for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, metric)]
+        ends = [(row["low"], row["high"]) for row in mine if row.get("low") is not None and row.get("high") is not None]
+        return ends[0] if len(mine) == len(ends) == 1 else None
+
     def missing(self, method: str, keep: float) -> list[int]:
         """Seeds that should be there and are not."""
         return sorted(self.seeds[method, keep] - set(self.of(method, keep)))

@@ -46,7 +46,8 @@ LEARNED = (
     "learned: tasks_above_chance over those tasks alone whose interval for dense LoRA lies above what answers get that know "
     "nothing, on each seed"
 )
-BASELINES = "in brackets: what answers get that know nothing"
+BASELINES = "in brackets in a head: what answers get that know nothing"
+INTERVALS = "in brackets behind a figure of one seed: its 95% interval, over the test rows"
 
 
 def _figures(board: Board) -> Sheet:
@@ -54,7 +55,7 @@ def _figures(board: Board) -> Sheet:
     groups = ["KV groups"] if any(row.get("kv_groups") for row in board.rows) else []
     measured = [metric for metric in board.metrics if "." not in metric and metric != GAIN]  # the others: _tasks
     before = ["method", "keep", "M params", *groups, "perplexity", "retention"]
-    columns = [*before, *measured, "M tokens", seconds, "seeds"]
+    columns = [*before, *(_headed(board, metric) for metric in measured), "M tokens", seconds, "seeds"]
     sheet = Sheet("figures", f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
         sheet.rows.append(
@@ -65,15 +66,21 @@ def _figures(board: Board) -> Sheet:
                 *(_count(_column(board, method, keep, "kv_groups")) for _ in groups),
                 spread(board.of(method, keep).values(), 2),
                 spread(board.retention(method, keep).values(), 3),
-                *(spread(board.of(method, keep, metric).values(), 3) for metric in measured),
+                *(_of_seeds(board, method, keep, metric) for metric in measured),
                 _millions(_column(board, method, keep, "tokens")),
                 _count(_column(board, method, keep, "gpu_seconds")),
                 _seeds(board, method, keep),
             ]
         )
     sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
-    sheet.notes += _warnings(board)
+    sheet.notes += [*_brackets(sheet), *_warnings(board)]
     return sheet
+
+
+def _brackets(sheet: Sheet) -> list[str]:
+    """What brackets mean, where there are any."""
+    notes = [BASELINES] if any("[" in column for column in sheet.columns) else []
+    return notes + ([INTERVALS] if any("[" in cell for row in sheet.rows for cell in row[1:]) else [])
 
 
 KINDS = {
@@ -99,17 +106,18 @@ def _tasks(board: Board) -> list[Sheet]:
             cells = [_of_seeds(board, method, keep, metric) for metric in metrics]
             if any(cells):
                 sheet.rows.append([method, _budget(keep), *cells])
-        if any("[" in column for column in columns):
-            sheet.notes.append(BASELINES)
+        sheet.notes += _brackets(sheet)
         found += [sheet] if metrics else []
     return found
 
 
 def _of_seeds(board: Board, method: str, keep: float, metric: str) -> str:
-    """Mean and spread, and of how many seeds where others have a perplexity only."""
+    """Mean and spread, of one seed its interval, and of how many seeds where others have a perplexity only."""
     values, seeds = board.of(method, keep, metric), board.of(method, keep)
     few = f" (n={len(values)})" if 0 < len(values) < len(seeds) else ""
-    return spread(values.values(), 3) + few
+    ends = board.interval(method, keep, metric)
+    told = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
+    return spread(values.values(), 3) + told + few
 
 
 def _task_scores(board: Board) -> Sheet:
