@@ -130,8 +130,8 @@ def test_the_best_of_each_budget_is_marked() -> None:
     rows = [*some(), *(row("flap", keep, seed, 10.0) for keep in (0.8, 0.6) for seed in (0, 1)), row("atp", 0.8, 0, 9.0)]
     found = text(rows)
     assert "| method | keep 0.8 | keep 0.6 |" in found
-    assert "| atp | **9.00\\*** | 16.00 |".replace("\\", "") in found
-    assert "| flap | 10.00 | **10.00** |" in found
+    assert "| atp | **9.00\\*** | 16.00 ± 1.41 |".replace("\\", "") in found
+    assert "| flap | 10.00 ± 0.00 | **10.00 ± 0.00** |" in found
     assert "nothing cut: dense_lora 12.50 ± 0.71" in found
     assert "not all seeds are there" in found
 

@@ -230,7 +230,7 @@ def _mean(board: Board, method: str, keep: float) -> str:
     values = board.of(method, keep).values()
     if not values:
         return ""
-    return f"{statistics.mean(values):.2f}{'*' if board.missing(method, keep) else ''}"
+    return f"{spread(values, 2)}{'*' if board.missing(method, keep) else ''}"
 
 
 LEGEND = (
