@@ -68,7 +68,7 @@ class Board:
         above: dict[str, bool] = {}
         for row in self.rows:
             if row["method"] == DENSE and row["metric"].endswith(tuple(SCORES)) and row.get("low") is not None:
-                baseline = row.get("majority", row.get("chance"))
+                baseline = _baseline(row)
                 above[row["metric"]] = above.get(row["metric"], True) and baseline is not None and row["low"] > baseline
         return sorted(metric for metric, it in above.items() if it)
 
@@ -114,7 +114,7 @@ class Board:
     def baseline(self, metric: str) -> float | None:
         """What answers get on a task that know nothing, where the rows tell it."""
         for row in self.rows:
-            if row["metric"] == metric and (found := row.get("majority", row.get("chance"))) is not None:
+            if row["metric"] == metric and (found := _baseline(row)) is not None:
                 return float(found)
         return None
 
@@ -132,6 +132,11 @@ class Board:
     def metrics(self) -> list[str]:
         """What is measured besides the perplexity: accuracy and the figures of tasks."""
         return sorted({metric for _, _, metric in self.values} - {PPL, "parameters"})
+
+
+def _baseline(row: Row) -> float | None:
+    found: float | None = row.get("majority", row.get("chance"))
+    return found
 
 
 def boards(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Board]:
