@@ -116,21 +116,18 @@ def _there(file: Path) -> list[Row]:
     return found
 
 
-PLOT = "it needs matplotlib: pip install 'slimtune[plot]'"
-
-
 def _warn_of_figure() -> None:
     """Before hours of runs, not after them. They go on: what they are for are the figures of the table."""
-    from slimtune.comparison.figure import installed
+    from slimtune.comparison.figure import NEEDS, installed
 
     if not installed():
-        told = f"no figure will be drawn: {PLOT} (also later, for --table draws it)"
+        told = f"no figure will be drawn: it {NEEDS} (also later, for --table draws it)"
         typer.secho(told, fg=typer.colors.YELLOW, err=True)
 
 
 def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
     """The table on the screen; into ``out`` the table as Markdown and the figure."""
-    from slimtune.comparison.figure import draw, drawable, installed
+    from slimtune.comparison.figure import NEEDS, draw, drawable, installed
     from slimtune.comparison.rows import put
     from slimtune.comparison.sheet import markdown, render
     from slimtune.comparison.table import sheets
@@ -141,7 +138,7 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
         put(out / "table.md", markdown(found))
         typer.echo(f"table: {out / 'table.md'}")
         if not installed():
-            told = f"no figure: {PLOT}, then the same command with --table draws it"
+            told = f"no figure: it {NEEDS}, then the same command with --table draws it"
             typer.secho(told, fg=typer.colors.YELLOW, err=True)
         elif drawable(rows):
             draw(rows, out / "figure.svg", asked)

@@ -31,6 +31,9 @@ WIDE = 2.5
 """Largest over smallest perplexity from which the axis is logarithmic: one bad method must not flatten the rest."""
 
 
+NEEDS = "needs matplotlib: pip install 'slimtune[plot]'"
+
+
 def installed() -> bool:
     """Whether matplotlib is there, without which there is no figure. Nothing is imported."""
     return importlib.util.find_spec("matplotlib") is not None
@@ -74,7 +77,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib as mpl
     except ImportError as error:
-        raise UserError("the figure needs matplotlib: pip install 'slimtune[plot]', then --table draws it") from error
+        raise UserError(f"the figure {NEEDS}, then --table draws it") from error
     mpl.use("svg")
     from matplotlib import pyplot
 
