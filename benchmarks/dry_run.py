@@ -63,12 +63,13 @@ def expected(recipe: Recipe) -> dict[str, Any]:
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Rows as a Markdown table, measured and in brackets expected."""
     names = ("peak_gib", "search_seconds", "recover_seconds")
-    print("| model | parameters after | batch x window | peak memory, GiB | a search step, s | a recovery step, s | machine |")
-    print("| --- | --- | --- | --- | --- | --- | --- |")
+    heads = ("model", "compensate", "parameters after", "batch x window", "peak memory, GiB", "a search step, s")
+    print(f"| {' | '.join(heads)} | a recovery step, s | machine |")
+    print(f"|{' --- |' * (len(heads) + 2)}")
     for row in rows:
         cells = [f"{row[name]:.2f} ({row[f'expected_{name}']:.2f})" if name in row else "" for name in names]
         size, shape = f"{row['parameters']:,}", f"{row['batch']} x {row['window']}"
-        print(f"| {row['model']} | {size} | {shape} | {' | '.join(cells)} | {row['machine']} |")
+        print(f"| {row['model']} | {row['compensate']} | {size} | {shape} | {' | '.join(cells)} | {row['machine']} |")
 
 
 def main() -> None:
@@ -92,11 +93,18 @@ def main() -> None:
     print(f"{args.shape} on {summary['machine']}: measured (expected)")
     for key, value in found.items():
         print(f"  {key:28s}{value:12,.3f}" + (f"  ({guess[key]:,.3f}, {guess[key] / value:.2f}x)" if key in guess else ""))
-    row = {"model": args.shape, "machine": summary["machine"], "batch": args.batch, "window": recipe.data.max_length}
+    row = {
+        "model": args.shape,
+        "compensate": recipe.compensate.weights,
+        "machine": summary["machine"],
+        "batch": args.batch,
+        "window": recipe.data.max_length,
+    }
     row |= {"parameters": summary["result"]["parameters"], **found} | {f"expected_{key}": value for key, value in guess.items()}
     if args.rows:
         rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
-        rows = [other for other in rows if other["model"] != args.shape] + [row]
+        same = ("model", "compensate")
+        rows = [other for other in rows if any(other[key] != row[key] for key in same)] + [row]
         args.rows.write_text("[\n" + ",\n".join(json.dumps(item) for item in rows) + "\n]\n")
 
 
