@@ -22,7 +22,14 @@ Tasks = Annotated[
     typer.Option("--tasks", "-t", metavar="A,B", help="Tasks by name or file, besides those of a suite."),
 ]
 Split = Annotated[str, typer.Option("--split", metavar="test|valid", help="Which rows.")]
-Limit = Annotated[int | None, typer.Option("--limit", metavar="N", help="At most N rows of a task, evenly spaced.")]
+Limit = Annotated[
+    int | None,
+    typer.Option("--limit", metavar="N", help="At most N rows of a task, evenly spaced; of a perplexity N pieces of text."),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option("--max-length", metavar="N", help="Cut prompts to N tokens, answer included, as data.max_length in training."),
+]
 Data = Annotated[
     list[str] | None,
     typer.Option("--data", metavar="TASK=FILE", help="Read a task's rows from this file instead; may be repeated."),
@@ -44,6 +51,7 @@ def evaluate(
     tasks: Tasks = None,
     split: Split = "test",
     limit: Limit = None,
+    max_length: MaxLength = None,
     data: Data = None,
     batch: Batch = 8,
     device: Device = "auto",
@@ -65,7 +73,7 @@ def evaluate(
     from slimtune.runtime import quiet_libraries
 
     quiet_libraries()
-    options = Options(split=split, limit=limit, batch=batch, device=device, dtype=dtype, seed=seed)
+    options = Options(split, limit, max_length, batch, device, dtype, seed)
     with Counting() as counting:
         found = evaluate_model(
             model, suite or (), tasks=tasks or (), data=files, write_tasks=write_tasks, options=options, say=_say, see=counting

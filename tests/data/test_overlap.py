@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slimtune.data import overlap
 from slimtune.data.batches import load_splits
 from slimtune.data.overlap import Held, shared_words, words
+from slimtune.data.pieces import PIECE, pieces
 from slimtune.data.sources import Row
 from slimtune.errors import UserError
 from slimtune.sections import DataConfig
@@ -39,6 +40,19 @@ def test_a_copied_paragraph_inside_a_longer_document_is_found() -> None:
     paragraph = text("p", 40)
     assert near(rows(text("a", 200), f"{text('b', 300)} {paragraph} {text('c', 300)}"), rows(paragraph)) == [(1, 0)]
     assert near(rows(paragraph), rows(text("x", 40), f"{text('b', 300)} {paragraph} {text('c', 300)}")) == [(0, 1)]
+
+
+def test_a_piece_of_a_long_document_inside_a_longer_row_is_found() -> None:
+    held = rows(text("x", 50), text("p", 4000))
+    piece = pieces(held[1].content)[2]
+    train = rows(text("a", 900), f"{text('b', 400)} {piece} {text('c', 400)}", f"{text('d', 400)} {piece[: PIECE // 4]}")
+    assert [(match.row, match.held) for match in Held(held, 13).near(train, 0.5)] == [(1, 1)]
+
+
+def test_a_run_of_words_stands_in_a_row_once_although_its_pieces_have_it_too() -> None:
+    documents = [f"{text('same', 800)} {text(f'own{index}x', 800)}" for index in range(3)]  # no template: in three rows of six
+    held = rows(*documents, *(text(f"other{index}x", 20) for index in range(3)))
+    assert near(rows(f"{text('new', 20)} {text('same', 700)}"), held) == [(0, 0)]
 
 
 def test_the_share_is_that_of_the_smaller_row() -> None:
@@ -85,9 +99,16 @@ def test_a_prompt_is_compared_with_prompts_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [str.upper, lambda each: each.replace(" ", ",\n "), lambda each: each.replace("p", "\uff50")]
+    "change",
+    [
+        str.upper,
+        lambda each: each.replace(" ", ",\n "),
+        lambda each: each.replace("p", "\uff50"),
+        lambda each: each.replace("p", "p\u00ad\u200b"),
+        lambda each: "\ufeff" + each,
+    ],
 )
-def test_case_punctuation_space_and_width_do_not_count(change: Any) -> None:
+def test_case_punctuation_space_width_and_unseen_characters_do_not_count(change: Any) -> None:
     for count in (8, 40):
         assert near(rows(change(text("p", count))), rows(text("p", count))) == [(0, 0)]
 

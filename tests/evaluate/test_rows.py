@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from bases import make_tokenizer, write_rows
+from slimtune.data.pieces import PIECE
 from slimtune.errors import UserError
-from slimtune.evaluate.rows import PIECE, Prepared, _pieces, prepare, window_of
+from slimtune.evaluate.rows import Prepared, prepare, window_of
 from slimtune.evaluate.tasks import find_task
 
 CHOICE = {"prompt": "Does the doctor help?", "completion": " yes", "choices": ["yes", "no"], "label": 0}
@@ -56,6 +57,19 @@ def test_long_prompts_are_cut_from_the_left_to_fit(bos: bool, tmp_path: Path) ->
     assert 60 <= len(tokenizer(long["prompt"] + " yes")["input_ids"]) <= 64
 
 
+def test_prompts_but_not_texts_are_cut_to_the_length_of_training(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{**CHOICE, "prompt": "the old baker sees a friend. " * 40 + "Does he?"}]
+    assert made(tmp_path, "choice", rows, tokenizer, window=512, max_length=64) == made(
+        tmp_path, "choice", rows, tokenizer, window=64
+    )
+    assert made(tmp_path, "choice", rows, tokenizer, window=64, max_length=512).cut == 1
+    answers = [{"prompt": "the pilot calls her brother. " * 40, "completion": " a call"}]
+    assert made(tmp_path, "rouge", answers, tokenizer, window=512, max_length=32).tokens == 16
+    texts = [{"text": "the old baker sees a friend. " * 60}]
+    short, long = (made(tmp_path, "perplexity", texts, tokenizer, window=256, max_length=length) for length in (32, None))
+    assert short.docs == long.docs
+
+
 def test_summaries_leave_room_for_the_answer(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "the pilot calls her brother. " * 40, "completion": " a call"}]
     found = made(tmp_path, "rouge", rows, tokenizer, window=64, more="tokens: 20")
@@ -76,19 +90,25 @@ def test_texts_are_cut_into_pieces_that_fit_and_nothing_is_lost(bos: bool, befor
         assert doc["bytes"] == len(doc["text"].encode())
 
 
-def test_pieces_end_at_lines_then_words() -> None:
-    assert _pieces("ab cd\nef gh", 8) == ["ab cd\n", "ef gh"]
-    assert _pieces("abcd efgh ijkl", 8) == ["abcd", " efgh", " ijkl"]
-    assert _pieces("x" * 20, 8) == ["x" * 8, "x" * 8, "x" * 4]
-    assert _pieces("", 8) == []
-
-
 def test_joined_rows_are_lines_of_one_text(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"text": f"line {number} of a longer text"} for number in range(400)]
-    found = made(tmp_path, "perplexity", rows, tokenizer, more="join: true")
-    assert "".join(doc["text"] for doc in found.docs) == "".join(row["text"] + "\n" for row in rows)
+    found = made(tmp_path, "perplexity", rows, tokenizer, more="join: ''")
+    assert "".join(doc["text"] for doc in found.docs) == "\n".join(row["text"] for row in rows)
     assert len(found.docs) < 40
     assert max(len(doc["text"]) for doc in found.docs) <= PIECE
+
+
+def test_wikitext_by_lines_as_the_hub_has_it_is_wikitext_as_a_file(tmp_path: Path, tokenizer: Any) -> None:
+    lines = [" ", " = Baker = ", " ", *(f" line {number} of a longer text . " for number in range(300)), " "]
+    (tmp_path / "whole.txt").write_text("\n".join(lines), encoding="utf-8")
+    write_rows(tmp_path / "lines.jsonl", [{"text": line + "\n" if line.strip() else ""} for line in lines])
+    whole, by_line = (
+        prepare(find_task("wikitext2").reading(str(tmp_path / name)), "test", tokenizer, 512)
+        for name in ("whole.txt", "lines.jsonl")
+    )
+    assert len(whole.docs) > 1
+    assert by_line.docs == whole.docs
+    assert by_line.sha256 == whole.sha256
 
 
 @pytest.mark.parametrize(

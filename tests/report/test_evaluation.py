@@ -38,6 +38,7 @@ def found(**figure: Any) -> dict[str, Any]:
         "skipped": {},
         "not_protected": None,
         "window": 2048,
+        "max_length": None,
         "versions": {"lm_eval": "1", "transformers": "2", "torch": "3"},
         "seed": 7,
         "seconds": 12.0,
@@ -57,14 +58,19 @@ def test_figures_intervals_and_baselines_fit_80_columns() -> None:
     assert "uscode_headings accuracy 61.0 55.0 to 67.0 50.0 1,500" in lines
     assert "wikitext2 perplexity ↓ 23.46 21.00 to 26.00 9" in lines
     assert "1,234,567 parameters, fp32, test rows" in lines
-    assert "Prompts cut from the left to fit 2,048 tokens: 3 of uscode_headings." in lines
+    assert "Prompts cut from the left to fit 2,048 tokens, answers included: 3 of" in lines
+    assert "fit 1,024 tokens" in text({**found(), "max_length": 1024})
+    assert "fit 2,048 tokens" in text({**found(), "max_length": 4096})
     assert "…" not in shown
     assert "Yellow" not in shown
 
 
 def test_a_figure_no_better_than_the_majority_is_marked() -> None:
     assert "Yellow" in text(found(low=0.49))
-    assert "one row: none" in text(found(low=None, high=None))
+    assert "rows alike: none" in text(found(low=None, high=None))
+    one = found(low=None, high=None)
+    one["tasks"]["uscode_headings"]["rows"] = 1
+    assert "one row: none" in text(one)
 
 
 def test_rouge_has_its_baseline_in_the_same_column() -> None:

@@ -1,11 +1,12 @@
 """Near-duplicates across splits: rows to learn from that share too much of their wording with a row to measure on.
 
 Words are runs of letters and digits after NFKC and casefold; a row is the set of its runs of ``n`` words (n-grams), each a
-64-bit hash. A prompt is also looked at alone, so that the same question with another answer is found.
+64-bit hash. A prompt is also looked at alone, so that the same question with another answer is found, and of a long text to
+measure on every piece, for a piece is what is measured: its copy inside a long row is a small part of either.
 The rule and its reasons: ``docs/decisions/0014-ngram-guard.md``.
 
 Shape legend: W words of a chunk, G n-grams (distinct within their unit), P pairs of units with a common n-gram.
-A *unit* is a number: 2 x the row's index for the whole row, one more for its prompt alone.
+A *unit* is a number: 2 x the index of a row (or piece) for the whole of it, one more for its prompt alone.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from slimtune.data.pieces import PIECE, pieces
 from slimtune.data.prompts import ASSISTANT
 from slimtune.data.sources import Row
 from slimtune.errors import UserError
@@ -41,14 +43,16 @@ _UNIT = np.uint64(0xD6E8FEB86659FD93)
 _PROMPT = np.uint64(0xA5A5F00DCAFE1234)
 _ASCII = re.compile("[a-z0-9]+")
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese and Japanese have no spaces: a word a character
+_UNSEEN = "Cf"  # soft hyphens, zero-width spaces: they stand inside words
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
 
 
 def words(text: str) -> list[str]:
-    """The normalised words of a text: case, punctuation, white space and width of characters do not count."""
+    """The normalised words of a text: case, punctuation, white space, width and unseen characters do not count."""
     if text.isascii():
         return _ASCII.findall(text.lower())
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+    seen = "".join(each for each in text if each.isascii() or unicodedata.category(each) != _UNSEEN)
+    return _WORD.findall(unicodedata.normalize("NFKC", seen).casefold())
 
 
 def apart(
@@ -137,16 +141,24 @@ class Held:
             unique.setdefault(row.key, row)
         self.rows = list(unique.values())
         self.n = n
-        chunks = list(_chunks(self.rows, n))
+        long = [(home, piece) for home, row in enumerate(self.rows) for piece in _pieces(row)]
+        self._home = np.array([*range(len(self.rows)), *(home for home, _ in long)], np.int64)
+        chunks = list(_chunks([*self.rows, *(Row(text=piece) for _, piece in long)], n))
         unit = np.concatenate([np.zeros(0, np.int64), *(chunk.unit for chunk in chunks)])
         gram = np.concatenate([np.zeros(0, np.uint64), *(chunk.gram for chunk in chunks)])
         order = np.argsort(gram, kind="stable")
         self._owner = unit[order]
         self._grams, self._first, self._count = np.unique(gram[order], return_index=True, return_counts=True)
-        self._common = self._count > max(2, min(COMMON_ROWS, len(self.rows) // 2))
+        self._common = self._rows_with() > max(2, min(COMMON_ROWS, len(self.rows) // 2))
         own = self._owner[~np.repeat(self._common, self._count)]
-        self._size = np.bincount(own, minlength=2 * len(self.rows))
+        self._size = np.bincount(own, minlength=2 * len(self._home))
         self.seen = np.zeros(len(self._grams), bool)
+
+    def _rows_with(self) -> Indices:
+        """In how many rows each n-gram stands, pieces not counted beside the row that they are of."""
+        many = max(len(self.rows), 1)
+        gram = np.repeat(np.arange(len(self._grams)), self._count)
+        return np.bincount(np.unique(gram * many + self._home[self._owner // 2]) // many, minlength=len(self._grams))
 
     def near(self, rows: Sequence[Row], share: float, remember: bool = False) -> list[Match]:
         """The best match of every row that has one, in the order of ``rows``.
@@ -173,7 +185,7 @@ class Held:
     def percent_seen(self, rows: Iterable[Row]) -> float:
         """How much of the (distinct) n-grams of evaluation ``rows`` the remembered rows hold, boilerplate included."""
         index = {row.key: number for number, row in enumerate(self.rows)}
-        mine = np.zeros(2 * len(self.rows), bool)
+        mine = np.zeros(2 * len(self._home), bool)
         mine[[2 * index[row.key] for row in rows]] = True
         held = np.add.reduceat(mine[self._owner], self._first, dtype=np.int64) > 0 if len(self._grams) else self.seen
         return 100 * float(self.seen[held].mean()) if held.any() else 0.0
@@ -198,7 +210,7 @@ class Held:
         owner = self._owner[start + np.arange(len(start))]
         both, shared = np.unique(np.repeat(unit, count) * len(self._size) + owner, return_counts=True)
         left, right = np.divmod(both, max(len(self._size), 1))
-        return _Pairs(left // 2, right // 2, shared / np.minimum(size[left], self._size[right]))
+        return _Pairs(left // 2, self._home[right // 2], shared / np.minimum(size[left], self._size[right]))
 
 
 class _Pairs(NamedTuple):
@@ -241,6 +253,11 @@ def _chunks(rows: Sequence[Row], n: int) -> Iterator[_Chunk]:
             text, units, lengths = [], [], []
     if text:
         yield _hashed(text, units, lengths, n)
+
+
+def _pieces(row: Row) -> list[str]:
+    """Those of a text that is longer than one."""
+    return pieces(row.text) if row.text is not None and len(row.text) > PIECE else []
 
 
 def _parts(row: Row) -> tuple[str, str]:

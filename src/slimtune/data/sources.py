@@ -11,7 +11,7 @@ import hashlib
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -74,8 +74,8 @@ def read(source: Source) -> list[Row]:
     return read_counted(source)[0]
 
 
-def read_counted(source: Source) -> tuple[list[Row], int]:
-    """As ``read``, with the number of empty rows that were skipped."""
+def read_counted(source: Source, blank: str | None = None) -> tuple[list[Row], int]:
+    """As ``read``, with the number of empty rows that were skipped; with ``blank`` empty texts stay, as that."""
     check_templates(source)
     rows: list[Row] = []
     skipped = 0
@@ -83,11 +83,13 @@ def read_counted(source: Source) -> tuple[list[Row], int]:
         row = _row(fields, origin, source)
         if row.empty:
             skipped += 1
-            continue
+            if blank is None or row.text is None:
+                continue
+            row = replace(row, text=blank)
         rows.append(row)
         if len(rows) == source.rows:
             break
-    if not rows:
+    if all(row.empty for row in rows):
         why = f"all of its {skipped} rows are empty" if skipped else "it is empty"
         raise UserError(f"data source {source.path!r} has no usable row: {why}; give a source with text")
     return rows, skipped

@@ -33,6 +33,7 @@ class Options:
 
     split: str = "test"
     limit: int | None = None
+    max_length: int | None = None
     batch: int = 8
     device: str = "auto"
     dtype: str = "auto"
@@ -41,10 +42,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.split not in ("test", "valid"):
             raise UserError(f"--split {self.split!r} is not known; give test or valid")
-        for name in ("limit", "batch"):
+        for name, least, what in (("limit", 1, "rows"), ("max_length", 8, "tokens"), ("batch", 1, "rows")):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name} {value} is less than 1; give a number of rows" + _leave_out(name))
+            if value is not None and value < least:
+                option = name.replace("_", "-")
+                raise UserError(f"--{option} {value} is less than {least}; give a number of {what}" + _leave_out(name))
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise UserError(f"--dtype {self.dtype!r} is not known; give auto, float32 or bfloat16")
         if not 0 <= self.seed < 2**32:
@@ -52,7 +54,7 @@ class Options:
 
 
 def _leave_out(name: str) -> str:
-    return ", or leave it out for all" if name == "limit" else ""
+    return {"limit": ", or leave it out for all", "max_length": ", or leave it out for the model's window"}.get(name, "")
 
 
 def evaluate_model(
@@ -77,7 +79,8 @@ def evaluate_model(
         tokenizer: of a model object; by default that of the folder it was loaded from.
         data: ``{task: file}`` to read instead of the task's own data.
         write_tasks: also write the tasks to this folder, for plain ``lm_eval``.
-        options: how; or by keyword: ``split``, ``limit`` (rows of a task), ``batch``, ``device``, ``dtype``, ``seed``.
+        options: how; or by keyword: ``split``, ``limit`` (rows of a task), ``max_length`` (tokens of a
+            prompt and its answer), ``batch``, ``device``, ``dtype``, ``seed``.
         say: gets a line as the work goes on.
         see: gets what is being done, how many requests are through, and of how many, as they come.
 
@@ -128,6 +131,7 @@ def _how(model: Any, window: int, options: Options) -> dict[str, Any]:
         "window": window,
         "split": options.split,
         "limit": options.limit,
+        "max_length": options.max_length,
         "batch": options.batch,
         "seed": options.seed,
         "decoding": "greedy, no examples in the prompt",
@@ -211,7 +215,7 @@ def _prepared(
     skipped: dict[str, str] = {}
     for task in (task for tasks in groups.values() for task in tasks):
         try:
-            found.append(prepare(task, split, tokenizer, window, options.limit))
+            found.append(prepare(task, split, tokenizer, window, options.limit, options.max_length))
         except Unread as error:
             if task.name in named:
                 raise

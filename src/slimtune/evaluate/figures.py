@@ -31,14 +31,14 @@ class Measure:
         self.recipe, self.splits, self.tokenizer = recipe, splits, tokenizer
         self.device = accelerator.device
         self.bf16 = figures_in_bf16(accelerator)
-        names, window = recipe.evaluate.tasks, window_of(config)
+        names, window, length = recipe.evaluate.tasks, window_of(config), recipe.data.max_length
         if names:
             check_installed()
         tasks = [find_task(name) for name in names]
         limit = recipe.evaluate.rows
         followed = tasks if recipe.evaluate.every else []  # else no validation figure is ever taken
-        self._valid_tasks = [prepare(task, "valid", tokenizer, window, limit) for task in followed]
-        self._test_tasks = [prepare(task, "test", tokenizer, window) for task in tasks]
+        self._valid_tasks = [prepare(task, "valid", tokenizer, window, limit, length) for task in followed]
+        self._test_tasks = [prepare(task, "test", tokenizer, window, max_length=length) for task in tasks]
 
     def valid(self, model: nn.Module) -> Figures:
         """Perplexity on the validation split, and the chosen tasks on some of their validation rows."""

@@ -23,7 +23,7 @@ Values = NDArray[np.float64]
 
 
 def interval(metric: str, values: Sequence[Any], seed: int, name: str) -> tuple[float, float] | None:
-    """The interval of one metric of one task; None for a single row, which tells nothing of its spread.
+    """The interval of one metric of one task; None where its spread cannot be told: of a single row, or of rows all alike.
 
     Args:
         metric: as in metrics.py.
@@ -39,7 +39,7 @@ def interval(metric: str, values: Sequence[Any], seed: int, name: str) -> tuple[
     draws = np.array([_STATISTICS.get(metric, _mean)(table[rows]) for rows in _drawn(rng, len(table))])
     tail = (1 - LEVEL) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return float(low), float(high)
+    return (float(low), float(high)) if low < high else None
 
 
 def _exact(right: bool, rows: int) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from slimtune.data.pieces import pieces
 from slimtune.data.prompts import special_prefix
 from slimtune.data.records import is_hub_id
 from slimtune.data.sources import BUILTIN, Row, read_counted
@@ -21,9 +23,6 @@ from slimtune.evaluate.choices import answers
 from slimtune.evaluate.tasks import Split, Task
 from slimtune.sections import Source
 
-PIECE = 4000
-"""Characters of text in one row of a perplexity: about a thousand tokens, so that models with different windows are
-compared on the same text, and an interval can be made of many pieces."""
 Doc = dict[str, Any]
 
 
@@ -39,7 +38,7 @@ class Prepared:
         sha256: of the rows before they were cut to the model's window.
         empty: rows without an answer, which were left out (a text without a word is none).
         cut: number of prompts that were cut from the left.
-        tokens: most tokens to be written.
+        tokens: most tokens to be written; 0 of a perplexity.
         longest: tokens of the row with the most characters, answer included.
     """
 
@@ -99,28 +98,31 @@ def window_of(config: Any) -> int:
     return 2048
 
 
-def prepare(task: Task, split: Split, tokenizer: Any, window: int, limit: int | None = None) -> Prepared:
+def prepare(
+    task: Task, split: Split, tokenizer: Any, window: int, limit: int | None = None, max_length: int | None = None
+) -> Prepared:
     """Read a task's rows and fit them to the tokenizer and window (tokens) of a model.
 
     Args:
-        limit: at most this many rows, evenly spaced over all.
+        limit: at most this many rows, evenly spaced over all; of a perplexity pieces of text.
+        max_length: tokens of a prompt and its answer in training, if that is less than the window.
 
     Raises:
         Unread: no source can be had.
         UserError: a source is damaged, or a row is not of the shape that the metric needs.
     """
     rows, empty, origin = _read(task, split)
-    most = min(limit or len(rows), task.file.rows or len(rows))
-    tokens = min(task.file.tokens, window // 2)
+    most = min(limit or sys.maxsize, task.file.rows or sys.maxsize)
     if task.file.metric == "perplexity":
         texts = _texts(rows, task)
-        texts = [texts[index] for index in spread(len(texts), min(limit or len(texts), task.file.rows or len(texts)))]
+        texts = [texts[index] for index in spread(len(texts), min(most, len(texts)))]
         plain = [{"text": text} for text in texts]
         docs = _text_docs(texts, tokenizer, window)
-        return Prepared(task, docs, origin, _digest(plain), 0, 0, tokens, _longest(docs, tokenizer))
+        return Prepared(task, docs, origin, _digest(plain), 0, 0, 0, _longest(docs, tokenizer))
     make = _choice_doc if task.file.metric == "choice" else _summary_doc
-    plain = [make(rows[index], task.name) for index in spread(len(rows), most)]
-    fit = _fitter(tokenizer, window)
+    plain = [make(rows[index], task.name) for index in spread(len(rows), min(most, len(rows)))]
+    room = min(window, max_length or window)
+    tokens, fit = min(task.file.tokens, room // 2), _fitter(tokenizer, room)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
     return Prepared(task, docs, origin, _digest(plain), empty, cut, tokens, _longest(docs, tokenizer))
@@ -148,7 +150,7 @@ def _read(task: Task, split: Split) -> tuple[list[Row], int, Source]:
     reasons: list[str] = []
     for source in _sources(task, split, reasons):
         try:
-            return *read_counted(source), source
+            return *read_counted(source, task.file.join), source
         except UserError as error:
             if Path(source.path).is_file():
                 raise
@@ -198,20 +200,9 @@ def _texts(rows: Sequence[Row], task: Task) -> list[str]:
         if row.text is None:
             raise UserError(f"{row.origin}: a row of task {task.name!r} (metric: perplexity) needs text")
     texts = [row.text or "" for row in rows]
-    if task.file.join:
-        texts = ["".join(text if text.endswith("\n") else text + "\n" for text in texts)]
-    return [piece for text in texts for piece in _pieces(text, PIECE) if piece.strip()]
-
-
-def _pieces(text: str, size: int) -> list[str]:
-    """``text`` in parts of at most ``size`` characters: broken at a line's end, else before a space, else anywhere."""
-    found = []
-    while len(text) > size:
-        line, word = text.rfind("\n", size // 2, size), text.rfind(" ", size // 2, size)
-        end = line + 1 if line >= 0 else word if word >= 0 else size
-        found.append(text[:end])
-        text = text[end:]
-    return [*found, text] if text else found
+    if task.file.join is not None:
+        texts = ["".join(text if text.endswith("\n") else text + "\n" for text in texts).removesuffix("\n")]
+    return [piece for text in texts for piece in pieces(text) if piece.strip()]
 
 
 def _text_docs(texts: Sequence[str], tokenizer: Any, window: int) -> list[Doc]:
@@ -226,7 +217,7 @@ def _text_docs(texts: Sequence[str], tokenizer: Any, window: int) -> list[Doc]:
         text = todo.pop()
         tokens = len(_ids(before + text, tokenizer)) - head
         if tokens >= window and len(text) > 1:
-            todo.extend(reversed(_pieces(text, (len(text) + 1) // 2)))
+            todo.extend(reversed(pieces(text, (len(text) + 1) // 2)))
         elif tokens:
             docs.append({"prompt": before, "text": text, "tokens": tokens, "bytes": len(text.encode("utf-8"))})
     return docs

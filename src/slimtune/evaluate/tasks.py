@@ -44,8 +44,8 @@ class TaskFile(_File):
     """``rouge``: at most this many tokens are written."""
     until: tuple[str, ...] = ("\n",)
     """``rouge``: what ends an answer, besides the end-of-text token."""
-    join: bool = False
-    """``perplexity``: the rows are lines of one text."""
+    join: str | None = None
+    """``perplexity``: the rows are lines of one text; this stands for a row without a word."""
 
 
 class SuiteFile(_File):

@@ -58,16 +58,16 @@ def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
             Text(f" {name}" if index == 0 else ""),
             Text(_LABELS.get(metric, metric) + (" ↓" if metric in _LOWER else "")),
             Text(_number(metric, figure["value"]), style="bold yellow" if weak else "bold"),
-            Text(_interval(metric, figure), style="dim"),
+            Text(_interval(metric, figure, task["rows"]), style="dim"),
             Text("" if baseline is None else _number(metric, baseline)),
             Text(f"{task['rows']:,}" if index == 0 else ""),
         )
     return poor
 
 
-def _interval(metric: str, figure: dict[str, Any]) -> str:
+def _interval(metric: str, figure: dict[str, Any], rows: int) -> str:
     if figure["low"] is None:
-        return "one row: none"
+        return "one row: none" if rows == 1 else "rows alike: none"
     return f"{_number(metric, figure['low'])} to {_number(metric, figure['high'])}"
 
 
@@ -91,7 +91,8 @@ def _footer(found: dict[str, Any], poor: bool) -> str:
     cut = {name: task["prompts_cut"] for name, task in found["tasks"].items() if task["prompts_cut"]}
     if cut:
         told = ", ".join(f"{count} of {name}" for name, count in cut.items())
-        lines.append(f"Prompts cut from the left to fit {found['window']:,} tokens: {told}.")
+        room = min(found["window"], found["max_length"] or found["window"])
+        lines.append(f"Prompts cut from the left to fit {room:,} tokens, answers included: {told}.")
     if found["skipped"]:
         names = ", ".join(found["skipped"])
         lines.append(f"Skipped, for their rows cannot be read: {names} (why: the lines above, or the JSON).")
