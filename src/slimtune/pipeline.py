@@ -131,7 +131,7 @@ class _Run:
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
-        self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator, self.config)
+        self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator, self.config, self.progress.say)
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)
@@ -183,6 +183,7 @@ class _Run:
             "plan": outcome.plan.digest,
             "tokens": outcome.tokens,
             **self.splits.summary,
+            **self.figures.summary,
             "machine": machine(self.accelerator.device),
             **(versions() | {"torch": torch.__version__}),
         }
@@ -277,8 +278,7 @@ class _Run:
         return card.facts(self.recipe, self.structure.total_params, parameters, figures, difference)
 
     def _export_dtype(self) -> torch.dtype:
-        name = self.recipe.export.dtype
-        if name != "auto":
+        if (name := self.recipe.export.dtype) != "auto":
             return pick_dtype(name, "cpu")
         stored = getattr(self.config, "dtype", None)
         return stored if isinstance(stored, torch.dtype) and self.recipe.model.init == "pretrained" else torch.float32

@@ -165,7 +165,10 @@ def test_a_run_follows_its_tasks(bench: Any, tmp_path: Path) -> None:
         assert summary[name]["mine.rows"] == 6
         assert summary[name]["mine.accuracy_majority"] == pytest.approx(1 / 3)
         assert summary[name]["mine.accuracy_low"] <= summary[name]["mine.accuracy"] <= summary[name]["mine.accuracy_high"]
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["result"]["mine.rows"] == 6
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert written["result"]["mine.rows"] == 6
+    task = find_task(str(tmp_path / "mine.yaml"))
+    assert written["task_rows"] == {"mine": prepare(task, "test", make_tokenizer(), 128, limit=1).whole}
 
 
 def test_texts_are_read_in_passes_of_no_more_tokens_than_the_runs_own(bench: Any, tmp_path: Path, monkeypatch: Any) -> None:

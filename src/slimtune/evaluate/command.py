@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from slimtune.errors import UserError, nearest
-from slimtune.evaluate import folder, harness, leakage
+from slimtune.evaluate import folder, harness, protection
 from slimtune.evaluate.intervals import DRAWS
 from slimtune.evaluate.rows import Prepared, Unread, prepare, window_of
 from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
@@ -104,7 +104,7 @@ def evaluate_model(
     tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where), _GIVEN)
     say("reading rows ...")  # before the weights, which may have to be fetched
     prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window_of(config), options, say)
-    not_protected = leakage.tell(where, prepared, say)
+    not_protected = protection.tell(where, prepared, say)
     model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))

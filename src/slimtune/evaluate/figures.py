@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -14,10 +15,13 @@ from slimtune.data.windows import spread
 from slimtune.evaluate.choices import accuracy
 from slimtune.evaluate.harness import check_installed, evaluate_tasks, flat
 from slimtune.evaluate.perplexity import Influences, perplexity
+from slimtune.evaluate.protection import tell_of_base
 from slimtune.evaluate.rows import Prepared, prepare, window_of
 from slimtune.evaluate.tasks import find_task
 from slimtune.recipe import Recipe
 from slimtune.train.session import Figures, figures_in_bf16
+
+Say = Callable[[str], None]
 
 
 class Measure:
@@ -27,7 +31,7 @@ class Measure:
         UserError: a task of ``evaluate.tasks`` is unknown, its rows cannot be read, or the harness is not installed.
     """
 
-    def __init__(self, recipe: Recipe, splits: Splits, tokenizer: Any, accelerator: Accelerator, config: Any = None):
+    def __init__(self, recipe: Recipe, splits: Splits, tokenizer: Any, accelerator: Accelerator, config: Any, say: Say):
         self.recipe, self.splits, self.tokenizer = recipe, splits, tokenizer
         self.device = accelerator.device
         self.bf16 = figures_in_bf16(accelerator)
@@ -39,6 +43,12 @@ class Measure:
         followed = tasks if recipe.evaluate.every else []  # else no validation figure is ever taken
         self._valid_tasks = [prepare(task, "valid", tokenizer, window, limit, length) for task in followed]
         self._test_tasks = [prepare(task, "test", tokenizer, window, max_length=length) for task in tasks]
+        tell_of_base(recipe, self._test_tasks, say)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``task_rows``: {task: SHA-256 of all its test rows}, which this run keeps from what it learns."""
+        return {"task_rows": {task.name: task.whole for task in self._test_tasks}}
 
     def valid(self, model: nn.Module) -> Figures:
         """Perplexity on the validation split, and the chosen tasks on some of their validation rows."""

@@ -36,6 +36,7 @@ class Prepared:
             ``tokens``, ``bytes``.
         origin: where they came from.
         sha256: of the rows before they were cut to the model's window.
+        whole: the same of all rows of the split, also of those that were not chosen.
         empty: rows without an answer, which were left out (a text without a word is none).
         cut: number of prompts that were cut from the left.
         tokens: most tokens to be written; 0 of a perplexity.
@@ -46,6 +47,7 @@ class Prepared:
     docs: list[Doc]
     origin: Source
     sha256: str
+    whole: str
     empty: int
     cut: int
     tokens: int
@@ -114,18 +116,18 @@ def prepare(
     rows, empty, origin = _read(task, split)
     most = min(limit or sys.maxsize, task.file.rows or sys.maxsize)
     if task.file.metric == "perplexity":
-        texts = _texts(rows, task)
-        texts = [texts[index] for index in spread(len(texts), min(most, len(texts)))]
-        plain = [{"text": text} for text in texts]
-        docs = _text_docs(texts, tokenizer, window)
-        return Prepared(task, docs, origin, _digest(plain), 0, 0, 0, _longest(docs, tokenizer))
+        every: list[Doc] = [{"text": text} for text in _texts(rows, task)]
+        plain = [every[index] for index in spread(len(every), min(most, len(every)))]
+        docs = _text_docs([doc["text"] for doc in plain], tokenizer, window)
+        return Prepared(task, docs, origin, _digest(plain), _digest(every), 0, 0, 0, _longest(docs, tokenizer))
     make = _choice_doc if task.file.metric == "choice" else _summary_doc
-    plain = [make(rows[index], task.name) for index in spread(len(rows), min(most, len(rows)))]
+    every = [make(row, task.name) for row in rows]
+    plain = [every[index] for index in spread(len(every), min(most, len(every)))]
     room = min(window, max_length or window)
     tokens, fit = min(task.file.tokens, room // 2), _fitter(tokenizer, room)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
-    return Prepared(task, docs, origin, _digest(plain), empty, cut, tokens, _longest(docs, tokenizer))
+    return Prepared(task, docs, origin, _digest(plain), _digest(every), empty, cut, tokens, _longest(docs, tokenizer))
 
 
 def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
