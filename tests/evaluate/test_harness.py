@@ -152,6 +152,7 @@ def test_a_run_follows_its_tasks(bench: Any, tmp_path: Path) -> None:
     """Validation rows beside the kept ratio while it runs, test rows of base and result in the summary."""
     from bases import metrics
     from slimtune import pipeline
+    from slimtune.report.table import render
 
     write_rows(tmp_path / "mine-test.jsonl", choice_rows(6))
     write_rows(tmp_path / "mine-valid.jsonl", choice_rows(12)[6:])
@@ -165,6 +166,7 @@ def test_a_run_follows_its_tasks(bench: Any, tmp_path: Path) -> None:
         assert summary[name]["mine.rows"] == 6
         assert summary[name]["mine.accuracy_majority"] == pytest.approx(1 / 3)
         assert summary[name]["mine.accuracy_low"] <= summary[name]["mine.accuracy"] <= summary[name]["mine.accuracy_high"]
+    assert "mine, accuracy (baseline 0.333)" in "".join(str(cell) for cell in render(summary).renderables[0].columns[0].cells)
     written = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert written["result"]["mine.rows"] == 6
     task = find_task(str(tmp_path / "mine.yaml"))

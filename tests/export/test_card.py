@@ -44,9 +44,9 @@ def test_every_given_fact_is_shown() -> None:
         "org/base-1b",
         "1,000,000",
         "601,234",
-        "| model | perplexity | accuracy |",
-        "| base | 21.53 |  |",
-        "| this model | 9.1 | 0.625 |",
+        "| | base | this model |\n",
+        "| perplexity | 21.53 | 9.1 |\n",
+        "| accuracy |  | 0.625 |\n",
         "builtin:python-docs",
         "1.2e-06",
         "| seed | 3 |",
@@ -69,6 +69,15 @@ def test_nothing_is_invented() -> None:
     for absent in ("## Figures", "## Data", "budget", "parameters", "None", "trust_remote_code", "difference"):
         assert absent not in text
     assert "LlamaForCausalLM" in text
+
+
+def test_figures_of_tasks_have_interval_and_baseline() -> None:
+    figures = {"rqe.rows": 302.0, "rqe.accuracy": 0.579, "rqe.accuracy_low": 0.53, "rqe.accuracy_high": 0.636}
+    given = {"base": {"ppl": 3.0}, "result": {"ppl": 2.0, **figures, "rqe.accuracy_majority": 0.573, "a_b.rouge1": 0.1}}
+    text = render(facts(parse({}), 10, 6, given, None), plan_of(UNEVEN), {})
+    assert "| rqe, accuracy (baseline 0.573) |  | 0.579 (0.530 to 0.636) |\n" in text
+    assert "| a b, rouge1 |  | 0.100 |\n" in text
+    assert "302" not in text
 
 
 def test_a_folder_is_no_hub_id(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from slimtune.recipe import Recipe
 from slimtune.runtime import write_atomically
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
+from slimtune.train.task_figures import names_of, told
 from slimtune.version import __version__
 
 _TEMPLATE = """\
@@ -47,8 +48,8 @@ A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with sl
 
 ## Figures on the test split
 
-| model | {{ metrics | join(" | ") }} |
-| --- | {{ (["---"] * (metrics | length)) | join(" | ") }} |
+| | {{ models | join(" | ") }} |
+| --- | {{ (["---"] * (models | length)) | join(" | ") }} |
 {%- for name, cells in figures %}
 | {{ name }} | {{ cells | join(" | ") }} |
 {%- endfor %}
@@ -135,7 +136,7 @@ def facts(
         difference: of the logits after a reload.
     """
     base, drawn = public(recipe.model.path), recipe.model.init == "config"
-    names = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}
+    names, tasks = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}, names_of(figures.values())
     return {
         "base": base if not drawn else f"random weights of the shape of {base}" if base else "random weights",
         "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) and not drawn else None,
@@ -145,6 +146,7 @@ def facts(
         "parameters_after": after,
         "figures": {
             names[name]: {_METRICS[key]: round(values[key], 3) for key in _METRICS if key in values}
+            | {label: told(values, key) for key, label in tasks.items() if key in values}
             for name, values in figures.items()
             if values
         },
@@ -186,8 +188,8 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         license=known.get("license"),
         version=__version__,
         rows=rows,
-        metrics=metrics,
-        figures=[(name, [_text(row.get(metric, "")) for metric in metrics]) for name, row in figures.items()],
+        models=list(figures),
+        figures=[(metric, [_text(row.get(metric, "")) for row in figures.values()]) for metric in metrics],
         data=[_text(source) for source in known.get("data", ())],
         per_layer="per_layer_config" in config,
         architecture=(config.get("architectures") or ["?"])[0],

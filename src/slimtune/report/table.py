@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from slimtune.train.task_figures import names_of, told
+
 Summary = dict[str, Any]
 
 COLUMNS = {"base": "base", "dense_lora": "dense LoRA", "result": "slimtune"}
@@ -25,8 +27,8 @@ def render(summary: Summary) -> RenderableType:
         cells = [_cell(summary[name], key, form, summary.get("base")) for name in present]
         if any(cells):
             table.add_row(label, *cells)
-    for key in dict.fromkeys(key for name in present for key in summary[name] if _of_task(key)):
-        table.add_row(key.replace(".", ", ").replace("_", " "), *(_task_cell(summary[name], key) for name in present))
+    for key, label in names_of(summary[name] for name in present).items():
+        table.add_row(label, *(told(summary[name], key) for name in present))
     return Group(table, Text(_footer(summary)), *(Text(line, "yellow") for line in _cautions(summary)))
 
 
@@ -36,20 +38,8 @@ def _cautions(summary: Summary) -> list[str]:
     if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= 1.01 * base["ppl"]:  # nan is told as well
         return []
     more = "train.steps" if summary["method"] == "finetune" else "recover.steps or budget.keep"
-    told = f"perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}"
-    return [f"caution    {told}: if the loss rose in training, lower train.lr or raise train.warmup; else raise {more}"]
-
-
-def _of_task(key: str) -> bool:
-    """``rqe.accuracy``, and none of what stands beside it."""
-    return "." in key and not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))
-
-
-def _task_cell(figures: Summary, key: str) -> str:
-    if key not in figures:
-        return ""
-    ends = [figures[key + end] for end in ("_low", "_high") if key + end in figures]
-    return f"{figures[key]:.3f}" + (f" ({ends[0]:.3f} to {ends[1]:.3f})" if len(ends) == 2 else "")
+    above = f"perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}"
+    return [f"caution    {above}: if the loss rose in training, lower train.lr or raise train.warmup; else raise {more}"]
 
 
 def _cell(figures: Summary, key: str, form: Callable[[Any, Summary, Summary | None], str], base: Summary | None) -> str:
