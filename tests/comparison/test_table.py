@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,15 @@ def test_a_task_has_its_baseline_in_the_head() -> None:
 )
 def test_beyond_chance(differences: list[float], expected: bool) -> None:
     assert beyond_chance(differences) is expected
+
+
+def test_of_twenty_equal_rivals_one_is_beyond_chance_on_each_side() -> None:
+    chance = random.Random(0)
+    drawn = [[chance.gauss(0, 1) for _ in range(3)] for _ in range(20_000)]
+    for sign in (1, -1):
+        beyond = sum(beyond_chance(each) and sign * sum(each) > 0 for each in drawn)
+        assert beyond / len(drawn) == pytest.approx(1 / 20, abs=0.006)  # four standard errors
+    assert "of twenty equal rivals one gets ▲ and another ▼" in text([*some(), row("flap", 0.6, 0, 16.0)])
 
 
 def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:

@@ -185,7 +185,11 @@ STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 
 
 def beyond_chance(differences: Sequence[float]) -> bool:
-    """One-sided paired t-test at 5%: whether the mean of paired differences is so far from 0. False for fewer than two."""
+    """Whether the mean of paired differences is so far from 0, on whichever side. False for fewer than two.
+
+    A one-sided paired t-test at 5% towards the side on which the mean lies, so of twenty equal rivals two pass: one is behind
+    and one is ahead.
+    """
     count = len(differences)
     if count < 2:
         return False

@@ -235,8 +235,8 @@ def _mean(board: Board, method: str, keep: float) -> str:
 
 LEGEND = (
     "rival minus atp, the same seed each: mean ± standard deviation; ▲ atp ahead on every seed, beyond chance (one-sided "
-    "paired t-test, 5%: of twenty equal rivals one gets it); △ on every seed; ≈ not on every seed; ▽ behind on every seed, "
-    "▼ beyond chance; no sign: one seed"
+    "paired t-test, 5%: of twenty equal rivals one gets ▲ and another ▼); △ on every seed; ≈ not on every seed; ▽ behind on "
+    "every seed, ▼ beyond chance; no sign: one seed"
 )
 
 
