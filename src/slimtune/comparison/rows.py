@@ -34,7 +34,7 @@ SCORES = {".accuracy": "majority", ".rougeL": "chance"}
 """Ends of the figures that count as a task's score, and what stands beside each for answers that know nothing."""
 BESIDE = ("low", "high", "majority", "chance")
 """What a task's figure has beside it: its interval, and what answers get that know nothing."""
-ASIDE = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
+NO_FIGURES = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
 """Ends of keys that say something about a task's figure and are none themselves."""
 
 
@@ -57,7 +57,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
 
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
-    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(ASIDE) and _is_number(value)}
+    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(NO_FIGURES) and _is_number(value)}
     figures, base = _with_ends(_with_gain(figures)), _with_gain(base)
     return [
         {
