@@ -85,6 +85,25 @@ def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_sa
     assert "task retention" not in text(some())
 
 
+def test_means_over_fewer_seeds_than_the_row_has_say_of_how_many() -> None:
+    def seed(number: int, *, dense: bool = True) -> list[Row]:
+        chance, ends = {"chance": 0.1}, {"low": 0.2, "high": 0.4}
+        found = [row("atp", 0.6, number, 15.0), row("atp", 0.6, number, 0.2, "tasks_above_chance")]
+        found += [{**row("atp", 0.6, number, 0.3, "meqsum.rougeL"), **chance, **ends}]
+        uncut = [row("dense_lora", 1.0, number, 12.0), row("dense_lora", 1.0, number, 0.2, "tasks_above_chance")]
+        uncut += [{**row("dense_lora", 1.0, number, 0.3, "meqsum.rougeL"), **chance, **ends}]
+        return [*found, *(uncut if dense else [])]
+
+    whole, part = [*seed(0), *seed(1), *seed(2)], [*seed(0), *seed(1), *seed(2, dense=False)]
+    assert "n=" not in text(whole)
+    assert "n: how many" not in text(whole)
+    found = text(part)
+    assert "| 15.00 ± 0.00 | 0.800 ± 0.000 (n=2) |" in found
+    assert "| tasks_above_chance | task retention | learned | learned retention |" in found
+    assert "| atp | 0.6 | 0.200 ± 0.000 | 1.000 ± 0.000 (n=2) | 0.200 ± 0.000 | 1.000 ± 0.000 (n=2) |" in found
+    assert found.count("n: how many seeds a mean is over, where the row has more") == 2
+
+
 def test_tasks_that_dense_lora_did_not_learn_are_left_out_of_the_learned() -> None:
     def score(method: str, keep: float, seed: int, metric: str, value: float, low: float) -> Row:
         baseline = {"majority": 0.5} if metric == "rqe.accuracy" else {"chance": 0.1}

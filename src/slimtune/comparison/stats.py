@@ -124,6 +124,10 @@ class Board:
         ends = [(row["low"], row["high"]) for row in mine if row.get("low") is not None and row.get("high") is not None]
         return ends[0] if len(mine) == len(ends) == 1 else None
 
+    def there(self, method: str, keep: float) -> set[int]:
+        """Seeds that have any figure."""
+        return {seed for (name, budget, _), found in self.values.items() if (name, budget) == (method, keep) for seed in found}
+
     def missing(self, method: str, keep: float) -> list[int]:
         """Seeds that should be there and are not."""
         return sorted(self.seeds[method, keep] - set(self.of(method, keep)))
