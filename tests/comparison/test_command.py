@@ -28,7 +28,7 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert "[3/3] " in result.stdout
     assert "17.00" in result.stdout
     out = tmp_path / "out"
-    assert "| atp | 0.6 | 0.00 | 3 | 17.00 | 0.588 |" in (out / "table.md").read_text()
+    assert "| atp | 0.6 | 0.00 | 3 | 17.00 [16.05, 18.01] | 0.588 |" in (out / "table.md").read_text()
     assert "<svg" in (out / "figure.svg").read_text()
     again = ask(app, ["compare", str(tmp_path / "comparison.yaml"), "--table"])
     assert again.exit_code == 0, again.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from pathlib import Path
@@ -52,18 +53,42 @@ def test_tasks_have_a_table_for_each_kind_of_metric() -> None:
         assert f"tasks, {kind}**\n\n| method | keep | {metric} |\n| --- | --- | --- |\n| {line} |\n\n" in found
 
 
-def test_a_single_seed_of_a_task_tells_its_interval() -> None:
-    """What lies between seeds where there are several; of one seed the rows tell what other test rows would do."""
+def test_a_figure_of_a_task_has_its_interval_the_mean_of_its_seeds_ends() -> None:
+    """Beside what lies between seeds: what other test rows would do, which the rows tell."""
     ends = {"low": 0.4721, "high": 0.5564}
     rows = [row("atp", 0.6, 0, 15.0), {**row("atp", 0.6, 0, 0.514, "rqe.accuracy"), **ends, "majority": 0.5}]
     rows += [row("dense_lora", 1.0, seed, 12.0) for seed in (0, 1)]
-    rows += [{**row("dense_lora", 1.0, seed, 0.6, "rqe.accuracy"), **ends} for seed in (0, 1)]
+    rows += [{**row("dense_lora", 1.0, 0, 0.6, "rqe.accuracy"), "low": 0.55, "high": 0.7}]
+    rows += [{**row("dense_lora", 1.0, 1, 0.7, "rqe.accuracy"), "low": 0.65, "high": 0.72}]
     found = text(rows)
     assert "| atp | 0.6 | 0.514 [0.472, 0.556] |" in found
-    assert "| dense_lora | all | 0.600 ± 0.000 |" in found
-    assert "in brackets behind a figure of one seed: its 95% interval" in found
+    assert "| dense_lora | all | 0.650 ± 0.071 [0.600, 0.710] |" in found
+    assert "in brackets behind a figure: its 95% interval over the test rows, the mean of the seeds' ends" in found
     assert "| atp | 0.6 | 0.514 [0.472, 0.556] (n=1) |" in text([*rows, row("atp", 0.6, 1, 15.0)])
+    # a mean of two seeds has no interval of one
+    rows[-1] |= {"low": None}
+    assert "| dense_lora | all | 0.650 ± 0.071 |" in text(rows)
     assert "behind a figure" not in text([it for it in rows if it["method"] != "atp"])
+
+
+def test_a_perplexity_has_its_interval_over_the_test_windows() -> None:
+    """By hand: 1.96 x 0.5 / 10 of a seed's logarithm is a factor of 1.1030, and 1.96 x 0.6 / 12 the same."""
+    rows = [{**row("atp", 0.6, 0, 10.0), "se": 0.5}, {**row("atp", 0.6, 1, 12.0), "se": 0.6}]
+    rows += [{**row("flap", 0.6, 0, 10.0), "se": 0.5}, {**row("flap", 0.6, 1, 12.0), "se": None}]
+    rows += [{**row("taylor", 0.6, seed, 10.0), "se": 0.5} for seed in (0,)]
+    found = text(rows)
+    assert "| atp | 0.6 |  | 11.00 ± 1.41 [9.97, 12.13] |" in found
+    assert "| flap | 0.6 |  | 11.00 ± 1.41 |" in found
+    assert "| taylor | 0.6 |  | 10.00 [9.07, 11.03] |" in found
+    assert found.count("[9.97") == 1  # not in the means
+    assert "in brackets behind a perplexity: its 95% interval over the test windows, the mean of the seeds' ends" in found
+    assert "over the test rows" not in found
+    assert "over the test windows" not in text(some())
+
+
+@pytest.mark.parametrize(("value", "error"), [(math.nan, math.nan), (math.inf, math.nan), (math.inf, math.inf), (0.0, 1.0)])
+def test_a_perplexity_of_no_use_has_no_interval(value: float, error: float) -> None:
+    assert "[" not in text([{**row("atp", 0.6, 0, value), "se": error}])
 
 
 def test_the_accuracy_of_a_test_source_has_its_baseline_and_interval() -> None:
@@ -242,11 +267,13 @@ def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> N
 
 def test_the_screen_shows_the_same(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=(tmp_path / "screen").open("w"))
-    rows = [{**it, "low": 0.7, "high": 0.8} if it["metric"] == "rqe.accuracy" else it for it in some()]
+    beside = {"rqe.accuracy": {"low": 0.7, "high": 0.8}, "domain_ppl": {"se": 0.5}}
+    rows = [{**it, **beside.get(it["metric"], {})} for it in some()]
     console.print(render(sheets(joined([], [*rows, row("a[b]", 0.6, 0, 14.0)]))))
     shown = console.export_text()
     assert "16.00 ± 1.41" in shown
     assert "a[b]" in shown
+    assert "  [15.05, 17.01]" in shown
     assert "  [0.700, 0.800]" in shown  # below its figure, so that many tasks fit
     assert "perplexity" in shown  # not cut off
     assert "rqe  \n" in shown  # a task's name and its metric one above the other

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import DENSE, GAIN, SCORES, Row, key_of, unpacked
+from slimtune.comparison.rows import DENSE, GAIN, NORMAL, SCORES, Row, key_of, unpacked
 
 PPL = "domain_ppl"
 OURS = "atp"
@@ -119,10 +120,13 @@ class Board:
         return None
 
     def interval(self, method: str, keep: float, metric: str) -> tuple[float, float] | None:
-        """The 95% interval of a figure that rests on one seed, where the rows tell it."""
-        mine = [row for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, metric)]
-        ends = [(row["low"], row["high"]) for row in mine if row.get("low") is not None and row.get("high") is not None]
-        return ends[0] if len(mine) == len(ends) == 1 else None
+        """The ends of a figure's 95% interval, each the mean over seeds. None where a seed's rows do not tell."""
+        mine = [_ends(row) for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, metric)]
+        ends = [each for each in mine if each]
+        if not ends or len(ends) < len(mine):
+            return None
+        low, high = (statistics.mean(each) for each in zip(*ends, strict=True))
+        return low, high
 
     def there(self, method: str, keep: float) -> set[int]:
         """Seeds that have any figure."""
@@ -136,6 +140,17 @@ class Board:
     def metrics(self) -> list[str]:
         """What is measured besides the perplexity: accuracy and the figures of tasks."""
         return sorted({metric for _, _, metric in self.values} - {PPL, "parameters"})
+
+
+def _ends(row: Row) -> tuple[float, float] | None:
+    """The 95% interval of a row: as it tells it, over test rows; of a perplexity from its standard error over test windows."""
+    if row["metric"] != PPL:
+        return (row["low"], row["high"]) if row.get("low") is not None and row.get("high") is not None else None
+    value, error = row["value"], row.get("se")
+    if error is None or not (0 < value < math.inf and error >= 0):  # nan is none of it
+        return None
+    factor = math.exp(min(NORMAL * error / value, 700.0))  # exp(log(ppl) ± 1.96 se of the loss)
+    return value / factor, value * factor
 
 
 def _baseline(row: Row) -> float | None:

@@ -47,7 +47,11 @@ LEARNED = (
     "nothing, on each seed"
 )
 BASELINES = "in brackets in a head: what answers get that know nothing"
-INTERVALS = "in brackets behind a figure of one seed: its 95% interval, over the test rows"
+INTERVALS = "in brackets behind a figure: its 95% interval over the test rows, the mean of the seeds' ends"
+WINDOWS = (
+    "in brackets behind a perplexity: its 95% interval over the test windows, the mean of the seeds' ends; other text would "
+    "move all methods together"
+)
 FEW = "n: how many seeds a mean is over, where the row has more"
 
 
@@ -65,7 +69,7 @@ def _figures(board: Board) -> Sheet:
                 _budget(keep),
                 _millions(board.of(method, keep, "parameters").values()),
                 *(_count(_column(board, method, keep, "kv_groups")) for _ in groups),
-                spread(board.of(method, keep).values(), 2),
+                _of_seeds(board, method, keep, PPL, 2),
                 _mean_of(board, method, keep, board.retention(method, keep)),
                 *(_of_seeds(board, method, keep, metric) for metric in measured),
                 _millions(_column(board, method, keep, "tokens")),
@@ -80,10 +84,12 @@ def _figures(board: Board) -> Sheet:
 
 def _signs(sheet: Sheet) -> list[str]:
     """What brackets and n mean, where there are any."""
-    cells = [cell for row in sheet.rows for cell in row[1:]]
+    cells = [(column, cell) for row in sheet.rows for column, cell in zip(sheet.columns[1:], row[1:], strict=True)]
+    bracketed = {column for column, cell in cells if "[" in cell}
     notes = [BASELINES] if any("[" in column for column in sheet.columns) else []
-    notes += [INTERVALS] if any("[" in cell for cell in cells) else []
-    return notes + ([FEW] if any("(n=" in cell for cell in cells) else [])
+    notes += [WINDOWS] if "perplexity" in bracketed else []
+    notes += [INTERVALS] if bracketed - {"perplexity"} else []
+    return notes + ([FEW] if any("(n=" in cell for _, cell in cells) else [])
 
 
 KINDS = {
@@ -114,20 +120,20 @@ def _tasks(board: Board) -> list[Sheet]:
     return found
 
 
-def _of_seeds(board: Board, method: str, keep: float, metric: str) -> str:
-    """Mean and spread, and of one seed its interval."""
+def _of_seeds(board: Board, method: str, keep: float, metric: str, digits: int = 3) -> str:
+    """Mean, spread and interval."""
     ends = board.interval(method, keep, metric)
-    told = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-    return _mean_of(board, method, keep, board.of(method, keep, metric), told)
+    told = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+    return _mean_of(board, method, keep, board.of(method, keep, metric), digits, told)
 
 
-def _mean_of(board: Board, method: str, keep: float, values: Mapping[int, float], told: str = "") -> str:
+def _mean_of(board: Board, method: str, keep: float, values: Mapping[int, float], digits: int = 3, told: str = "") -> str:
     """Mean and spread, what else is told of them, and of how many seeds where there are more.
 
     The others have no such figure, or no dense LoRA to be held against, or one that is not above chance.
     """
     few = f" (n={len(values)})" if 0 < len(values) < len(board.there(method, keep)) else ""
-    return spread(values.values(), 3) + told + few
+    return spread(values.values(), digits) + told + few
 
 
 def _task_scores(board: Board) -> Sheet:
