@@ -13,7 +13,7 @@ from rich.console import Console
 
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
-from slimtune.comparison.jobs import jobs_of
+from slimtune.comparison.jobs import Part, jobs_of
 from slimtune.comparison.rows import Row, joined, packed
 from slimtune.comparison.sheet import markdown, render
 from slimtune.comparison.stats import beyond_chance
@@ -279,6 +279,29 @@ def test_the_screen_shows_the_same(tmp_path: Path) -> None:
     assert "rqe  \n" in shown  # a task's name and its metric one above the other
     assert "▸ 14.00*" in shown
     console.file.close()
+
+
+def test_a_part_is_shown_and_held_against_the_same(tmp_path: Path) -> None:
+    rows = [*some(), row("dense_lora", 1.0, 1, 0.5, "mine.exact"), *(row("flap", 0.6, seed, 16.0) for seed in (0, 1))]
+    rows += [{**row("flap", 0.8, 0, 14.0), "machine": "B GPU"}, row("dense_lora", 1.0, 0, 11.0, domain="other")]
+
+    def shown(part: Part) -> str:
+        return markdown(sheets(joined([], rows), part=part))
+
+    found = shown(Part(only=("atp",)))
+    assert "| atp | 0.6 | 1.50 | 16.00 ± 1.41 | 0.782 ± 0.025 | 2.00 | 30 | 0, 1 |" in found
+    for hidden in ("| dense_lora", "flap", "keep 0.8", "B GPU", "mine.exact", "other, tiny", "no dense LoRA", "nothing cut"):
+        assert hidden not in found
+    found = shown(Part(keep=(0.6,), seeds=(1,)))
+    assert "| atp | 0.6 |  | 17.00 | 0.765 | 2.00 | 30 | 1 |" in found
+    assert "| dense_lora | all |  | 13.00 | 1.000 | 2.00 | 30 | 1 |" in found
+    assert "| flap | 0.8 |" not in found
+    assert "| flap | -1.00 |" in found
+    # what is missing is missing in a part as well
+    assert "| flap | 0.8 |  | 14.00 | 0.857 | 2.00 | 30 | 0; MISSING: 1 |" in shown(Part(only=("flap",)))
+    jobs = jobs_of(load(write_comparison(tmp_path, seeds=[0, 1, 2])))
+    assert "MISSING: 2 |" in markdown(sheets(joined([], rows), jobs, Part(only=("atp",), keep=(0.6,), seeds=(0, 2))))
+    assert "FAILED: 0 |" in markdown(sheets([{**row("atp", 0.6, 0, 0.0), "metric": "failed", "value": "error"}]))
 
 
 def test_a_listing_tells_what_would_run(tmp_path: Path) -> None:

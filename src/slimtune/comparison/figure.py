@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slimtune.comparison.jobs import Job
+from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, Row
 from slimtune.comparison.stats import OURS, PPL, Board, boards, deviation
 from slimtune.errors import UserError
@@ -39,19 +39,19 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def drawable(rows: Iterable[Row]) -> bool:
+def drawable(rows: Iterable[Row], part: Part = ALL) -> bool:
     """Whether a method has a perplexity at a budget."""
-    return any(_points(board) for board in boards(rows))
+    return any(_points(board) for board in boards(rows, part=part))
 
 
-def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = ()) -> None:
+def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = (), part: Part = ALL) -> None:
     """Write the figure as SVG; the same rows give the same bytes.
 
     Raises:
         UserError: matplotlib is missing, no method has a perplexity at a budget, or the file cannot be written.
     """
     plt = _pyplot()
-    shown = [board for board in boards(rows, asked) if _points(board)]
+    shown = [board for board in boards(rows, asked, part) if _points(board)]
     if not shown:
         raise UserError("there is nothing to draw: no method has a perplexity at a budget below 1; the rows miss those runs")
     styles = _styles(shown)

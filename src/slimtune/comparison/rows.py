@@ -8,11 +8,12 @@ import json
 import math
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.comparison.jobs import Job, Key
+from slimtune.comparison.jobs import Job, Key, Part
 from slimtune.comparison.lock import held
 from slimtune.errors import UserError
 from slimtune.runtime import write_atomically
@@ -162,6 +163,24 @@ def has_run(rows: Iterable[Row], job: Job, now: str) -> bool:
     return bool(mine) and all(
         row["metric"] != "failed" and (row.get("words"), row.get("program")) == (job.digest, now) for row in mine
     )
+
+
+def check_part(rows: Sequence[Row], part: Part, file: Path, some: bool = False) -> None:
+    """Raises UserError where a file of rows has no run of a part, of one of its methods, budgets or seeds.
+
+    Args:
+        some: not all that is asked for must be there yet, but something.
+    """
+    keys, who = [key_of(row) for row in rows], repr(str(file))
+    there = any(map(part.holds, keys))
+    if not (some and there):
+        part.check(keys, who)
+    if not there:  # each by itself is
+        near = next(it for it in (replace(part, seeds=()), Part(part.only)) if any(map(it.holds, keys)))
+        runs = dict.fromkeys(
+            f"{key[2]}{'' if key[3] == 1 else f' {key[3]:g}'} seed {key[4]}" for key in keys if near.holds(key)
+        )
+        raise UserError(f"{part}: {who} has no such run. It has: {', '.join(runs)}")
 
 
 def read(file: Path) -> list[Row]:

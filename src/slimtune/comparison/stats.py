@@ -6,9 +6,9 @@ import math
 import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from slimtune.comparison.jobs import Job
+from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, GAIN, NORMAL, SCORES, Row, key_of, unpacked
 
 PPL = "domain_ppl"
@@ -139,7 +139,8 @@ class Board:
     @property
     def metrics(self) -> list[str]:
         """What is measured besides the perplexity: accuracy and the figures of tasks."""
-        return sorted({metric for _, _, metric in self.values} - {PPL, "parameters"})
+        shown = {metric for method, keep, metric in self.values if (method, keep) in self.seeds}
+        return sorted(shown - {PPL, "parameters"})
 
 
 def _ends(row: Row) -> tuple[float, float] | None:
@@ -158,13 +159,14 @@ def _baseline(row: Row) -> float | None:
     return found
 
 
-def boards(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Board]:
+def boards(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> list[Board]:
     """A board for each base and domain.
 
     Args:
         rows: raw rows.
         asked: the runs that there should be. Where they say nothing of a base and domain, each of its methods and budgets
             should have the seeds that any has.
+        part: what is shown.
     """
     found: dict[tuple[str, str], Board] = {}
     for job in asked:
@@ -187,7 +189,24 @@ def boards(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Board]:
                 seeds |= everything
         if where not in told:
             board.seeds = dict(sorted(board.seeds.items(), key=_place))
-    return list(found.values())
+    return [shown for board in found.values() if (shown := _part(board, part)).seeds]
+
+
+def _part(board: Board, part: Part) -> Board:
+    """Of a board what is shown, and the figures of dense LoRA, shown or not: the others are held against them."""
+    held, cells = replace(part, only=(*part.only, DENSE) if part.only else ()), replace(part, seeds=())
+
+    def of(part: Part, method: str, keep: float, seeds: Iterable[int]) -> set[int]:
+        return {seed for seed in seeds if part.holds((board.base, board.domain, method, keep, seed))}
+
+    values = {
+        (method, keep, metric): {seed: each[seed] for seed in each if seed in found}
+        for (method, keep, metric), each in board.values.items()
+        if (found := of(held, method, keep, each))
+    }
+    failed = {cell: of(part, *cell, seeds) for cell, seeds in board.failed.items()}
+    seeds = {cell: of(part, *cell, each) for cell, each in board.seeds.items() if of(cells, *cell, [0])}
+    return Board(board.base, board.domain, seeds, values, failed, [row for row in board.rows if held.holds(key_of(row))])
 
 
 def _all_seeds(seeds: Mapping[Cell, set[int]]) -> set[int]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 
-from slimtune.comparison.jobs import Job
+from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, GAIN, Row
 from slimtune.comparison.sheet import Sheet
 from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, spread
 
 
-def sheets(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Sheet]:
+def sheets(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> list[Sheet]:
     """For each base and domain: all figures, those of its tasks, perplexity by method and budget, and what atp is ahead by."""
     found = []
-    for board in boards(rows, asked):
+    for board in boards(rows, asked, part):
         found += [_figures(board), *_tasks(board)]
         if board.methods:
             found.append(_overview(board))
