@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import statistics
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from slimtune.comparison.config import load
 from slimtune.comparison.jobs import Part, jobs_of
 from slimtune.comparison.rows import Row, joined, packed
 from slimtune.comparison.sheet import markdown, render
-from slimtune.comparison.stats import beyond_chance
 from slimtune.comparison.table import listing, sheets
 
 
@@ -186,34 +184,6 @@ def test_a_task_has_its_baseline_in_the_head() -> None:
     assert "| rqe.accuracy [0.400] |" in text(rows)
 
 
-@pytest.mark.parametrize(
-    ("differences", "expected"),
-    [
-        ([1.0], False),
-        ([1.0, 1.2], True),
-        ([1.0, 2.0], False),
-        ([0.1, 0.1, 0.4], False),  # t = 2.0, to be above 2.92
-        ([0.1, 0.12, 0.15], True),
-        ([-0.1, -0.12, -0.15], True),
-        ([1.0, 1.0], True),
-        ([0.0, 0.0], False),
-        ([1.0, -1.0] * 8 + [3.0], False),
-        ([1.0, 2.0] * 8, True),
-    ],
-)
-def test_beyond_chance(differences: list[float], expected: bool) -> None:
-    assert beyond_chance(differences) is expected
-
-
-def test_of_twenty_equal_rivals_one_is_beyond_chance_on_each_side() -> None:
-    chance = random.Random(0)
-    drawn = [[chance.gauss(0, 1) for _ in range(3)] for _ in range(20_000)]
-    for sign in (1, -1):
-        beyond = sum(beyond_chance(each) and sign * sum(each) > 0 for each in drawn)
-        assert beyond / len(drawn) == pytest.approx(1 / 20, abs=0.006)  # four standard errors
-    assert "of twenty equal rivals one gets ▲ and another ▼" in text([*some(), row("flap", 0.6, 0, 16.0)])
-
-
 def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     rivals = {"clear": (1.1, 1.2), "close": (0.1, 2.0), "mixed": (-0.5, 1.0), "better": (-1.0, -0.5), "best": (-1.0, -1.1)}
     rows = some() + [row(name, 0.6, seed, 15.0 + 2 * seed + gap[seed]) for name, gap in rivals.items() for seed in (0, 1)]
@@ -225,6 +195,7 @@ def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     assert "| better | ▽ -0.75 ± 0.35 |" in found
     assert "| best | ▼ -1.05 ± 0.07 |" in found
     assert "| single | +1.00 (n=1) |" in found
+    assert "of twenty equal rivals one gets ▲ and another ▼" in found
 
 
 def test_a_lead_tells_how_far_other_text_would_move_it() -> None:
