@@ -28,7 +28,7 @@ def test_a_whole_comparison(tmp_path: Path) -> None:
     assert "[3/3] " in result.stdout
     assert "17.00" in result.stdout
     out = tmp_path / "out"
-    assert "| atp | 0.6 | 0.00 | 3 | 17.00 | 0.588 |" in (out / "table.md").read_text()
+    assert "| atp | 0.6 | 0.00 | 3 | 17.00 [16.05, 18.01] | 0.588 |" in (out / "table.md").read_text()
     assert "<svg" in (out / "figure.svg").read_text()
     again = ask(app, ["compare", str(tmp_path / "comparison.yaml"), "--table"])
     assert again.exit_code == 0, again.output
@@ -61,6 +61,40 @@ def test_rows_alone_are_printed_and_nothing_is_written(tmp_path: Path) -> None:
     assert set(tmp_path.iterdir()) == before
     assert ask(app, ["compare", "--table", "--rows", str(rows), "--out", str(tmp_path / "here")]).exit_code == 0
     assert {path.name for path in (tmp_path / "here").iterdir()} == {"table.md", "figure.svg"}
+
+
+def test_a_part_of_the_rows_is_printed(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.json"
+    write(rows, joined([], [row(name, 0.6, seed, 15.0) for name in ("atp", "flap") for seed in (0, 1)]))
+    result = ask(app, ["compare", "--table", "--rows", str(rows), "--only", "flap", "--seeds", "1"])
+    assert result.exit_code == 0, result.output
+    assert "flap" in result.stdout
+    assert "atp" not in result.stdout
+    result = ask(app, ["compare", "--table", "--rows", str(rows), "--only", "flop"])
+    assert result.exit_code == 2
+    assert f"--only flop: {str(rows)!r} has no such run. Did you mean 'flap'? It has: atp, flap" in result.stderr
+
+
+def test_a_part_of_a_comparison_is_printed_whether_all_of_it_is_there_or_not(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    words = ["compare", str(write_comparison(tmp_path)), "--table"]
+    write(out / "rows.json", joined([], [row("atp", 0.6, 0, 15.0), row("atp", 0.8, 0, 13.0), row("flap", 0.6, 0, 16.0)]))
+    assert ask(app, [*words, "--only", "atp,dense_lora", "--keep", "0.6"]).exit_code == 0
+    table = (out / "table.md").read_text()
+    assert "| atp | 0.6 |  | 15.00 |  | 2.00 | 30 | 0; MISSING: 1 |" in table
+    assert "| dense_lora | all |  |  |  |  |  | MISSING: 0, 1 |" in table
+    assert "0.8" not in table
+    assert "flap" not in table
+    assert "<!-- 60% -->" in (out / "figure.svg").read_text()
+    assert "80%" not in (out / "figure.svg").read_text()
+    for part, message in (
+        (["--only", "dense_lora"], "--only dense_lora: "),
+        (["--seeds", "1"], "--seeds 1: "),
+        (["--only", "flap"], "--only flap: the comparison has no such run"),
+    ):
+        result = ask(app, [*words, *part])
+        assert result.exit_code == 2
+        assert message in result.stderr
 
 
 def test_a_failed_run_makes_the_command_fail_at_its_end(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ def test_one_budget_and_one_bad_method(tmp_path: Path) -> None:
     rows = [*(it for it in some() if it["keep"] != 0.8), row("random", 0.6, 0, 300.0)]
     draw(rows, tmp_path / "figure.svg")
     assert "<!-- random" in (tmp_path / "figure.svg").read_text()
+
+
+def drawn(rows: list[Row], file: Path) -> str:
+    draw(rows, file)
+    return file.read_text()
+
+
+def test_a_size_that_is_not_in_the_rows_is_not_made_up(tmp_path: Path) -> None:
+    told = some()
+    shown = drawn([it for it in told if it["metric"] != "parameters"], tmp_path / "none.svg")
+    assert "<!-- 60% -->" in shown
+    assert " M" not in "".join(re.findall("<!-- .* -->", shown))
+    part = drawn([it for it in told if (it["metric"], it["keep"]) != ("parameters", 0.6)], tmp_path / "part.svg")
+    assert "<!-- 8.0 M" in part
+    assert "<!-- 60% -->" in part
+    # where the size would lie, were it told: 0.6 of the 10 M that 0.8 is a share of
+    lines = [re.findall(r'<path d="(M [^"]*)" clip-path', text) for text in (part, drawn(told, tmp_path / "all.svg"))]
+    assert lines[0] == lines[1] != []
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,8 @@ import pytest
 
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
-from slimtune.comparison.jobs import Job, jobs_of
-from slimtune.comparison.rows import has_run, joined, of_run, packed, read, unpacked, write
+from slimtune.comparison.jobs import Job, Part, jobs_of
+from slimtune.comparison.rows import check_part, has_run, joined, of_run, packed, read, unpacked, write
 from slimtune.errors import UserError
 
 SUMMARY = {
@@ -137,6 +137,35 @@ def test_rows_hold_a_run_of_the_same_words_and_program_alone(job: Job) -> None:
     assert not has_run(rows, job, "q")
     assert not has_run(of_run(job, SUMMARY), job, "p")
     assert not has_run([], job, "p")
+
+
+@pytest.mark.parametrize(
+    ("part", "some", "there"),
+    [
+        (Part(only=("flop",)), False, "Did you mean 'flap'? It has: atp, flap"),
+        (Part(keep=(0.7,)), False, "It has: 0.8, 0.6"),
+        (Part(seeds=(5,)), False, "It has: 0, 1"),
+        (Part(seeds=(5,)), True, "It has: 0, 1"),
+        (Part(("flap",), (0.6,), (1,)), True, "It has: flap 0.6 seed 0"),
+        (Part(("flap",), (0.8,)), False, "It has: flap 0.6 seed 0"),
+        (Part((), (0.6,), (1,)), False, "It has: atp 0.6 seed 0, flap 0.6 seed 0"),
+    ],
+)
+def test_a_part_that_is_not_there_is_told_with_what_is(part: Part, some: bool, there: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_part(PARTS, part, Path("rows.json"), some)
+    assert str(caught.value) == f"{part}: 'rows.json' has no such run. {there}"
+
+
+def test_all_of_a_part_must_be_there_or_some() -> None:
+    assert str(Part(("flap",), (0.6, 0.5), (1,))) == "--only flap --keep 0.6,0.5 --seeds 1"
+    for part, some in ((Part(("atp", "flap"), (0.8,)), False), (Part(("atp", "flop"), (0.8,)), True), (Part(), False)):
+        check_part(PARTS, part, Path("rows.json"), some)
+    with pytest.raises(UserError, match="--only flop: "):
+        check_part(PARTS, Part(("atp", "flop"), (0.8,)), Path("rows.json"))
+
+
+PARTS = [row("atp", 0.8, 1, 15.0), row("atp", 0.6, 0, 15.0), row("flap", 0.6, 0, 15.0)]
 
 
 def test_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,9 @@ from rich.console import Console
 
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
-from slimtune.comparison.jobs import jobs_of
+from slimtune.comparison.jobs import Part, jobs_of
 from slimtune.comparison.rows import Row, joined, packed
 from slimtune.comparison.sheet import markdown, render
-from slimtune.comparison.stats import beyond_chance
 from slimtune.comparison.table import listing, sheets
 
 
@@ -51,18 +51,42 @@ def test_tasks_have_a_table_for_each_kind_of_metric() -> None:
         assert f"tasks, {kind}**\n\n| method | keep | {metric} |\n| --- | --- | --- |\n| {line} |\n\n" in found
 
 
-def test_a_single_seed_of_a_task_tells_its_interval() -> None:
-    """What lies between seeds where there are several; of one seed the rows tell what other test rows would do."""
+def test_a_figure_of_a_task_has_its_interval_the_mean_of_its_seeds_ends() -> None:
+    """Beside what lies between seeds: what other test rows would do, which the rows tell."""
     ends = {"low": 0.4721, "high": 0.5564}
     rows = [row("atp", 0.6, 0, 15.0), {**row("atp", 0.6, 0, 0.514, "rqe.accuracy"), **ends, "majority": 0.5}]
     rows += [row("dense_lora", 1.0, seed, 12.0) for seed in (0, 1)]
-    rows += [{**row("dense_lora", 1.0, seed, 0.6, "rqe.accuracy"), **ends} for seed in (0, 1)]
+    rows += [{**row("dense_lora", 1.0, 0, 0.6, "rqe.accuracy"), "low": 0.55, "high": 0.7}]
+    rows += [{**row("dense_lora", 1.0, 1, 0.7, "rqe.accuracy"), "low": 0.65, "high": 0.72}]
     found = text(rows)
     assert "| atp | 0.6 | 0.514 [0.472, 0.556] |" in found
-    assert "| dense_lora | all | 0.600 ± 0.000 |" in found
-    assert "in brackets behind a figure of one seed: its 95% interval" in found
+    assert "| dense_lora | all | 0.650 ± 0.071 [0.600, 0.710] |" in found
+    assert "in brackets behind a figure: its 95% interval over the test rows, the mean of the seeds' ends" in found
     assert "| atp | 0.6 | 0.514 [0.472, 0.556] (n=1) |" in text([*rows, row("atp", 0.6, 1, 15.0)])
+    # a mean of two seeds has no interval of one
+    rows[-1] |= {"low": None}
+    assert "| dense_lora | all | 0.650 ± 0.071 |" in text(rows)
     assert "behind a figure" not in text([it for it in rows if it["method"] != "atp"])
+
+
+def test_a_perplexity_has_its_interval_over_the_test_windows() -> None:
+    """By hand: 1.96 x 0.5 / 10 of a seed's logarithm is a factor of 1.1030, and 1.96 x 0.6 / 12 the same."""
+    rows = [{**row("atp", 0.6, 0, 10.0), "se": 0.5}, {**row("atp", 0.6, 1, 12.0), "se": 0.6}]
+    rows += [{**row("flap", 0.6, 0, 10.0), "se": 0.5}, {**row("flap", 0.6, 1, 12.0), "se": None}]
+    rows += [{**row("taylor", 0.6, seed, 10.0), "se": 0.5} for seed in (0,)]
+    found = text(rows)
+    assert "| atp | 0.6 |  | 11.00 ± 1.41 [9.97, 12.13] |" in found
+    assert "| flap | 0.6 |  | 11.00 ± 1.41 |" in found
+    assert "| taylor | 0.6 |  | 10.00 [9.07, 11.03] |" in found
+    assert found.count("[9.97") == 1  # not in the means
+    assert "in brackets behind a perplexity: its 95% interval over the test windows, the mean of the seeds' ends" in found
+    assert "over the test rows" not in found
+    assert "over the test windows" not in text(some())
+
+
+@pytest.mark.parametrize(("value", "error"), [(math.nan, math.nan), (math.inf, math.nan), (math.inf, math.inf), (0.0, 1.0)])
+def test_a_perplexity_of_no_use_has_no_interval(value: float, error: float) -> None:
+    assert "[" not in text([{**row("atp", 0.6, 0, value), "se": error}])
 
 
 def test_the_accuracy_of_a_test_source_has_its_baseline_and_interval() -> None:
@@ -82,6 +106,25 @@ def test_task_scores_above_chance_are_held_against_those_of_dense_lora_on_the_sa
     assert "| atp | 0.6 | 0.150 ± 0.000 | 0.750 (n=1) |" in found
     assert "task retention: that over dense LoRA's" in found
     assert "task retention" not in text(some())
+
+
+def test_means_over_fewer_seeds_than_the_row_has_say_of_how_many() -> None:
+    def seed(number: int, *, dense: bool = True) -> list[Row]:
+        chance, ends = {"chance": 0.1}, {"low": 0.2, "high": 0.4}
+        found = [row("atp", 0.6, number, 15.0), row("atp", 0.6, number, 0.2, "tasks_above_chance")]
+        found += [{**row("atp", 0.6, number, 0.3, "meqsum.rougeL"), **chance, **ends}]
+        uncut = [row("dense_lora", 1.0, number, 12.0), row("dense_lora", 1.0, number, 0.2, "tasks_above_chance")]
+        uncut += [{**row("dense_lora", 1.0, number, 0.3, "meqsum.rougeL"), **chance, **ends}]
+        return [*found, *(uncut if dense else [])]
+
+    whole, part = [*seed(0), *seed(1), *seed(2)], [*seed(0), *seed(1), *seed(2, dense=False)]
+    assert "n=" not in text(whole)
+    assert "n: how many" not in text(whole)
+    found = text(part)
+    assert "| 15.00 ± 0.00 | 0.800 ± 0.000 (n=2) |" in found
+    assert "| tasks_above_chance | task retention | learned | learned retention |" in found
+    assert "| atp | 0.6 | 0.200 ± 0.000 | 1.000 ± 0.000 (n=2) | 0.200 ± 0.000 | 1.000 ± 0.000 (n=2) |" in found
+    assert found.count("n: how many seeds a mean is over, where the row has more") == 2
 
 
 def test_tasks_that_dense_lora_did_not_learn_are_left_out_of_the_learned() -> None:
@@ -141,25 +184,6 @@ def test_a_task_has_its_baseline_in_the_head() -> None:
     assert "| rqe.accuracy [0.400] |" in text(rows)
 
 
-@pytest.mark.parametrize(
-    ("differences", "expected"),
-    [
-        ([1.0], False),
-        ([1.0, 1.2], True),
-        ([1.0, 2.0], False),
-        ([0.1, 0.1, 0.4], False),  # t = 2.0, to be above 2.92
-        ([0.1, 0.12, 0.15], True),
-        ([-0.1, -0.12, -0.15], True),
-        ([1.0, 1.0], True),
-        ([0.0, 0.0], False),
-        ([1.0, -1.0] * 8 + [3.0], False),
-        ([1.0, 2.0] * 8, True),
-    ],
-)
-def test_beyond_chance(differences: list[float], expected: bool) -> None:
-    assert beyond_chance(differences) is expected
-
-
 def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     rivals = {"clear": (1.1, 1.2), "close": (0.1, 2.0), "mixed": (-0.5, 1.0), "better": (-1.0, -0.5), "best": (-1.0, -1.1)}
     rows = some() + [row(name, 0.6, seed, 15.0 + 2 * seed + gap[seed]) for name, gap in rivals.items() for seed in (0, 1)]
@@ -171,6 +195,7 @@ def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     assert "| better | ▽ -0.75 ± 0.35 |" in found
     assert "| best | ▼ -1.05 ± 0.07 |" in found
     assert "| single | +1.00 (n=1) |" in found
+    assert "of twenty equal rivals one gets ▲ and another ▼" in found
 
 
 def test_a_lead_tells_how_far_other_text_would_move_it() -> None:
@@ -213,16 +238,41 @@ def test_domains_have_tables_of_their_own_and_different_programs_are_told() -> N
 
 def test_the_screen_shows_the_same(tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=(tmp_path / "screen").open("w"))
-    rows = [{**it, "low": 0.7, "high": 0.8} if it["metric"] == "rqe.accuracy" else it for it in some()]
+    beside = {"rqe.accuracy": {"low": 0.7, "high": 0.8}, "domain_ppl": {"se": 0.5}}
+    rows = [{**it, **beside.get(it["metric"], {})} for it in some()]
     console.print(render(sheets(joined([], [*rows, row("a[b]", 0.6, 0, 14.0)]))))
     shown = console.export_text()
     assert "16.00 ± 1.41" in shown
     assert "a[b]" in shown
+    assert "  [15.05, 17.01]" in shown
     assert "  [0.700, 0.800]" in shown  # below its figure, so that many tasks fit
     assert "perplexity" in shown  # not cut off
     assert "rqe  \n" in shown  # a task's name and its metric one above the other
     assert "▸ 14.00*" in shown
     console.file.close()
+
+
+def test_a_part_is_shown_and_held_against_the_same(tmp_path: Path) -> None:
+    rows = [*some(), row("dense_lora", 1.0, 1, 0.5, "mine.exact"), *(row("flap", 0.6, seed, 16.0) for seed in (0, 1))]
+    rows += [{**row("flap", 0.8, 0, 14.0), "machine": "B GPU"}, row("dense_lora", 1.0, 0, 11.0, domain="other")]
+
+    def shown(part: Part) -> str:
+        return markdown(sheets(joined([], rows), part=part))
+
+    found = shown(Part(only=("atp",)))
+    assert "| atp | 0.6 | 1.50 | 16.00 ± 1.41 | 0.782 ± 0.025 | 2.00 | 30 | 0, 1 |" in found
+    for hidden in ("| dense_lora", "flap", "keep 0.8", "B GPU", "mine.exact", "other, tiny", "no dense LoRA", "nothing cut"):
+        assert hidden not in found
+    found = shown(Part(keep=(0.6,), seeds=(1,)))
+    assert "| atp | 0.6 |  | 17.00 | 0.765 | 2.00 | 30 | 1 |" in found
+    assert "| dense_lora | all |  | 13.00 | 1.000 | 2.00 | 30 | 1 |" in found
+    assert "| flap | 0.8 |" not in found
+    assert "| flap | -1.00 |" in found
+    # what is missing is missing in a part as well
+    assert "| flap | 0.8 |  | 14.00 | 0.857 | 2.00 | 30 | 0; MISSING: 1 |" in shown(Part(only=("flap",)))
+    jobs = jobs_of(load(write_comparison(tmp_path, seeds=[0, 1, 2])))
+    assert "MISSING: 2 |" in markdown(sheets(joined([], rows), jobs, Part(only=("atp",), keep=(0.6,), seeds=(0, 2))))
+    assert "FAILED: 0 |" in markdown(sheets([{**row("atp", 0.6, 0, 0.0), "metric": "failed", "value": "error"}]))
 
 
 def test_a_listing_tells_what_would_run(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from slimtune.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from slimtune.comparison.jobs import Job
+    from slimtune.comparison.jobs import Job, Part
     from slimtune.comparison.rows import Row
     from slimtune.comparison.run import Order
 
@@ -34,7 +34,10 @@ Rows = Annotated[
 Out = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Of runs, table and figure.", show_default="the comparison's out")
 ]
-TableOnly = Annotated[bool, typer.Option("--table", help="Run nothing: table and figure of the rows that are there.")]
+TableOnly = Annotated[
+    bool,
+    typer.Option("--table", help="Run nothing: table and figure of the rows there, or of a part: --only, --keep, --seeds."),
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Run nothing: list runs, steps and tokens.")]
 
 
@@ -58,19 +61,21 @@ def compare(
     """
     if table and dry_run:
         raise UserError("--table and --dry-run exclude each other; give one of them")
+    from slimtune.comparison.jobs import Part
+
+    part = Part(_items(only, str, "--only"), _items(keep, float, "--keep"), _items(seeds, int, "--seeds"))
     if comparison is None:
         if not (table and rows):
             raise UserError("give a comparison file, e.g. recipes/compare/health.yaml, or --table --rows FILE to print rows")
-        _show(_there(rows), [], out)
+        _show(_there(rows, part), [], out, part)
         return
     from slimtune.comparison.run import order, side_by_side
 
-    budgets, numbers = _items(keep, float, "--keep"), _items(seeds, int, "--seeds")
-    asked = order(comparison, only=_items(only, str, "--only"), keep=budgets, seeds=numbers, rows=rows, out=out)
+    asked = order(comparison, only=part.only, keep=part.keep, seeds=part.seeds, rows=rows, out=out)
     if table:
-        _show(_there(asked.rows), asked.jobs, asked.out)
+        _show(_there(asked.rows, part, some=True), asked.jobs, asked.out, part)
         return
-    cards = _items(gpus, str, "--gpus")
+    cards = list(_items(gpus, str, "--gpus"))
     many = side_by_side(jobs, cards, threads)
     _warn_of_figure()
     if dry_run:
@@ -80,6 +85,7 @@ def compare(
 
 
 def _execute(asked: Order, jobs: int, gpus: list[str], threads: int | None) -> None:
+    from slimtune.comparison.jobs import ALL
     from slimtune.comparison.launch import Launcher
     from slimtune.comparison.program import program
     from slimtune.comparison.rows import has_run, key_of
@@ -92,7 +98,7 @@ def _execute(asked: Order, jobs: int, gpus: list[str], threads: int | None) -> N
         typer.secho("interrupted; the same command goes on with the runs that are left", fg=typer.colors.RED, err=True)
         raise typer.Exit(130) from None
     failed = _failed(found, asked.work)  # told before a figure that may not come about
-    _show(found, asked.jobs, asked.out)
+    _show(found, asked.jobs, asked.out, ALL)
     now, told = program(), {key_of(row) for row in found if row["metric"] == "failed"}  # an older row is no result
     lost = [job.label for job in asked.work if job.key not in told and not has_run(found, job, now)]
     if lost:
@@ -101,18 +107,19 @@ def _execute(asked: Order, jobs: int, gpus: list[str], threads: int | None) -> N
         raise typer.Exit(1)
 
 
-def _items(text: str, kind: Callable[[str], Any], option: str) -> list[Any]:
+def _items(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
     try:
-        return [kind(item.strip()) for item in text.split(",") if item.strip()]
+        return tuple(kind(item.strip()) for item in text.split(",") if item.strip())
     except ValueError as error:
         raise UserError(f"{option} {text!r} is not a list such as {'0.6,0.5' if kind is float else '0,1'}") from error
 
 
-def _there(file: Path) -> list[Row]:
-    from slimtune.comparison.rows import read
+def _there(file: Path, part: Part, some: bool = False) -> list[Row]:
+    from slimtune.comparison.rows import check_part, read
 
     if not (found := read(file)):
         raise UserError(f"there are no rows in {str(file)!r} yet; run the comparison without --table, or give another --rows")
+    check_part(found, part, file, some)
     return found
 
 
@@ -125,14 +132,14 @@ def _warn_of_figure() -> None:
         typer.secho(told, fg=typer.colors.YELLOW, err=True)
 
 
-def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
+def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> None:
     """The table on the screen; into ``out`` the table as Markdown and the figure."""
     from slimtune.comparison.figure import NEEDS, draw, drawable, installed
     from slimtune.comparison.rows import put
     from slimtune.comparison.sheet import markdown, render
     from slimtune.comparison.table import sheets
 
-    found = sheets(rows, asked)
+    found = sheets(rows, asked, part)
     _wide().print(render(found))
     if out is not None:
         put(out / "table.md", markdown(found))
@@ -140,8 +147,8 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None) -> None:
         if not installed():
             told = f"no figure: it {NEEDS}, then the same command with --table draws it"
             typer.secho(told, fg=typer.colors.YELLOW, err=True)
-        elif drawable(rows):
-            draw(rows, out / "figure.svg", asked)
+        elif drawable(rows, part):
+            draw(rows, out / "figure.svg", asked, part)
             typer.echo(f"figure: {out / 'figure.svg'}")
         else:
             typer.echo("no figure: no method has a perplexity at a budget below 1 yet")

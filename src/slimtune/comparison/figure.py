@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from slimtune.comparison.jobs import Job
+from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, Row
 from slimtune.comparison.stats import OURS, PPL, Board, boards, deviation
 from slimtune.errors import UserError
@@ -39,19 +39,19 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def drawable(rows: Iterable[Row]) -> bool:
+def drawable(rows: Iterable[Row], part: Part = ALL) -> bool:
     """Whether a method has a perplexity at a budget."""
-    return any(_points(board) for board in boards(rows))
+    return any(_points(board) for board in boards(rows, part=part))
 
 
-def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = ()) -> None:
+def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = (), part: Part = ALL) -> None:
     """Write the figure as SVG; the same rows give the same bytes.
 
     Raises:
         UserError: matplotlib is missing, no method has a perplexity at a budget, or the file cannot be written.
     """
     plt = _pyplot()
-    shown = [board for board in boards(rows, asked) if _points(board)]
+    shown = [board for board in boards(rows, asked, part) if _points(board)]
     if not shown:
         raise UserError("there is nothing to draw: no method has a perplexity at a budget below 1; the rows miss those runs")
     styles = _styles(shown)
@@ -104,11 +104,19 @@ def _ranked(shown: list[Board]) -> list[str]:
     return sorted(heights, key=lambda name: -heights[name])
 
 
-def _size(board: Board, method: str, keep: float) -> float:
-    """Millions of parameters; of other methods at that budget where the method's rows do not say."""
+def _size(board: Board, method: str, keep: float) -> float | None:
+    """Millions of parameters; of other methods at that budget where the method's rows do not say; None where no row does."""
     mine = list(board.of(method, keep, "parameters").values())
     others = [value for name in board.methods for value in board.of(name, keep, "parameters").values()]
-    return statistics.mean(mine or others or [keep * 1e6]) / 1e6
+    return statistics.mean(mine or others) / 1e6 if mine or others else None
+
+
+def _place(board: Board, method: str, keep: float) -> float:
+    """On the axis: the size; where no row says it, as far along as the budget is among those of known sizes, or of 1."""
+    if (size := _size(board, method, keep)) is not None:
+        return size
+    wholes = [size / other for other in board.keeps if (size := _size(board, method, other)) is not None]
+    return keep * statistics.mean(wholes or [1.0])
 
 
 def _panel(axis: Any, board: Board, styles: dict[str, tuple[Any, ...]]) -> None:
@@ -120,7 +128,7 @@ def _panel(axis: Any, board: Board, styles: dict[str, tuple[Any, ...]]) -> None:
         bars = [deviation(board.of(name, keep).values()) for keep in keeps]
         ours = name == OURS
         axis.errorbar(
-            [_size(board, name, keep) + aside[name] for keep in keeps],
+            [_place(board, name, keep) + aside[name] for keep in keeps],
             means,
             bars,
             label=name,
@@ -170,13 +178,22 @@ def _scales(axis: Any, board: Board, points: dict[str, list[float]], heights: li
         axis.set_ylim(low * (low / high) ** 0.12, high * (high / low) ** 0.06)
     else:
         axis.set_ylim(low - 0.14 * (high - low or low), high + 0.08 * (high - low or low))
-    keeps = sorted({keep for each in points.values() for keep in each})
-    sizes = [statistics.median(_size(board, name, keep) for name, each in points.items() if keep in each) for keep in keeps]
-    axis.set_xticks(sizes, [f"{size:,.1f} M\n{keep:.0%}" for size, keep in zip(sizes, keeps, strict=True)])
+    axis.set_xticks(*_ticks(board, points))
     axis.margins(x=0.08)
     axis.set_xlabel("parameters kept")
     axis.set_title(_title(board), loc="left", fontsize=11)
     axis.grid(axis="y", lw=0.4, color="0.85")
+
+
+def _ticks(board: Board, points: dict[str, list[float]]) -> tuple[list[float], list[str]]:
+    """Places and labels of the budgets: the median size over methods, where the rows tell sizes, above the budget."""
+    places, labels = [], []
+    for keep in sorted({keep for each in points.values() for keep in each}):
+        names = [name for name, each in points.items() if keep in each]
+        places.append(statistics.median(_place(board, name, keep) for name in names))
+        told = _size(board, names[0], keep) is not None
+        labels.append(f"{places[-1]:,.1f} M\n{keep:.0%}" if told else f"{keep:.0%}")
+    return places, labels
 
 
 def _title(board: Board) -> str:

@@ -226,27 +226,48 @@ def _word(value: Any) -> str:
 
 
 def chosen(jobs: list[Job], only: Iterable[str] = (), keep: Iterable[float] = (), seeds: Iterable[int] = ()) -> list[Job]:
-    """The runs of these methods, budgets and seeds (empty: all). A method that cuts nothing belongs to every budget.
+    """The runs of these methods, budgets and seeds (empty: all), as :class:`Part` has it.
 
     Raises:
         UserError: the comparison has no such method, budget or seed.
     """
-    methods, budgets, numbers = list(only), list(keep), list(seeds)
-    _known("--only", methods, list(dict.fromkeys(job.method for job in jobs)))
-    _known("--keep", budgets, sorted({job.keep for job in jobs if job.keep < 1}, reverse=True))
-    _known("--seeds", numbers, sorted({job.seed for job in jobs}))
-    return [
-        job
-        for job in jobs
-        if (not methods or job.method in methods)
-        and (not budgets or job.keep in budgets or job.keep == 1)
-        and (not numbers or job.seed in numbers)
-    ]
+    part = Part(tuple(only), tuple(keep), tuple(seeds))
+    part.check([job.key for job in jobs], "the comparison")
+    return [job for job in jobs if part.holds(job.key)]
 
 
-def _known(option: str, asked: Sequence[Any], known: Sequence[Any]) -> None:
+@dataclass(frozen=True)
+class Part:
+    """Methods, budgets and seeds that are asked for; empty: all. What cuts nothing belongs to every budget."""
+
+    only: tuple[str, ...] = ()
+    keep: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = ()
+
+    def holds(self, key: Key) -> bool:
+        """Whether a run belongs to it."""
+        _, _, method, keep, seed = key
+        budget = not self.keep or keep in self.keep or keep == 1
+        return budget and (not self.only or method in self.only) and (not self.seeds or seed in self.seeds)
+
+    def check(self, keys: Sequence[Key], who: str) -> None:
+        """Raises UserError where ``who`` has no run of a method, a budget or a seed."""
+        _known("--only", self.only, list(dict.fromkeys(method for _, _, method, _, _ in keys)), who)
+        _known("--keep", self.keep, sorted({keep for *_, keep, _ in keys if keep < 1}, reverse=True), who)
+        _known("--seeds", self.seeds, sorted({seed for *_, seed in keys}), who)
+
+    def __str__(self) -> str:
+        """As it was asked for."""
+        given = (("--only", self.only), ("--keep", self.keep), ("--seeds", self.seeds))
+        return " ".join(f"{option} {','.join(map(str, values))}" for option, values in given if values)
+
+
+ALL = Part()
+
+
+def _known(option: str, asked: Sequence[Any], known: Sequence[Any], who: str) -> None:
     for item in asked:
         if item not in known:
             names = [f"{value}" for value in known]
             hint = nearest(str(item), names) if isinstance(item, str) else ""
-            raise UserError(f"{option} {item}: the comparison has no such run.{hint} It has: {', '.join(names)}")
+            raise UserError(f"{option} {item}: {who} has no such run.{hint} It has: {', '.join(names) or 'none'}")

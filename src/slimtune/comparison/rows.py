@@ -8,11 +8,12 @@ import json
 import math
 import struct
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.comparison.jobs import Job, Key
+from slimtune.comparison.jobs import Job, Key, Part
 from slimtune.comparison.lock import held
 from slimtune.errors import UserError
 from slimtune.runtime import write_atomically
@@ -34,7 +35,7 @@ SCORES = {".accuracy": "majority", ".rougeL": "chance"}
 """Ends of the figures that count as a task's score, and what stands beside each for answers that know nothing."""
 BESIDE = ("low", "high", "majority", "chance")
 """What a task's figure has beside it: its interval, and what answers get that know nothing."""
-ASIDE = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
+NO_FIGURES = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
 """Ends of keys that say something about a task's figure and are none themselves."""
 
 
@@ -57,7 +58,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
 
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
-    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(ASIDE) and _is_number(value)}
+    tasks = {key: key for key, value in figures.items() if "." in key and not key.endswith(NO_FIGURES) and _is_number(value)}
     figures, base = _with_ends(_with_gain(figures)), _with_gain(base)
     return [
         {
@@ -162,6 +163,24 @@ def has_run(rows: Iterable[Row], job: Job, now: str) -> bool:
     return bool(mine) and all(
         row["metric"] != "failed" and (row.get("words"), row.get("program")) == (job.digest, now) for row in mine
     )
+
+
+def check_part(rows: Sequence[Row], part: Part, file: Path, some: bool = False) -> None:
+    """Raises UserError where a file of rows has no run of a part, of one of its methods, budgets or seeds.
+
+    Args:
+        some: not all that is asked for must be there yet, but something.
+    """
+    keys, who = [key_of(row) for row in rows], repr(str(file))
+    there = any(map(part.holds, keys))
+    if not (some and there):
+        part.check(keys, who)
+    if not there:  # each by itself is
+        near = next(it for it in (replace(part, seeds=()), Part(part.only)) if any(map(it.holds, keys)))
+        runs = dict.fromkeys(
+            f"{key[2]}{'' if key[3] == 1 else f' {key[3]:g}'} seed {key[4]}" for key in keys if near.holds(key)
+        )
+        raise UserError(f"{part}: {who} has no such run. It has: {', '.join(runs)}")
 
 
 def read(file: Path) -> list[Row]:

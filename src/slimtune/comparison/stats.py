@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import operator
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import DENSE, GAIN, SCORES, Row, key_of, unpacked
+from slimtune.comparison.jobs import ALL, Job, Part
+from slimtune.comparison.rows import DENSE, GAIN, NORMAL, SCORES, Row, key_of, unpacked
 
 PPL = "domain_ppl"
 OURS = "atp"
@@ -119,10 +120,17 @@ class Board:
         return None
 
     def interval(self, method: str, keep: float, metric: str) -> tuple[float, float] | None:
-        """The 95% interval of a figure that rests on one seed, where the rows tell it."""
-        mine = [row for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, metric)]
-        ends = [(row["low"], row["high"]) for row in mine if row.get("low") is not None and row.get("high") is not None]
-        return ends[0] if len(mine) == len(ends) == 1 else None
+        """The ends of a figure's 95% interval, each the mean over seeds. None where a seed's rows do not tell."""
+        mine = [_ends(row) for row in self.rows if (*key_of(row)[2:4], row["metric"]) == (method, keep, metric)]
+        ends = [each for each in mine if each]
+        if not ends or len(ends) < len(mine):
+            return None
+        low, high = (statistics.mean(each) for each in zip(*ends, strict=True))
+        return low, high
+
+    def there(self, method: str, keep: float) -> set[int]:
+        """Seeds that have any figure."""
+        return {seed for (name, budget, _), found in self.values.items() if (name, budget) == (method, keep) for seed in found}
 
     def missing(self, method: str, keep: float) -> list[int]:
         """Seeds that should be there and are not."""
@@ -131,7 +139,19 @@ class Board:
     @property
     def metrics(self) -> list[str]:
         """What is measured besides the perplexity: accuracy and the figures of tasks."""
-        return sorted({metric for _, _, metric in self.values} - {PPL, "parameters"})
+        shown = {metric for method, keep, metric in self.values if (method, keep) in self.seeds}
+        return sorted(shown - {PPL, "parameters"})
+
+
+def _ends(row: Row) -> tuple[float, float] | None:
+    """The 95% interval of a row: as it tells it, over test rows; of a perplexity from its standard error over test windows."""
+    if row["metric"] != PPL:
+        return (row["low"], row["high"]) if row.get("low") is not None and row.get("high") is not None else None
+    value, error = row["value"], row.get("se")
+    if error is None or not (0 < value < math.inf and error >= 0):  # nan is none of it
+        return None
+    factor = math.exp(min(NORMAL * error / value, 700.0))  # exp(log(ppl) ± 1.96 se of the loss)
+    return value / factor, value * factor
 
 
 def _baseline(row: Row) -> float | None:
@@ -139,13 +159,14 @@ def _baseline(row: Row) -> float | None:
     return found
 
 
-def boards(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Board]:
+def boards(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> list[Board]:
     """A board for each base and domain.
 
     Args:
         rows: raw rows.
         asked: the runs that there should be. Where they say nothing of a base and domain, each of its methods and budgets
             should have the seeds that any has.
+        part: what is shown.
     """
     found: dict[tuple[str, str], Board] = {}
     for job in asked:
@@ -168,7 +189,24 @@ def boards(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Board]:
                 seeds |= everything
         if where not in told:
             board.seeds = dict(sorted(board.seeds.items(), key=_place))
-    return list(found.values())
+    return [shown for board in found.values() if (shown := _part(board, part)).seeds]
+
+
+def _part(board: Board, part: Part) -> Board:
+    """Of a board what is shown, and the figures of dense LoRA, shown or not: the others are held against them."""
+    held, cells = replace(part, only=(*part.only, DENSE) if part.only else ()), replace(part, seeds=())
+
+    def of(part: Part, method: str, keep: float, seeds: Iterable[int]) -> set[int]:
+        return {seed for seed in seeds if part.holds((board.base, board.domain, method, keep, seed))}
+
+    values = {
+        (method, keep, metric): {seed: each[seed] for seed in each if seed in found}
+        for (method, keep, metric), each in board.values.items()
+        if (found := of(held, method, keep, each))
+    }
+    failed = {cell: of(part, *cell, seeds) for cell, seeds in board.failed.items()}
+    seeds = {cell: of(part, *cell, each) for cell, each in board.seeds.items() if of(cells, *cell, [0])}
+    return Board(board.base, board.domain, seeds, values, failed, [row for row in board.rows if held.holds(key_of(row))])
 
 
 def _all_seeds(seeds: Mapping[Cell, set[int]]) -> set[int]:
@@ -185,7 +223,11 @@ STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 
 
 def beyond_chance(differences: Sequence[float]) -> bool:
-    """One-sided paired t-test at 5%: whether the mean of paired differences is so far from 0. False for fewer than two."""
+    """Whether the mean of paired differences is so far from 0, on whichever side. False for fewer than two.
+
+    A one-sided paired t-test at 5% towards the side on which the mean lies, so of twenty equal rivals two pass: one is behind
+    and one is ahead.
+    """
     count = len(differences)
     if count < 2:
         return False

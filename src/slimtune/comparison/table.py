@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
-from slimtune.comparison.jobs import Job
+from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, GAIN, Row
 from slimtune.comparison.sheet import Sheet
 from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, spread
 
 
-def sheets(rows: Iterable[Row], asked: Iterable[Job] = ()) -> list[Sheet]:
+def sheets(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> list[Sheet]:
     """For each base and domain: all figures, those of its tasks, perplexity by method and budget, and what atp is ahead by."""
     found = []
-    for board in boards(rows, asked):
+    for board in boards(rows, asked, part):
         found += [_figures(board), *_tasks(board)]
         if board.methods:
             found.append(_overview(board))
@@ -47,7 +47,12 @@ LEARNED = (
     "nothing, on each seed"
 )
 BASELINES = "in brackets in a head: what answers get that know nothing"
-INTERVALS = "in brackets behind a figure of one seed: its 95% interval, over the test rows"
+INTERVALS = "in brackets behind a figure: its 95% interval over the test rows, the mean of the seeds' ends"
+WINDOWS = (
+    "in brackets behind a perplexity: its 95% interval over the test windows, the mean of the seeds' ends; other text would "
+    "move all methods together"
+)
+FEW = "n: how many seeds a mean is over, where the row has more"
 
 
 def _figures(board: Board) -> Sheet:
@@ -64,8 +69,8 @@ def _figures(board: Board) -> Sheet:
                 _budget(keep),
                 _millions(board.of(method, keep, "parameters").values()),
                 *(_count(_column(board, method, keep, "kv_groups")) for _ in groups),
-                spread(board.of(method, keep).values(), 2),
-                spread(board.retention(method, keep).values(), 3),
+                _of_seeds(board, method, keep, PPL, 2),
+                _mean_of(board, method, keep, board.retention(method, keep)),
                 *(_of_seeds(board, method, keep, metric) for metric in measured),
                 _millions(_column(board, method, keep, "tokens")),
                 _count(_column(board, method, keep, "gpu_seconds")),
@@ -73,14 +78,18 @@ def _figures(board: Board) -> Sheet:
             ]
         )
     sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
-    sheet.notes += [*_brackets(sheet), *_warnings(board)]
+    sheet.notes += [*_signs(sheet), *_warnings(board)]
     return sheet
 
 
-def _brackets(sheet: Sheet) -> list[str]:
-    """What brackets mean, where there are any."""
+def _signs(sheet: Sheet) -> list[str]:
+    """What brackets and n mean, where there are any."""
+    cells = [(column, cell) for row in sheet.rows for column, cell in zip(sheet.columns[1:], row[1:], strict=True)]
+    bracketed = {column for column, cell in cells if "[" in cell}
     notes = [BASELINES] if any("[" in column for column in sheet.columns) else []
-    return notes + ([INTERVALS] if any("[" in cell for row in sheet.rows for cell in row[1:]) else [])
+    notes += [WINDOWS] if "perplexity" in bracketed else []
+    notes += [INTERVALS] if bracketed - {"perplexity"} else []
+    return notes + ([FEW] if any("(n=" in cell for _, cell in cells) else [])
 
 
 KINDS = {
@@ -106,18 +115,25 @@ def _tasks(board: Board) -> list[Sheet]:
             cells = [_of_seeds(board, method, keep, metric) for metric in metrics]
             if any(cells):
                 sheet.rows.append([method, _budget(keep), *cells])
-        sheet.notes += _brackets(sheet)
+        sheet.notes += _signs(sheet)
         found += [sheet] if metrics else []
     return found
 
 
-def _of_seeds(board: Board, method: str, keep: float, metric: str) -> str:
-    """Mean and spread, of one seed its interval, and of how many seeds where others have a perplexity only."""
-    values, seeds = board.of(method, keep, metric), board.of(method, keep)
-    few = f" (n={len(values)})" if 0 < len(values) < len(seeds) else ""
+def _of_seeds(board: Board, method: str, keep: float, metric: str, digits: int = 3) -> str:
+    """Mean, spread and interval."""
     ends = board.interval(method, keep, metric)
-    told = f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else ""
-    return spread(values.values(), 3) + told + few
+    told = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+    return _mean_of(board, method, keep, board.of(method, keep, metric), digits, told)
+
+
+def _mean_of(board: Board, method: str, keep: float, values: Mapping[int, float], digits: int = 3, told: str = "") -> str:
+    """Mean and spread, what else is told of them, and of how many seeds where there are more.
+
+    The others have no such figure, or no dense LoRA to be held against, or one that is not above chance.
+    """
+    few = f" (n={len(values)})" if 0 < len(values) < len(board.there(method, keep)) else ""
+    return spread(values.values(), digits) + told + few
 
 
 def _task_scores(board: Board) -> Sheet:
@@ -125,11 +141,12 @@ def _task_scores(board: Board) -> Sheet:
     sheet = Sheet("tasks", f"{board.name}: tasks, mean", ["method", "keep", GAIN, "task retention", *learned])
     for method, keep in board.seeds:
         if scores := board.of(method, keep, GAIN):
-            cells = [spread(scores.values(), 3), _task_retention(board, method, keep)]
-            found = (board.learned_gain(method, keep), board.learned_retention(method, keep)) if learned else ()
-            sheet.rows.append([method, _budget(keep), *cells, *(spread(values.values(), 3) for values in found)])
+            found = [scores, board.task_retention(method, keep)]
+            found += [board.learned_gain(method, keep), board.learned_retention(method, keep)] if learned else []
+            sheet.rows.append([method, _budget(keep), *(_mean_of(board, method, keep, values) for values in found)])
     sheet.notes.append(GAINS)
     sheet.notes += [f"{LEARNED}: {', '.join(board.learned)}"] if learned else []
+    sheet.notes += _signs(sheet)
     return sheet
 
 
@@ -137,12 +154,6 @@ def _headed(board: Board, metric: str) -> str:
     """A metric and, in brackets, what answers get that know nothing."""
     baseline = board.baseline(metric)
     return metric if baseline is None else f"{metric} [{baseline:.3f}]"
-
-
-def _task_retention(board: Board, method: str, keep: float) -> str:
-    values, measured = board.task_retention(method, keep), board.of(method, keep, GAIN)
-    few = f" (n={len(values)})" if 0 < len(values) < len(measured) else ""  # dense LoRA was not above chance on the others
-    return spread(values.values(), 3) + few
 
 
 def _column(board: Board, method: str, keep: float, key: str) -> list[float]:
@@ -235,8 +246,8 @@ def _mean(board: Board, method: str, keep: float) -> str:
 
 LEGEND = (
     "rival minus atp, the same seed each: mean ± standard deviation; ▲ atp ahead on every seed, beyond chance (one-sided "
-    "paired t-test, 5%: of twenty equal rivals one gets it); △ on every seed; ≈ not on every seed; ▽ behind on every seed, "
-    "▼ beyond chance; no sign: one seed"
+    "paired t-test, 5%: of twenty equal rivals one gets ▲ and another ▼); △ on every seed; ≈ not on every seed; ▽ behind on "
+    "every seed, ▼ beyond chance; no sign: one seed"
 )
 
 
