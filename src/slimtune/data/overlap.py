@@ -43,7 +43,8 @@ _UNIT = np.uint64(0xD6E8FEB86659FD93)
 _PROMPT = np.uint64(0xA5A5F00DCAFE1234)
 _ASCII = re.compile("[a-z0-9]+")
 _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese and Japanese have no spaces: a word a character
-_UNSEEN = "Cf"  # soft hyphens, zero-width spaces: they stand inside words
+_FORMAT = "".join(each for each in map(chr, range(1 << 16)) if unicodedata.category(each) == "Cf")
+_UNSEEN = re.compile(f"[{re.escape(_FORMAT)}]")  # soft hyphens, zero-width spaces: they stand inside words
 _WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
 
 
@@ -51,8 +52,7 @@ def words(text: str) -> list[str]:
     """The normalised words of a text: case, punctuation, white space, width and unseen characters do not count."""
     if text.isascii():
         return _ASCII.findall(text.lower())
-    seen = "".join(each for each in text if each.isascii() or unicodedata.category(each) != _UNSEEN)
-    return _WORD.findall(unicodedata.normalize("NFKC", seen).casefold())
+    return _WORD.findall(unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).casefold())
 
 
 def apart(
