@@ -116,6 +116,28 @@ def test_an_interrupt_says_how_to_go_on(file: str, calls: list[Any]) -> None:
     assert (result.exit_code, result.stderr) == (130, "interrupted; continue with --resume\n")
 
 
+def test_only_a_run_is_resumed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import slimtune.evaluate.command
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(slimtune.evaluate.command, "evaluate_model", interrupted)
+    result = run(app, ["evaluate", "builtin:base-10m", "--suite", "legal"])
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_a_comparison_or_a_folder_is_no_recipe(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("recipe: r.yaml\nmethods: {atp: {}}\n")
+    for path, why in (
+        (tmp_path / "c.yaml", "is a comparison, for slimtune compare; its recipe is 'r.yaml'"),
+        (tmp_path, "is a folder"),
+    ):
+        result = run(app, ["tune", str(path)])
+        assert result.exit_code == 2
+        assert why in result.stderr
+
+
 def test_errors_of_other_ranks_name_themselves(file: str, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     calls.append(UserError("no rows"))
     monkeypatch.setenv("RANK", "3")

@@ -164,8 +164,9 @@ def test_the_time_left_knows_the_phases_of_a_run(changed: dict[str, Any], expect
 def test_the_card_tells_the_figures(finished: tuple[Path, dict[str, Any]]) -> None:
     out, summary = finished
     card = (out / "model" / "README.md").read_text()
-    for name, figures in (("base", "base"), ("dense LoRA", "dense_lora"), ("this model", "result")):
-        assert f"| {name} | {round(summary[figures]['ppl'], 3):.4g} |" in card
+    cells = [f"{round(summary[name]['ppl'], 3):.4g}" for name in ("base", "dense_lora", "result")]
+    assert "| | base | dense LoRA | this model |\n" in card
+    assert f"| perplexity | {' | '.join(cells)} |\n" in card
     assert "fresh process" in card
 
 

@@ -33,7 +33,7 @@ class _Group(TyperGroup):
             _complain(f"error: {error}")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            _complain("interrupted; continue with --resume")
+            _complain("interrupted" + ("; continue with --resume" if ctx.invoked_subcommand == "tune" else ""))
             raise typer.Exit(130) from None
         except Exception as error:
             if os.environ.get("SLIMTUNE_DEBUG") == "1" or not _out_of_memory(error):

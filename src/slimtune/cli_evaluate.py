@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -98,7 +99,8 @@ def _deliver(found: dict[str, Any], as_json: str | None, target: Path | None) ->
         try:
             write_atomically(target, text + "\n")
         except OSError as error:
-            raise UserError(f"--json {as_json!r} cannot be written ({error.strerror}); give another file") from error
+            typer.echo(text)  # what took hours is not lost
+            raise UserError(f"--json {as_json!r} cannot be written ({error.strerror}); it was printed instead") from error
 
 
 def _say(line: str) -> None:
@@ -112,6 +114,8 @@ def _target(value: str | None) -> Path | None:
     path = Path(value)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UserError(f"--json {value!r} is no file in an existing folder; give FILE.json, or - to print it")
+    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise UserError(f"--json {value!r} cannot be written; give another file, or - to print it")
     return path
 
 

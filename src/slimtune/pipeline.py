@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -55,7 +54,7 @@ from slimtune.runtime import (
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import count
 from slimtune.train import checkpoint
-from slimtune.train.claim import check_model, claim, open_folder, same_input
+from slimtune.train.claim import check_model, claim, open_folder, read_stages, same_input
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator
 from slimtune.version import __version__, versions
@@ -91,12 +90,13 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     check_launcher()
     folder = open_folder(recipe, resume, overwrite)
     seed_everything(recipe.seed)
-    with folder.on_trial():
-        run = _Run(recipe, folder, resume)
-        run.check()
-    summary = run.execute()
-    summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
-    folder.write_json("summary.json", summary)
+    with folder.held():
+        with folder.on_trial():
+            run = _Run(recipe, folder, resume)
+            run.check()
+        summary = run.execute()
+        summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
+        folder.write_json("summary.json", summary)
     if rank() == 0:
         run.progress.console.print(render(summary))
     if recipe.trackers:
@@ -115,7 +115,7 @@ class _Run:
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         self.metrics, self.resumed = Metrics(folder), False
-        self.stages: dict[str, Any] = {}
+        self.stages: dict[str, Any] = {"cwd": str(Path.cwd())}  # that relative paths of the recipe go by
         self.tokenizer: Any = None
         self.splits: Splits
         self.figures: Measure
@@ -145,12 +145,12 @@ class _Run:
     def _start_or_resume(self) -> None:
         stages = self.folder / "stages.json"
         if self.resume and stages.is_file():
-            self.stages, self.resumed = json.loads(stages.read_text(encoding="utf-8")), True
+            self.stages, self.resumed = read_stages(stages), True
         base = self.recipe.model
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
-        read = base.init == "config" or "base" in self.stages  # weights that cannot be read may still be mended
-        self.folder.write_json("stages.json", self.stages if read else {"data": self.stages["data"]})
+        unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
+        self.folder.write_json("stages.json", {name: value for name, value in self.stages.items() if name not in unread})
         before = None
         for stage in ("main", "dense_lora"):
             state = checkpoint.load(self.folder / f"checkpoint-{stage}.pt", torch.device("cpu")) if self.resume else None

@@ -197,7 +197,8 @@ def read_yaml(path: str | Path, kind: str, example: str) -> dict[str, Any]:
     """
     file = Path(path)
     if not file.is_file():
-        raise UserError(f"{kind} {str(path)!r} does not exist; give the path of a YAML file, e.g. {example}")
+        why = "is a folder; give" if file.is_dir() else "does not exist; give"
+        raise UserError(f"{kind} {str(path)!r} {why} the path of a YAML file, e.g. {example}")
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -213,7 +214,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: the file is missing or not a mapping, a key is unknown, a value is invalid or a variable unset.
     """
-    raw = read_yaml(path, "recipe", "recipes/demo.yaml")
+    if {"recipe", "methods"} <= (raw := read_yaml(path, "recipe", "recipes/demo.yaml")).keys():
+        raise UserError(f"recipe: {str(path)!r} is a comparison, for slimtune compare; its recipe is {raw['recipe']!r}")
     for override in [overrides] if isinstance(overrides, str) else overrides:
         _apply(raw, override)
     return parse(raw)
@@ -267,8 +269,7 @@ def _explain(error: ValidationError) -> str:
         homes = [name for name in Recipe.model_fields if loc[-1] in _keys_at([name])] if len(loc) == 1 else []
         known = _keys_at(loc[:-1])
         hint = f" Did you mean {homes[0] + '.' + where!r}?" if homes else nearest(loc[-1], known)
-        hint = hint or f" Known: {', '.join(known)}"
-        return f"recipe: unknown key {where!r}.{hint}"
+        return f"recipe: unknown key {where!r}.{hint or ' Known: ' + ', '.join(known)}"
     if first["type"] == "value_error" and not where:
         return f"recipe: {first['ctx']['error']}"
     inside = _keys_at(loc)

@@ -127,6 +127,19 @@ def write_atomically(target: Path, text: str) -> None:
         raise
 
 
+def _lock(handle: int, path: Path) -> None:
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"out={str(path)!r} is being written by another slimtune tune; wait for it, or choose another out"
+        ) from error
+    except OSError:  # a file system without locks
+        pass
+
+
 class RunFolder:
     """The output folder of a run. Only rank 0 writes."""
 
@@ -140,6 +153,22 @@ class RunFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Two runs that write into one folder would spoil both; the lock goes with the process, however that ends.
+
+        Raises:
+            UserError: another process holds it.
+        """
+        handle = os.open(self.path, os.O_RDONLY) if rank() == 0 and os.name == "posix" else None
+        try:
+            if handle is not None:
+                _lock(handle, self.path)
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
 
     @contextmanager
     def on_trial(self) -> Iterator[None]:
@@ -178,7 +207,7 @@ class Metrics:
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
         keep = 0
         for number, line in enumerate(lines):
-            if before is not None and line.endswith("\n") and json.loads(line).get("checkpoint") == list(before):
+            if before is not None and _checkpoint(line) == list(before):
                 keep = number + 1
         with writing(self.path):
             write_atomically(self.path, "".join(lines[:keep]))
@@ -190,6 +219,14 @@ class Metrics:
         clean = {key: _plain(value) for key, value in values.items()}
         with writing(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+
+
+def _checkpoint(line: str) -> Any:
+    """What a row says of a checkpoint; None of half a row, or of what is none."""
+    try:
+        return json.loads(line).get("checkpoint") if line.endswith("\n") else None
+    except (ValueError, AttributeError):
+        return None
 
 
 def _plain(value: Any) -> Any:

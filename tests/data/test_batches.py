@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bases import make_tokenizer
 from slimtune.data.batches import ALL, SPLITS, Order, divide, load_splits, place
 from slimtune.data.sources import Row
 from slimtune.errors import UserError
@@ -229,3 +230,12 @@ def test_real_tasks_load_without_overlap(shared_data: Path, task: str, choices: 
     assert all((row.choices or ())[row.label or 0] == row.completion for row in splits.choice_rows)
     assert sum(splits.notes.values()) == splits.notes.get("train.near", 0) + splits.notes.get("decision.near", 0) == near
     assert splits.decision.targets >= 2 * splits.rows["decision"]  # the answer and EOS
+
+
+def test_rows_that_are_all_held_out_leave_nothing_to_learn(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "one row", "another row")
+    config = DataConfig(train=path, test=path, on_overlap="drop", max_length=16)
+    with pytest.raises(
+        UserError, match=r"give rows that stand in no held-out split: 2 were left out because they do, or nearly"
+    ):
+        load_splits(config, make_tokenizer())

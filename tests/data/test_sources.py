@@ -259,3 +259,13 @@ def test_a_completion_that_is_no_choice_is_refused(tmp_path: Path) -> None:
         rows_of(tmp_path, {"q": "a", "a": "maybe"}, prompt="{q}", completion="{a}", choices=(" yes", " no"))
     with pytest.raises(UserError, match="has choices but no prompt and completion"):
         rows_of(tmp_path, {"text": "a"}, choices=(" yes", " no"))
+
+
+def test_half_of_a_character_becomes_the_sign_for_one(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(r'{"text": "a \ud83d cut"}' + "\n" + r'{"text": "a \ud83d\ude00 whole"}' + "\n", encoding="utf-8")
+    assert [row.text for row in read(Source(path=str(path)))] == ["a \ufffd cut", "a \U0001f600 whole"]
+    assert [row.text for row in read(Source(path=str(path), text="{text}!"))] == ["a \ufffd cut!", "a \U0001f600 whole!"]
+    path.write_text(r'{"messages": [{"role": "user", "content": "\udc00"}]}' + "\n", encoding="utf-8")
+    (row,) = read(Source(path=str(path)))
+    assert row.content == "\ufffd"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import slimtune
@@ -134,6 +135,28 @@ def test_rows_without_an_answer_are_counted(suite: str, tmp_path: Path) -> None:
     found = slimtune.evaluate_model(model, suite, tokenizer=make_tokenizer(), data=data, limit=2)["tasks"]
     assert (found["sum"]["rows"], found["sum"]["rows_empty"]) == (2, 3)
     assert [task["rows_empty"] for name, task in found.items() if name != "sum"] == [0, 0]
+
+
+def test_a_file_for_json_that_cannot_be_written_in_the_end_loses_nothing(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    base = write_base(tmp_path / "base")
+    monkeypatch.setattr("slimtune.runtime.write_atomically", full)
+    result = run(app, ["evaluate", str(base), "--suite", suite, "--limit", "2", "--json", str(tmp_path / "x.json")])
+    assert result.exit_code == 2
+    assert "cannot be written (No space left on device); it was printed instead" in result.stderr
+    assert json.loads(result.stdout[result.stdout.index("\n{") :])["tasks"]["pick"]["rows"] == 2
+
+
+def test_a_model_that_computes_no_numbers_is_an_error(suite: str) -> None:
+    model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
+    with torch.no_grad():
+        next(model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"computes no numbers \(nan\)"):
+        slimtune.evaluate_model(model, suite, tokenizer=make_tokenizer(), limit=2)
 
 
 @pytest.mark.parametrize(

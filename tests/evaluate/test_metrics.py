@@ -35,3 +35,7 @@ def test_perplexity_weighs_texts_by_their_size() -> None:
     pairs = [metrics.perplexity(doc, [(score, False)]) for doc, score in zip(docs, (-4.0, -4.0), strict=True)]
     assert metrics.token_perplexity([pair["perplexity"] for pair in pairs]) == pytest.approx(math.e)
     assert metrics.bits_per_byte([pair["bits_per_byte"] for pair in pairs]) == pytest.approx(8 / (32 * math.log(2)))
+
+
+def test_a_loss_beyond_all_bounds_has_a_perplexity() -> None:
+    assert metrics.token_perplexity([[-9000.0, 2]]) == math.exp(700)

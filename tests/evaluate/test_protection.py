@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,22 @@ def test_the_runs_behind_a_model(tmp_path: Path) -> None:
     (tmp_path / "teacher" / "recipe.yaml").write_text("nonsense: 1")
     with pytest.raises(UserError, match=r"teacher/recipe\.yaml cannot be read: .*unknown key 'nonsense'"):
         runs_behind(model)
+
+
+def test_relative_paths_go_by_where_the_run_was_started(
+    tasks: list[Prepared], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe.model_validate({"evaluate": {"tasks": ["a.yaml"]}, "data": {"test": "b-test.jsonl"}})
+    model = run_of(tmp_path / "run", recipe)
+    (tmp_path / "run" / "stages.json").write_text(json.dumps({"cwd": str(tmp_path)}))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "b-test.jsonl", [{"text": "what the run may have learned"}])
+    (other / "b.yaml").write_text((tmp_path / "b.yaml").read_text())
+    monkeypatch.chdir(other)
+    here = prepare(find_task("b.yaml", other), "test", make_tokenizer(), 128)
+    assert not_protected(runs_behind(model), tasks) == ["c"]
+    assert not_protected(runs_behind(model), [here]) == ["b"]
 
 
 def test_what_the_run_of_a_base_did_not_protect_is_told(tasks: list[Prepared], tmp_path: Path) -> None:

@@ -70,6 +70,25 @@ def test_prompts_but_not_texts_are_cut_to_the_length_of_training(tmp_path: Path,
     assert short.docs == long.docs
 
 
+@pytest.mark.parametrize(
+    ("choices", "why"),
+    [
+        (["yes", "yes"], "give two different ones, none empty"),
+        (["yes"], "give two different ones"),
+        (["yes", " "], "none empty"),
+        (
+            ["yes", "the doctor helps her friend " * 40],
+            r"the choice '.*' has \d+ tokens, which leaves no room for a prompt in 64",
+        ),
+    ],
+)
+def test_choices_that_tell_nothing_or_do_not_fit_are_errors(
+    choices: list[str], why: str, tmp_path: Path, tokenizer: Any
+) -> None:
+    with pytest.raises(UserError, match=why):
+        made(tmp_path, "choice", [{**CHOICE, "choices": choices}], tokenizer, window=64)
+
+
 def test_summaries_leave_room_for_the_answer(tmp_path: Path, tokenizer: Any) -> None:
     rows = [{"prompt": "the pilot calls her brother. " * 40, "completion": " a call"}]
     found = made(tmp_path, "rouge", rows, tokenizer, window=64, more="tokens: 20")

@@ -106,3 +106,11 @@ def test_a_variable_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.delenv("SLIMTUNE_DATA", raising=False)
     with pytest.raises(UserError, match="SLIMTUNE_DATA is not set"):
         source_path(find_task("rqe"))
+
+
+def test_a_source_is_a_path_or_has_one(tmp_path: Path) -> None:
+    plain = write(tmp_path, "plain.yaml", "metric: perplexity\nsources: ['rows-{split}.jsonl']\n")
+    assert source_path(find_task(plain), "valid") == "rows-valid.jsonl"
+    none = write(tmp_path, "none.yaml", "metric: perplexity\nsources: [{text: '{body}'}]\n")
+    with pytest.raises(UserError, match="task 'none': a source has no path; name a file"):
+        find_task(none)

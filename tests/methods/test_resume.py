@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -316,3 +318,33 @@ def test_training_time_counts_what_came_before_the_interruption(bench: Bench, tm
     assert 0 < state["seconds"] < 100
     checkpoint.save(file, {**state, "seconds": 1234.0})
     assert 1234.0 <= tune(recipe, resume=True)["result"]["seconds"] < 1334.0
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]"])
+def test_a_damaged_record_of_stages_is_told_and_half_a_row_of_metrics_is_not_minded(
+    content: str, bench: Bench, tmp_path: Path
+) -> None:
+    recipe = bench.recipe(tmp_path / "run", train__checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        kill_at(patch, "main", "recover", 3)
+        with pytest.raises(Killed):
+            tune(recipe)
+    stages, metrics = tmp_path / "run" / "stages.json", tmp_path / "run" / "metrics.jsonl"
+    whole = stages.read_text()
+    stages.write_text(content)
+    with pytest.raises(UserError, match=r"--resume: '.*stages\.json' is damaged .*; start anew with --overwrite"):
+        tune(recipe, resume=True)
+    stages.write_text(whole)
+    metrics.write_text(metrics.read_text() + '{"step": 4, "lo\n[]\n')
+    assert tune(recipe, resume=True)["result"]["ppl"] > 1
+
+
+def test_two_runs_do_not_write_into_one_folder(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    other = os.open(tmp_path / "run", os.O_RDONLY)  # another open file: as good as another process's
+    fcntl.flock(other, fcntl.LOCK_EX)
+    recipe = bench.recipe(tmp_path / "run")
+    with pytest.raises(UserError, match=r"out='.*run' is being written by another slimtune tune; wait for it, or"):
+        tune(recipe)
+    os.close(other)
+    assert tune(recipe)["result"]["ppl"] > 1

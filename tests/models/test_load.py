@@ -130,3 +130,18 @@ def test_a_fingerprint_reads_weights_all_over(tmp_path: Path) -> None:
     assert fingerprint(model, load_config(model)) == first
     config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
     assert fingerprint(model, load_config(model)) != first
+
+
+def test_the_folder_of_a_run_names_its_model(bench: Bench, tmp_path: Path) -> None:
+    write_base(tmp_path / "run" / "model")
+    with pytest.raises(
+        UserError, match=r"has no config\.json; give a Hugging Face model folder: did you mean '.*/run/model'\?"
+    ):
+        locate(str(tmp_path / "run"))
+
+
+def test_a_tokenizer_without_its_parts_is_told(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    (Path(base) / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"cannot be loaded \(.*\); check the folder's files"):
+        load_tokenizer(ModelConfig(path=str(base)))

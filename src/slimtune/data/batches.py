@@ -87,13 +87,7 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
     for name in ("train", "decision"):
         if name in need and not windows[name].targets:
             _check_roles(name, rows[name])
-            raise UserError(
-                f"data.{name} has no token to learn from ({len(rows[name])} rows"
-                + "".join(f", {key} {count}" for key, count in notes.items() if key.startswith(name))
-                + "); give more rows"
-                + (f", raise data.decision_fraction={config.decision_fraction}" if name == "decision" else "")
-                + f", raise data.max_length={config.max_length} or change data.on_long/on_overlap"
-            )
+            raise UserError(_nothing_to_learn(name, len(rows[name]), config, notes))
     unlabelled = sum(row.choices is not None and row.label is None for row in rows["test"])
     notes.update({"test.outside_accuracy": unlabelled} if unlabelled else {})
     return Splits(
@@ -103,6 +97,15 @@ def load_splits(config: DataConfig, tokenizer: Any, need: frozenset[str] = ALL) 
         notes=dict(notes),
         in_train=in_train,
     )
+
+
+def _nothing_to_learn(name: str, rows: int, config: DataConfig, notes: Mapping[str, int]) -> str:
+    counts = "".join(f", {key} {count}" for key, count in notes.items() if key.startswith(name))
+    told = f"data.{name} has no token to learn from ({rows} rows{counts}); give "
+    if not rows and (left_out := notes.get(f"{name}.overlap", 0) + notes.get(f"{name}.near", 0)):
+        return f"{told}rows that stand in no held-out split: {left_out} were left out because they do, or nearly"
+    more = f", raise data.decision_fraction={config.decision_fraction}" if name == "decision" else ""
+    return f"{told}more rows{more}, raise data.max_length={config.max_length} or change data.on_long/on_overlap"
 
 
 def _check_roles(name: str, rows: Sequence[Row]) -> None:

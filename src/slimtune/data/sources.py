@@ -8,6 +8,7 @@ Shapes of a record, in the order they are looked for when the source names no te
 from __future__ import annotations
 
 import hashlib
+import re
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from slimtune.errors import UserError, nearest
 from slimtune.sections import Source
 
 BUILTIN = "builtin:"
+_HALF = re.compile("[\ud800-\udfff]")
 _ROLES = {"human": "user", "gpt": "assistant", "bing": "assistant", "chatgpt": "assistant"}
 
 
@@ -202,7 +204,12 @@ def _message(item: Any, origin: str) -> dict[str, Any]:
         if not isinstance(item.get(name), str):
             found = type(item[name]).__name__ if name in item else f"only the fields {sorted(map(str, item))}"
             raise UserError(f"{origin}: a message needs a string {name!r}, found {found}; convert or remove the row")
-    return dict(item)
+    return {**item, "content": _whole(item["content"])}
+
+
+def _whole(text: str) -> str:
+    """Half of a character, which JSON may hold where a text was cut, becomes the sign for one; tokenizers refuse it."""
+    return text if text.isascii() else _HALF.sub("\ufffd", text)
 
 
 def _field(name: str, fields: Mapping[str, Any], origin: str) -> Any:
@@ -218,7 +225,7 @@ def _field(name: str, fields: Mapping[str, Any], origin: str) -> Any:
 def _string(fields: Mapping[str, Any], name: str, origin: str) -> str:
     value = _field(name, fields, origin)
     if value is None or isinstance(value, str):
-        return value or ""
+        return _whole(value or "")
     raise UserError(f"{origin}: field {name!r} must be a string, found {type(value).__name__}; use a template")
 
 
@@ -253,6 +260,6 @@ class _Template(string.Formatter):
 
 def _fill(template: str, fields: Mapping[str, Any], origin: str) -> str:
     try:
-        return _Template(origin).vformat(template, (), fields)
+        return _whole(_Template(origin).vformat(template, (), fields))
     except ValueError as error:
         raise UserError(f"template {template!r} is not valid: {error}; double the braces that are not fields") from error

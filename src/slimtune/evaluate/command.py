@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -105,7 +106,7 @@ def evaluate_model(
     say("reading rows ...")  # before the weights, which may have to be fetched
     prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window_of(config), options, say)
     not_protected = protection.tell(where, prepared, say)
-    model: Any = found if isinstance(found, nn.Module) else _loaded(found, options)
+    model = _sound(found if isinstance(found, nn.Module) else _loaded(found, options), where)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
     say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
@@ -244,12 +245,22 @@ def _loaded(config: ModelConfig, options: Options) -> nn.Module:
     return model.to(torch.device(device)).eval()
 
 
+@torch.no_grad()
+def _sound(model: Any, where: str) -> Any:
+    """The model. Raises UserError where its answers would be no numbers: the harness makes figures of them all the same."""
+    if model(torch.zeros((1, 1), dtype=torch.long, device=model.device)).logits.isnan().any():
+        raise UserError(
+            f"{_GIVEN}={where!r} computes no numbers (nan): its weights are damaged or overflow; try --dtype float32"
+        )
+    return model
+
+
 def lm_eval_command(model: str, tasks: Sequence[Prepared], options: Options, loaded: Any) -> str:
     """The command by which plain lm-evaluation-harness gives the same figures from a folder of written tasks."""
     dtype = str(loaded.dtype).removeprefix("torch.")
     args = f"pretrained={model},trust_remote_code=True,dtype={dtype},softmax_dtype=float32"
     names = ",".join(folder.PREFIX + task.name for task in tasks)
     return (
-        f"lm_eval run --model hf --model_args {args} --include_path . --tasks {names} --batch_size {options.batch} "
-        f"--device {loaded.device}"
+        f"lm_eval run --model hf --model_args {shlex.quote(args)} --include_path . --tasks {names} "
+        f"--batch_size {options.batch} --device {loaded.device}"
     )

@@ -85,6 +85,6 @@ def _ratio(pairs: Values) -> float:
 
 _STATISTICS: Mapping[str, Callable[[Values], float]] = {
     "macro_f1": _macro_f1,
-    "perplexity": lambda pairs: math.exp(-_ratio(pairs)),
+    "perplexity": lambda pairs: math.exp(min(-_ratio(pairs), 700.0)),
     "bits_per_byte": lambda pairs: -_ratio(pairs) / math.log(2),
 }

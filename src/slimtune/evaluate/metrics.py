@@ -61,8 +61,8 @@ def perplexity(doc: dict[str, Any], results: Sequence[tuple[float, bool]]) -> di
 
 
 def token_perplexity(pairs: Sequence[Sequence[float]]) -> float:
-    """exp(-sum of log-likelihoods / sum of tokens)."""
-    return math.exp(-_ratio(pairs))
+    """exp(-sum of log-likelihoods / sum of tokens), of losses that a float's exponential holds."""
+    return math.exp(min(-_ratio(pairs), 700.0))
 
 
 def bits_per_byte(pairs: Sequence[Sequence[float]]) -> float:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from slimtune import recipe as recipes
 from slimtune.errors import UserError
@@ -21,10 +22,12 @@ class Run:
 
     Attributes:
         rows: {task of ``evaluate.tasks``: SHA-256 of all its test rows}, of a run that has ended; else nothing is known.
+        folder: that relative paths of the recipe go by: where the run was started.
     """
 
     recipe: Recipe
     rows: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = Path()
 
 
 def tell(model: str, tasks: Sequence[Prepared], say: Callable[[str], None]) -> list[str] | None:
@@ -64,18 +67,19 @@ def runs_behind(model: str) -> list[Run]:
         UserError: a recipe cannot be read, e.g. one of another version.
     """
     found: dict[Path, Run] = {}
-    todo = [model]
+    todo = [Path(model)]
     while todo:
-        folder = Path(todo.pop()).expanduser().resolve()
+        folder = todo.pop().expanduser().resolve()
         run = folder.parent
         wrote = folder.name == "model" and all((run / name).is_file() for name in ("recipe.yaml", "stages.json"))
         if not wrote or run in found:
             continue
         try:
-            found[run] = Run(recipes.load(run / "recipe.yaml"), _rows(run / "summary.json"))
+            rows, began = _read(run / "summary.json").get("task_rows", {}), _read(run / "stages.json").get("cwd", "")
+            found[run] = Run(recipes.load(run / "recipe.yaml"), rows, Path(began))
         except UserError as error:
             raise UserError(f"{run / 'recipe.yaml'} cannot be read: {error}") from error
-        todo += [path for _, path in _models(found[run].recipe)]
+        todo += [found[run].folder / Path(path).expanduser() for _, path in _models(found[run].recipe)]
     return list(found.values())
 
 
@@ -94,28 +98,29 @@ def _models(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "distill.teacher", recipe.distill.teacher
 
 
-def _rows(summary: Path) -> dict[str, str]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(summary.read_text(encoding="utf-8")).get("task_rows", {})
+        found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(found)
+    return found if isinstance(found, dict) else {}
 
 
 def _protects(run: Run, task: Prepared) -> bool:
-    same = any(_same_task(task.task, other) for other in _followed(run.recipe))
+    same = any(_same_task(task.task, other) for other in _followed(run))
     return (same and run.rows.get(task.name, task.whole) == task.whole) or _holds(run, task.origin)
 
 
 def _holds(run: Run, rows: Source) -> bool:
     data = run.recipe.data
-    return any(_same_rows(rows, file) for file in (*data.test, *data.valid, *data.protect) if file.rows is None)  # not some
+    whole = [file for file in (*data.test, *data.valid, *data.protect) if file.rows is None]
+    return any(_same_rows(rows, file, run.folder) for file in whole)
 
 
-def _followed(recipe: Recipe) -> Iterator[Task]:
-    for name in recipe.evaluate.tasks:
+def _followed(run: Run) -> Iterator[Task]:
+    for name in run.recipe.evaluate.tasks:
         try:
-            yield find_task(name)
+            yield find_task(name, run.folder)
         except UserError:  # the file of a task is gone, or was named from another folder: it cannot be told which it was
             continue
 
@@ -124,8 +129,8 @@ def _same_task(task: Task, other: Task) -> bool:
     return task.data is None and (task.folder, task.file) == (other.folder, other.file)
 
 
-def _same_rows(source: Source, other: Source) -> bool:
-    paths = [Path(each.path).expanduser().resolve() for each in (source, other)]
-    if paths[0].is_file():
-        return paths[0] == paths[1]
+def _same_rows(source: Source, other: Source, folder: Path) -> bool:
+    path = Path(source.path).expanduser()
+    if path.is_file():
+        return path.resolve() == (folder / Path(other.path).expanduser()).resolve()
     return (source.path, source.name, source.split) == (other.path, other.name, other.split)

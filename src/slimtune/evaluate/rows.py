@@ -178,7 +178,8 @@ def _sources(task: Task, split: Split, reasons: list[str]) -> Iterator[Source]:
         if _there(source):
             yield source
         else:
-            reasons.append(f"{source.path!r} does not exist")
+            folder = Path(source.path).expanduser().is_dir()
+            reasons.append(f"{source.path!r} is a folder, not a file" if folder else f"{source.path!r} does not exist")
 
 
 def _there(source: Source) -> bool:
@@ -188,7 +189,12 @@ def _there(source: Source) -> bool:
 def _choice_doc(row: Row, task: str) -> Doc:
     if row.prompt is None or not row.choices or row.label is None:
         raise UserError(f"{row.origin}: a row of task {task!r} (metric: choice) needs prompt, choices and label")
-    return {"prompt": row.prompt, "choices": answers(row), "label": row.label}
+    choices = answers(row)
+    if len(set(choices)) < 2 or not all(choice.strip() for choice in choices):
+        raise UserError(
+            f"{row.origin}: the choices of a row of task {task!r} are {choices}; give two different ones, none empty"
+        )
+    return {"prompt": row.prompt, "choices": choices, "label": row.label}
 
 
 def _summary_doc(row: Row, task: str) -> Doc:
@@ -230,7 +236,14 @@ def _fitter(tokenizer: Any, window: int) -> Callable[[Doc, int], Doc]:
     prefix = len(special_prefix(tokenizer))
 
     def fit(doc: Doc, tokens: int) -> Doc:
-        room = window - prefix - max((len(_ids(choice, tokenizer)) for choice in doc.get("choices", ())), default=tokens)
+        longest = max(doc.get("choices", ()), key=lambda choice: len(_ids(choice, tokenizer)), default="")
+        answer = len(_ids(longest, tokenizer)) if longest else tokens
+        room = window - prefix - answer
+        if room < 1:
+            raise UserError(
+                f"the choice {longest[:60]!r} has {answer:,} tokens, which leaves no room for a prompt in {window:,}; shorten "
+                "it, or take a model that reads more"
+            )
         prompt = doc["prompt"]
         while tokenizer.is_fast:
             found = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

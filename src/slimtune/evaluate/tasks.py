@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from slimtune.errors import UserError, nearest
 from slimtune.sections import Source
@@ -29,15 +29,19 @@ class _File(BaseModel):
 _F = TypeVar("_F", bound=_File)
 
 
+def _source(value: Any) -> Any:
+    return {"path": value} if isinstance(value, str) else value
+
+
 class TaskFile(_File):
     """What a task's file may say."""
 
     metric: Literal["choice", "rouge", "perplexity"]
     """``choice``: accuracy and macro-F1 of the likeliest choice; ``rouge``: ROUGE-1/2/L of a greedy answer;
     ``perplexity``: of a token, and bits per byte."""
-    sources: tuple[dict[str, Any], ...] = Field(min_length=1)
-    """Sources as in a recipe; the first that is there is read. ``{split}`` in a path is ``test`` or ``valid``, or what the
-    source's own ``splits: {test: ..., valid: ...}`` says; that is also the split of a hub data set."""
+    sources: tuple[Annotated[dict[str, Any], BeforeValidator(_source)], ...] = Field(min_length=1)
+    """Sources as in a recipe (a text is a path); the first that is there is read. ``{split}`` in a path is ``test`` or
+    ``valid``, or what the source's own ``splits: {test: ..., valid: ...}`` says; that is also the split of a hub data set."""
     rows: int | None = Field(default=None, gt=0)
     """At most this many rows (of a perplexity: pieces of text), evenly spaced."""
     tokens: int = Field(default=64, gt=0)
@@ -168,7 +172,9 @@ def find_task(name: str, folder: Path = Path()) -> Task:
 
 
 def _check_keys(task: Task, raw: Mapping[str, Any]) -> None:
-    """Raise UserError where a source has a key that no source has, set variables or not."""
+    """Raise UserError where a source has a key that no source has, or no path; set variables or not."""
+    if not raw.get("path"):
+        raise UserError(f"task {task.name!r}: a source has no path; name a file, or a data set of the hub")
     for key in raw:
         if key not in Source.model_fields and key != "splits":
             known = [*Source.model_fields, "splits"]

@@ -45,7 +45,7 @@ TOKENIZER_FILES = (
     "chat_template*",
 )
 """Names of the files that make up a tokenizer."""
-_BAD_FILES = (OSError, ValueError, StrictDataclassError)
+_BAD_FILES = (OSError, ValueError, KeyError, TypeError, StrictDataclassError)
 """What transformers raises for files that are absent, broken or of a kind it does not know."""
 
 
@@ -56,15 +56,17 @@ def locate(path: str, what: str = "model.path") -> tuple[str, bool]:
         UserError: a folder that does not exist, a file, or a builtin that is not shipped.
     """
     if path.startswith(BUILTIN):
-        folder = Path(str(files("slimtune"))) / "assets" / path.removeprefix(BUILTIN)
+        assets = Path(str(files("slimtune"))) / "assets"
+        folder = assets / path.removeprefix(BUILTIN)
         if not (folder / "config.json").is_file():
-            shipped = ", ".join(sorted(BUILTIN + each.parent.name for each in folder.parent.glob("*/config.json")))
+            shipped = ", ".join(sorted(BUILTIN + each.parent.name for each in assets.glob("*/config.json")))
             raise UserError(f"{what}={path!r} is not shipped with this package; it has {shipped}")
         return str(folder), True
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{what}={path!r} has no config.json; give a Hugging Face model folder")
+            inside = f": did you mean {str(folder / 'model')!r}?" if (folder / "model" / "config.json").is_file() else ""
+            raise UserError(f"{what}={path!r} has no config.json; give a Hugging Face model folder{inside}")
         return str(folder), True
     if folder.is_file():
         raise UserError(f"{what}={path!r} is a file; give the folder that holds a model's config.json and weights")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,17 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     if not resumed:
         for path in _of_one_run(folder.path):
             path.unlink()
+
+
+def read_stages(file: Path) -> dict[str, Any]:
+    """What a run that is resumed has behind it. Raises UserError where it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"--resume: {str(file)!r} is damaged ({error}); start anew with --overwrite") from error
+    if not isinstance(found, dict):
+        raise UserError(f"--resume: {str(file)!r} is damaged (no object); start anew with --overwrite")
+    return found
 
 
 def same_input(stages: dict[str, Any], name: str, now: str, what: str) -> None:
