@@ -109,7 +109,7 @@ def evaluate_model(
     model = _sound(found if isinstance(found, nn.Module) else _loaded(found, options), where)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
-    say(f"{len(prepared)} tasks, {sum(len(task.docs) for task in prepared):,} rows on {model.device} ...")
+    say(f"tasks: {len(prepared)}, rows: {sum(len(task.docs) for task in prepared):,}, on {model.device} ...")
     figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed, see=see)
     return {
         "model": where,

@@ -52,7 +52,7 @@ def _parameters(value: int, figures: Summary, base: Summary | None) -> str:
 
 
 def _perplexity(value: float, figures: Summary, base: Summary | None) -> str:
-    return f"{value:.2f} ± {figures.get('ppl_se', 0.0):.2f}"
+    return f"{value:.2f}" + (f" ± {figures['ppl_se']:.2f}" if figures.get("ppl_se") else "")  # none of a single window
 
 
 def _plain(value: float, figures: Summary, base: Summary | None) -> str:
