@@ -131,6 +131,16 @@ def test_a_failed_run_is_a_row_until_it_succeeds(job: Job) -> None:
     assert not has_run(failed, job, "p")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_a_run_without_numbers_is_a_failed_row(job: Job, value: float) -> None:
+    summary = {**SUMMARY, "words": job.digest, "result": {**SUMMARY["result"], "ppl": value}}
+    (failed,) = of_run(job, summary)
+    reason = f"its figures are no numbers (perplexity {value}): lower train.lr, or train.precision=float32"
+    assert (failed["metric"], failed["value"]) == ("failed", reason)
+    older = [{**row, "value": value} if row["metric"] == "domain_ppl" else row for row in of_run(job, SUMMARY)]
+    assert not has_run([{**row, "words": job.digest} for row in older], job, "p")
+
+
 def test_rows_hold_a_run_of_the_same_words_and_program_alone(job: Job) -> None:
     rows = of_run(job, {**SUMMARY, "words": job.digest})
     assert has_run(rows, job, "p")

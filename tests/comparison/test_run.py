@@ -91,6 +91,27 @@ def test_a_failed_run_is_a_row_and_the_rest_goes_on(tmp_path: Path, fake: Path) 
     assert f"failed, see {tmp_path / 'out' / 'unlucky-0.6-0.log'}" in lines[0]
 
 
+def test_a_run_without_numbers_fails_and_so_does_what_reads_it(tmp_path: Path, fake: Path) -> None:
+    with (tmp_path / "fake_tune.py").open("a") as file:
+        file.write(f'if words.get("lora.rank") == "30":\n    {DIVERGES}\n')
+    taught = {"distill": {"weight": 1, "teacher": "{out}/wild-{seed}/model"}}
+    methods = {"wild": {"method": "finetune", "lora.rank": 30}, "taught": taught, "atp": {}}
+    file, lines = write_comparison(tmp_path, methods=methods, keep=0.6, seeds=0), []
+    for _ in range(2):
+        rows = slimtune.compare(file, say=lines.append)
+        (failed,) = (row for row in rows if row["metric"] == "failed")
+        assert (failed["method"], failed["value"]) == ("wild", f"{NO_NUMBERS}: lower train.lr, or train.precision=float32")
+        assert set(ppl(rows)) == {("atp", 0.6, 0)}
+        json.loads((tmp_path / "out" / "rows.json").read_text(), parse_constant=pytest.fail)
+    assert fake.read_text().split() == ["wild-0", "atp-0.6-0"]  # the same words would make the same again
+    assert any(f"] wild seed 0: failed: {NO_NUMBERS}: " in line for line in lines)
+    assert any("taught 0.6 seed 0: not started: it reads wild seed 0 (failed: its figures" in line for line in lines)
+
+
+DIVERGES = '(out / "summary.json").write_text(json.dumps({**summary, "result": {**result, "ppl": float("nan")}}))'
+NO_NUMBERS = "its figures are no numbers (perplexity nan)"
+
+
 def test_nothing_runs_when_something_is_wrong(tmp_path: Path, fake: Path) -> None:
     file = write_comparison(tmp_path)
     with pytest.raises(UserError, match="--jobs 0"):

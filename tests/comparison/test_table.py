@@ -161,6 +161,27 @@ def test_missing_and_failed_seeds_are_named() -> None:
     assert "INCOMPLETE: 2 of 8 runs are missing or failed" in found
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_left_out_and_told(value: float) -> None:
+    rows = [*some(), *(row("flap", 0.6, seed, 16.0) for seed in (0, 1))]
+    rows += [row(name, keep, 2, value) for name, keep in (*CELLS, ("flap", 0.6))]
+    rows += [row("flap", 0.6, seed, value, "valid_ppl") for seed in (0, 1)]
+    rows += [{**row("atp", 0.6, 0, 0.5, "mine.accuracy"), "low": value, "high": value, "majority": value}]
+    rows += [{**row("atp", 0.6, 1, 0.5, "mine.accuracy"), "majority": value}]
+    found = text(rows)
+    assert found.count("| 0, 1; FAILED: 2 |") == 3
+    assert "| flap | ≈ +0.00 ± 1.41 (n=2) |" in found
+    assert "dense_lora domain_ppl (seeds 2)" in found
+    assert "left out, being infinite, nan, or a perplexity not above 0: " in found
+    assert "flap 0.6 valid_ppl (seeds 0, 1)" in found
+    assert str(value) not in "".join(line for line in found.splitlines() if line.startswith("|"))
+    assert "being infinite" not in text(some())
+
+
+def test_a_huge_figure_is_told_by_its_power_of_ten() -> None:
+    assert "| 1e+300 ± 0.00 | 0.000 ± 0.000 |" in text([*some(), *(row("random", 0.6, seed, 1e300) for seed in (0, 1))])
+
+
 def test_what_was_asked_for_is_missing_until_it_is_there(tmp_path: Path) -> None:
     jobs = jobs_of(load(write_comparison(tmp_path, keep=[0.8, 0.6], seeds=[0, 1, 2])))
     found = markdown(sheets(joined([], some()), jobs))

@@ -20,6 +20,7 @@ from slimtune.comparison.gpus import Places, ran_out
 from slimtune.comparison.jobs import Job
 from slimtune.comparison.lock import held
 from slimtune.comparison.program import commit, program
+from slimtune.comparison.rows import judged
 from slimtune.errors import UserError
 
 Summary = dict[str, Any]
@@ -55,7 +56,10 @@ def command(job: Job) -> list[str]:
 
 
 def finished(job: Job, now: str) -> Summary | None:
-    """The summary of a run that the same words and the same program (``now``) have made, with what its stamp says."""
+    """The summary of a run that the same words and the same program (``now``) have made, with what its stamp says.
+
+    With ``failed`` where its figures are no numbers: the same words would make the same again.
+    """
     stamp, summary = beside(job, ".json"), job.folder / "summary.json"
     if not (stamp.is_file() and summary.is_file()):
         return None
@@ -63,12 +67,16 @@ def finished(job: Job, now: str) -> Summary | None:
     if (made["words"], made["program"]) != (job.digest, now):
         return None
     beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _read(job.folder / "windows.json")}
-    return {**json.loads(summary.read_text(encoding="utf-8")), **made, **beyond}
+    return judged({**json.loads(summary.read_text(encoding="utf-8")), **made, **beyond})
 
 
 def told(ended: Ended) -> str:
     """Why a run has no result, in a few words."""
-    return ended.why if ended.summary is None else f"failed, see {beside(ended.job, '.log')}"
+    if ended.summary is None:
+        return ended.why
+    if "result" in ended.summary:  # it came to its end, and its log tells of no failure
+        return f"failed: {ended.summary['failed']}"
+    return f"failed, see {beside(ended.job, '.log')}"
 
 
 def made_for_others(job: Job) -> bool:

@@ -29,6 +29,8 @@ PLAIN = {"domain_ppl": "ppl", "valid_ppl": "valid_ppl", "accuracy": "accuracy", 
 
 HALF = 65504.0
 """The largest half float."""
+PPL = "domain_ppl"
+"""Perplexity on the test split."""
 GAIN = "tasks_above_chance"
 """Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's answer."""
 SCORES = {".accuracy": "majority", ".rougeL": "chance"}
@@ -42,6 +44,7 @@ NO_FIGURES = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
 def of_run(job: Job, summary: Summary) -> list[Row]:
     """The rows of one run, and of the dense LoRA that it may have taken as its reference."""
     where = dict(zip(("base", "domain", "method", "keep", "seed"), job.key, strict=True))
+    summary = judged(summary)
     made = {key: summary.get(key) for key in ("of", "version", "machine", *LIBRARIES, "commit", "program", "words")}
     if "failed" in summary:
         return [{**where, "metric": "failed", "value": summary["failed"], **{key: made[key] for key in ("commit", "program")}}]
@@ -55,6 +58,22 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
         own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}
         rows += _rows({**where, **made, **own}, reference, summary["base"])
     return rows
+
+
+def judged(summary: Summary) -> Summary:
+    """The summary, with the reason why it is none under ``failed`` where its test perplexity is no number."""
+    if "failed" in summary or _is_perplexity(value := summary["result"]["ppl"]):
+        return summary
+    return {**summary, "failed": f"its figures are no numbers (perplexity {value}): lower train.lr, or train.precision=float32"}
+
+
+def _is_perplexity(value: float) -> bool:
+    return 0 < value < math.inf  # false for nan as well
+
+
+def usable(row: Row) -> bool:
+    """Whether a row's value is a figure that can be averaged and drawn."""
+    return _is_perplexity(row["value"]) if row["metric"] == PPL else math.isfinite(row["value"])
 
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
@@ -158,10 +177,13 @@ def _reference(row: Row) -> tuple[Any, ...]:
 
 
 def has_run(rows: Iterable[Row], job: Job, now: str) -> bool:
-    """Whether the rows hold this run, made by the same words and the program ``now``, here or on another machine."""
+    """Whether the rows hold this run's figures, by the same words and the program ``now``, here or on another machine."""
     mine = [row for row in rows if key_of(row) == job.key]
     return bool(mine) and all(
-        row["metric"] != "failed" and (row.get("words"), row.get("program")) == (job.digest, now) for row in mine
+        row["metric"] != "failed"
+        and (row["metric"] != PPL or usable(row))
+        and (row.get("words"), row.get("program")) == (job.digest, now)
+        for row in mine
     )
 
 

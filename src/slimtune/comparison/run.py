@@ -18,6 +18,7 @@ from slimtune.comparison.needs import linked, missing
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
 
+NOTHING = {"failed": "not there"}
 Say = Callable[[str], None]
 
 
@@ -125,7 +126,7 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
 def needed(todo: Sequence[Job]) -> list[Job]:
     """What ``todo`` reads and is not there. Raises UserError where a model of ``first`` was made by other words."""
     now = program()
-    return missing(todo, lambda job: made_for_others(job) if job.first else finished(job, now) is not None)
+    return missing(todo, lambda job: made_for_others(job) if job.first else "failed" not in (finished(job, now) or NOTHING))
 
 
 def present(work: Sequence[Job], file: Path) -> set[Job]:
