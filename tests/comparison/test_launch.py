@@ -14,8 +14,9 @@ from comparisons import stand_in, write_comparison
 from slimtune.comparison import launch
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import Job, jobs_of
-from slimtune.comparison.launch import Launcher, finished
+from slimtune.comparison.launch import Launcher
 from slimtune.comparison.lock import held
+from slimtune.comparison.made import beside, finished
 from slimtune.comparison.program import program
 
 
@@ -85,7 +86,7 @@ def test_a_run_that_another_call_is_making_is_left_to_it(tmp_path: Path) -> None
     work = jobs(tmp_path)[:2]
     work[0].folder.mkdir(parents=True)
     (work[0].folder / "summary.json").write_text("theirs")
-    with held(launch.beside(work[0], ".lock")) as ours:
+    with held(beside(work[0], ".lock")) as ours:
         assert ours
         ended = {end.job.folder.name: end for end in Launcher(2).run_all(work)}
     left, made = ended["atp-0.8-0"], ended["atp-0.6-0"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,16 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slimtune.comparison.gpus import Places, ran_out
 from slimtune.comparison.jobs import Job
 from slimtune.comparison.lock import held
+from slimtune.comparison.made import Summary, beside, finished, put_stamp
 from slimtune.comparison.program import commit, program
-from slimtune.comparison.rows import judged
-from slimtune.errors import UserError
-
-Summary = dict[str, Any]
 
 TUNE = (sys.executable, "-m", "slimtune", "tune")
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -45,29 +40,9 @@ class Ended:
     again: bool = False
 
 
-def beside(job: Job, ending: str) -> Path:
-    """A file next to the run's folder. Not ``with_suffix``: a budget in the name looks like one."""
-    return job.folder.with_name(job.folder.name + ending)
-
-
 def command(job: Job) -> list[str]:
     """The words of the run."""
     return [*TUNE, job.file, *job.filled, f"seed={job.seed}", f"out={job.folder}", "--overwrite"]
-
-
-def finished(job: Job, now: str) -> Summary | None:
-    """The summary of a run that the same words and the same program (``now``) have made, with what its stamp says.
-
-    With ``failed`` where its figures are no numbers: the same words would make the same again.
-    """
-    stamp, summary = beside(job, ".json"), job.folder / "summary.json"
-    if not (stamp.is_file() and summary.is_file()):
-        return None
-    made: Summary = json.loads(stamp.read_text(encoding="utf-8"))
-    if (made["words"], made["program"]) != (job.digest, now):
-        return None
-    beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _read(job.folder / "windows.json")}
-    return judged({**json.loads(summary.read_text(encoding="utf-8")), **made, **beyond})
 
 
 def told(ended: Ended) -> str:
@@ -77,30 +52,6 @@ def told(ended: Ended) -> str:
     if "result" in ended.summary:  # it came to its end, and its log tells of no failure
         return f"failed: {ended.summary['failed']}"
     return f"failed, see {beside(ended.job, '.log')}"
-
-
-def made_for_others(job: Job) -> bool:
-    """Whether a model of ``first`` is there, whatever program made it: by a comparison, or by hand.
-
-    Raises:
-        UserError: a comparison made it by other words.
-    """
-    stamp = beside(job, ".json")
-    if not (job.folder / "summary.json").is_file():
-        return False
-    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["words"] != job.digest:
-        raise UserError(f"first: {str(job.folder)!r} was made by other words; remove it, or give another out")
-    return True
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _kv_groups(plan: Path) -> int | None:
-    """KV groups that stay, over all layers: what the KV cache holds."""
-    found = _read(plan)
-    return sum(len(layer["kv_group"]) for layer in found["plan"]["kept"]) if found else None
 
 
 class Launcher:
@@ -179,7 +130,7 @@ class Launcher:
         (job.folder / "summary.json").unlink(missing_ok=True)
         words = command(job)
         stamp = {"words": job.digest, "program": now, "commit": commit(), "command": " ".join(words)}
-        beside(job, ".json").write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
+        put_stamp(job, stamp)
         code = self._wait(words, log, gpu)
         seconds = time.perf_counter() - started
         if code is None or code in STOPPED:

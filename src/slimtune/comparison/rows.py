@@ -52,7 +52,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
     own |= {"reload_difference": summary["reload_difference"], "kv_groups": summary.get("kv_groups")}
     own |= {"block_ratio": summary["result"]["block_ratio"]}
     rows = _rows({**where, **made, **own}, summary["result"], summary["base"])
-    if summary.get("windows"):
+    if summary.get("windows") is not None:
         rows[0]["windows"] = packed(summary["windows"])  # of the perplexity on the test split, the first metric
     if reference := summary.get(DENSE):
         own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}

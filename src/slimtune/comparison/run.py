@@ -13,7 +13,8 @@ from slimtune.comparison import rows as raw
 from slimtune.comparison.budgets import check_budgets
 from slimtune.comparison.config import Comparison, load
 from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
-from slimtune.comparison.launch import Ended, Launcher, finished, made_for_others, told
+from slimtune.comparison.launch import Ended, Launcher, told
+from slimtune.comparison.made import finished, made_for_others
 from slimtune.comparison.needs import linked, missing
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
