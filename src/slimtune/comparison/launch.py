@@ -59,7 +59,7 @@ class Launcher:
 
     def __init__(self, jobs: int, gpus: Sequence[str] = (), threads: int | None = None):
         self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
-        self.places = Places(jobs, gpus)
+        self.gpus, self.places = gpus, Places(jobs, gpus)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self.lock = threading.Lock()

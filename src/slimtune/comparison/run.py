@@ -12,6 +12,7 @@ from pathlib import Path
 from slimtune.comparison import rows as raw
 from slimtune.comparison.budgets import check_budgets
 from slimtune.comparison.config import Comparison, load
+from slimtune.comparison.gpus import check_there
 from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
 from slimtune.comparison.launch import Ended, Launcher, told
 from slimtune.comparison.made import finished, made_for_others
@@ -79,8 +80,8 @@ def compare(
         All rows of the file, those of failed runs (metric ``failed``) among them.
 
     Raises:
-        UserError: a run is not a valid recipe or cannot meet its budget, the file asks for something unknown, or a folder
-            cannot be written.
+        UserError: a run is not a valid recipe or cannot meet its budget, the file asks for something unknown, a GPU is not
+            there, or a folder cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
     return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus, threads), gpus, threads), say)
@@ -110,6 +111,8 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
     before = needed(todo)
     check_budgets([*before, *todo])
     _check_folders([*left, *before])
+    if before or todo:
+        check_there(launcher.gpus)
     rows = raw.added(file, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
     if len(todo) < len(work):
         say(f"{len(work) - len(todo)} of {len(work)} runs are there already, made by the same words and the same program")
