@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -96,3 +99,38 @@ def test_a_run_that_another_call_is_making_is_left_to_it(tmp_path: Path) -> None
     assert made.summary is not None
     (again,) = Launcher(1).run_all(work[:1])
     assert again.summary is not None
+
+
+KILLED = """
+import sys
+from slimtune.comparison import launch
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import jobs_of
+launch.TUNE = (*sys.argv[2:], "tune")
+list(launch.Launcher(1).run_all(jobs_of(load(sys.argv[1]))[:1]))
+"""
+
+
+def test_a_run_whose_call_was_killed_is_not_started_beside_itself(tmp_path: Path) -> None:
+    work = jobs(tmp_path, rank=99)[:1]
+    pid = work[0].folder / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "comparison.yaml"), *stand_in(tmp_path)])
+    while not pid.is_file() or not pid.read_text():
+        assert parent.poll() is None
+        time.sleep(0.01)
+    child = int(pid.read_text())
+    try:
+        parent.kill()
+        parent.wait()
+        (end,) = Launcher(1).run_all(work)
+        assert end.why == "left to another call, which is making it now"
+        os.kill(child, 0)  # it is there
+    finally:
+        os.kill(child, signal.SIGKILL)
+    lock, until = beside(work[0], ".lock"), time.perf_counter() + 20
+    while time.perf_counter() < until:
+        with held(lock) as free:
+            if free:
+                return
+        time.sleep(0.01)
+    pytest.fail("the lock outlives the child")

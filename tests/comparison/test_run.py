@@ -156,9 +156,9 @@ def test_two_methods_of_a_tiny_model(bench: Bench, tmp_path: Path, monkeypatch: 
     """One in a process of its own, the other by the same words in this one: imports take longer than such a run."""
     wait = launch.Launcher._wait
 
-    def wait_or_run(self: launch.Launcher, words: list[str], log: Path, gpu: str) -> int | None:
+    def wait_or_run(self: launch.Launcher, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
         if log.name.startswith("dense_lora"):
-            return wait(self, words, log, gpu)
+            return wait(self, words, log, gpu, lock)
         assert tuple(words[:4]) == launch.TUNE
         result = CliRunner().invoke(app, words[3:])
         log.write_text(result.output)

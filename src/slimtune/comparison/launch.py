@@ -16,7 +16,7 @@ from pathlib import Path
 
 from slimtune.comparison.gpus import Places, ran_out
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.lock import held
+from slimtune.comparison.lock import held, shared
 from slimtune.comparison.made import Summary, beside, finished, put_stamp
 from slimtune.comparison.program import commit, program
 
@@ -119,19 +119,19 @@ class Launcher:
 
     def _run(self, job: Job, gpu: str) -> Ended:
         job.folder.mkdir(parents=True, exist_ok=True)
-        with held(beside(job, ".lock")) as ours:
-            if not ours:
+        with held(beside(job, ".lock")) as lock:
+            if lock is None:
                 return Ended(job, None, 0.0, "left to another call, which is making it now")
             there = finished(job, program())  # another call may have made it since
-            return Ended(job, there, 0.0) if there else self._made(job, gpu)
+            return Ended(job, there, 0.0) if there else self._made(job, gpu, shared(lock))
 
-    def _made(self, job: Job, gpu: str) -> Ended:
+    def _made(self, job: Job, gpu: str, lock: tuple[int, ...]) -> Ended:
         started, now, log = time.perf_counter(), program(), beside(job, ".log")
         (job.folder / "summary.json").unlink(missing_ok=True)
         words = command(job)
         stamp = {"words": job.digest, "program": now, "commit": commit(), "command": " ".join(words)}
         put_stamp(job, stamp)
-        code = self._wait(words, log, gpu)
+        code = self._wait(words, log, gpu, lock)
         seconds = time.perf_counter() - started
         if code is None or code in STOPPED:
             return Ended(job, None, seconds)
@@ -139,13 +139,14 @@ class Launcher:
         failed = {**stamp, "failed": log.read_text(encoding="utf-8", errors="replace").strip()[-400:] or f"exit code {code}"}
         return Ended(job, summary or failed, seconds)
 
-    def _wait(self, words: list[str], log: Path, gpu: str) -> int | None:
+    def _wait(self, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
         with log.open("wb") as file:
             with self.lock:
                 if self.stopping:
                     return None
-                child = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                # with the lock: where this process is killed, its child goes on, and no other must start beside it
+                child = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=lock)
                 self.running.add(child)
             code = child.wait()
         with self.lock:
