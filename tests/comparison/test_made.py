@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,24 @@ def test_a_damaged_first_is_made_again(tmp_path: Path) -> None:
     (folder / "summary.json").write_text("{}")
     (tmp_path / "small.json").write_text("{bad")
     assert not made_for_others(job)
+
+
+def test_the_folder_of_another_comparison_is_left_alone(tmp_path: Path) -> None:
+    methods = {"atp": {}}
+    slimtune.compare(write_comparison(tmp_path, methods=methods, keep=0.6, seeds=0), say=lambda _: None)
+    out = tmp_path / "out"
+    before = {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+    other = write_comparison(tmp_path, methods=methods, keep=0.6, domain="law", set={"lora.rank": 5}, seeds=[0, 1])
+    message = (
+        f"out={str(out)!r}: {str(out / 'atp-0.6-0')!r} holds a run of the comparison of 'tiny', 'somewhere', not of "
+        "'tiny', 'law'; give another --out"
+    )
+    for option in ([], ["--dry-run"]):
+        result = CliRunner().invoke(app, ["compare", str(other), *option])
+        assert (result.exit_code, result.stderr) == (2, f"error: {message}\n")
+    assert {path: path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()} == before
+    stamp = out / "atp-0.6-0.json"
+    stamp.write_text(json.dumps({key: it for key, it in json.loads(stamp.read_text()).items() if key != "comparison"}))
+    rows = slimtune.compare(other, say=lambda _: None)  # an older stamp does not say whose it is
+    assert {(row["domain"], row["seed"]) for row in rows} == {("somewhere", 0), ("law", 0), ("law", 1)}
+    slimtune.compare(other, say=lambda _: None)

@@ -157,6 +157,7 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> No
 def _list(asked: Order) -> None:
     """What would be run. The base need not be here for that."""
     from slimtune.comparison.budgets import check_budgets
+    from slimtune.comparison.made import check_ours
     from slimtune.comparison.run import needed, present
     from slimtune.comparison.sheet import render
     from slimtune.comparison.table import listing
@@ -164,6 +165,7 @@ def _list(asked: Order) -> None:
     there = present(asked.work, asked.rows)
     todo = [job for job in asked.work if job not in there]
     before = needed(todo)
+    check_ours([*before, *todo])
     check_budgets([*before, *todo], absent=True)
     _wide().print(render([listing(asked.work, there, before)]))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,24 @@ def stamp(job: Job) -> Summary | None:
 
 
 def put_stamp(job: Job, says: Summary) -> None:
-    """Before the run starts. Whole or not at all: other calls read it. Raises UserError."""
-    put(beside(job, ".json"), json.dumps(says, indent=2) + "\n")
+    """Before the run starts, with whose it is. Whole or not at all: other calls read it. Raises UserError."""
+    put(beside(job, ".json"), json.dumps({**says, "comparison": [job.base, job.domain]}, indent=2) + "\n")
+
+
+def check_ours(work: Iterable[Job]) -> None:
+    """Raises UserError where a run would take the place of one of another base or domain. Models of ``first`` are shared."""
+    for job in work:
+        made = None if job.first else stamp(job)
+        whose = made.get("comparison") if made else None  # older stamps do not say
+        if whose and whose != [job.base, job.domain]:
+            raise UserError(
+                f"out={str(job.folder.parent)!r}: {str(job.folder)!r} holds a run of the comparison of {_told(whose)}, not of "
+                f"{_told([job.base, job.domain])}; give another --out"
+            )
+
+
+def _told(whose: Any) -> str:
+    return ", ".join(map(repr, whose)) if isinstance(whose, list) else repr(whose)
 
 
 def finished(job: Job, now: str) -> Summary | None:

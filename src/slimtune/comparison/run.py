@@ -15,7 +15,7 @@ from slimtune.comparison.config import Comparison, load
 from slimtune.comparison.gpus import check_there
 from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
 from slimtune.comparison.launch import Ended, Launcher, told
-from slimtune.comparison.made import finished, made_for_others
+from slimtune.comparison.made import check_ours, finished, made_for_others
 from slimtune.comparison.needs import linked, missing
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
@@ -109,6 +109,7 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
     there = {job: summary for job in left if (summary := finished(job, now))}
     todo = [job for job in left if job not in there]
     before = needed(todo)
+    check_ours([*before, *todo])
     check_budgets([*before, *todo])
     _check_folders([*left, *before])
     if before or todo:
