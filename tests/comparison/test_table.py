@@ -190,6 +190,34 @@ def test_what_was_asked_for_is_missing_until_it_is_there(tmp_path: Path) -> None
     assert "INCOMPLETE: 5 of 9 runs" in found
 
 
+def test_what_other_words_made_is_left_out_and_told(tmp_path: Path) -> None:
+    jobs = jobs_of(
+        load(write_comparison(tmp_path, keep=0.6, methods={"atp": {}, "flap": {}, "dense_lora": {"method": "finetune"}}))
+    )
+    digests = {job.key[2:]: job.digest for job in jobs}
+    rows = [*some(), *(row("flap", 0.6, seed, 16.0) for seed in (0, 1)), *(row("else", 0.6, seed, 16.0) for seed in (0, 1))]
+    rows = [{**it, "words": digests.get((it["method"], it["keep"], it["seed"]), "unknown")} for it in rows]
+    told = "made by other words of the recipe, not comparable: "
+    found = markdown(sheets(rows, jobs))
+    assert told not in found
+    assert "| else | ≈ +0.00 ± 1.41 |" in found  # not of this comparison
+    assert "| flap | ≈ +0.00 ± 1.41 |" in found
+    for it in rows:
+        if (it["method"], it["seed"]) in (("flap", 0), ("dense_lora", 0), ("dense_lora", 1)):
+            it["words"] = "older"
+    found = markdown(sheets(rows, jobs))
+    assert f"{told}dense_lora (seeds 0, 1), flap 0.6 (seeds 0)." in found
+    assert "| flap | 0.6 |  | 16.00 |  | 2.00 | 30 | 1; MISSING: 0 |" in found
+    assert "| flap | **16.00*** |" in found
+    assert "| flap | -1.00 (n=1) |" in found
+    assert "no dense LoRA among the rows" in found
+    # others are held against dense LoRA, shown or not
+    assert f"{told}dense_lora (seeds 0, 1)." in markdown(sheets(rows, jobs, Part(only=("atp",))))
+    assert told not in markdown(sheets(rows))
+    del rows[7]["words"]
+    assert markdown(sheets(rows, jobs)) == found  # nothing is known of it
+
+
 def test_the_best_of_each_budget_is_marked() -> None:
     rows = [*some(), *(row("flap", keep, seed, 10.0) for keep in (0.8, 0.6) for seed in (0, 1)), row("atp", 0.8, 0, 9.0)]
     found = text(rows)

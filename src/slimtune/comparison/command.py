@@ -147,7 +147,7 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> No
         if not installed():
             told = f"no figure: it {NEEDS}, then the same command with --table draws it"
             typer.secho(told, fg=typer.colors.YELLOW, err=True)
-        elif drawable(rows, part):
+        elif drawable(rows, asked, part):
             draw(rows, out / "figure.svg", asked, part)
             typer.echo(f"figure: {out / 'figure.svg'}")
         else:

@@ -40,9 +40,9 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def drawable(rows: Iterable[Row], part: Part = ALL) -> bool:
+def drawable(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> bool:
     """Whether a method has a perplexity at a budget."""
-    return any(_points(board) for board in boards(rows, part=part))
+    return any(_points(board) for board in boards(rows, asked, part))
 
 
 def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = (), part: Part = ALL) -> None:

@@ -30,6 +30,8 @@ class Board:
     failed: dict[Cell, set[int]] = field(default_factory=dict)
     unusable: dict[tuple[str, float, str], set[int]] = field(default_factory=dict)
     """Seeds whose value of a metric is no number: left out, and of a perplexity failed."""
+    stale: dict[Cell, set[int]] = field(default_factory=dict)
+    """Seeds whose rows other words made than those that are asked for: left out, they are missing."""
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -165,17 +167,24 @@ def boards(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> 
 
     Args:
         rows: raw rows.
-        asked: the runs that there should be. Where they say nothing of a base and domain, each of its methods and budgets
-            should have the seeds that any has.
+        asked: the runs that there should be, by their words. Where they say nothing of a base and domain, each of its methods
+            and budgets should have the seeds that any has.
         part: what is shown.
     """
     found: dict[tuple[str, str], Board] = {}
+    asked = list(asked)
+    digests = {job.key: job.digest for job in asked}
     for job in asked:
         board = found.setdefault((job.base, job.domain), Board(job.base, job.domain))
         board.seeds.setdefault((job.method, job.keep), set()).add(job.seed)
     told = {where: _all_seeds(board.seeds) for where, board in found.items()}
     for row in rows:
-        _add(found.setdefault((row["base"], row["domain"]), Board(row["base"], row["domain"])), row)
+        board = found.setdefault((row["base"], row["domain"]), Board(row["base"], row["domain"]))
+        words, key = row.get("words"), key_of(row)
+        if words and words != digests.get(key, words):
+            board.stale.setdefault(key[2:4], set()).add(key[4])
+        else:
+            _add(board, row)
     for where, board in found.items():
         everything = told.get(where) or {seed for it in (board.values, board.unusable) for each in it.values() for seed in each}
         for seeds in board.seeds.values():
@@ -214,10 +223,11 @@ def _part(board: Board, part: Part) -> Board:
         if (found := of(held, method, keep, each))
     }
     failed = {cell: of(part, *cell, seeds) for cell, seeds in board.failed.items()}
+    stale = {cell: of(held, *cell, seeds) for cell, seeds in board.stale.items()}
     unusable = {key: of(part, *key[:2], seeds) for key, seeds in board.unusable.items()}
     seeds = {cell: of(part, *cell, each) for cell, each in board.seeds.items() if of(cells, *cell, [0])}
     rows = [row for row in board.rows if held.holds(key_of(row))]
-    return Board(board.base, board.domain, seeds, values, failed, unusable, rows)
+    return Board(board.base, board.domain, seeds, values, failed, unusable, stale, rows)
 
 
 def _all_seeds(seeds: Mapping[Cell, set[int]]) -> set[int]:

@@ -193,6 +193,10 @@ def _on_gpus(board: Board) -> bool:
     return bool(machines) and not any("CPU threads" in str(machine) for machine in machines)
 
 
+def _named(method: str, keep: float, seeds: Iterable[int], metric: str = "") -> str:
+    return f"{method}{'' if keep == 1 else f' {keep:g}'}{metric} (seeds {_list(sorted(seeds))})"
+
+
 def _warnings(board: Board) -> list[str]:
     """What a reader must know before comparing two lines."""
     found = []
@@ -201,11 +205,9 @@ def _warnings(board: Board) -> list[str]:
         found.append(f"INCOMPLETE: {gaps} of {sum(len(seeds) for seeds in board.seeds.values())} runs are missing or failed")
     if not board.of(DENSE, 1.0):
         found.append("no dense LoRA among the rows: no retention")
-    bad = [
-        f"{name}{'' if keep == 1 else f' {keep:g}'} {metric} (seeds {_list(sorted(seeds))})"
-        for (name, keep, metric), seeds in board.unusable.items()
-        if seeds
-    ]
+    if stale := [_named(*cell, seeds) for cell, seeds in board.stale.items() if seeds]:
+        found.append(f"made by other words of the recipe, not comparable: {', '.join(stale)}")
+    bad = [_named(name, keep, seeds, f" {metric}") for (name, keep, metric), seeds in board.unusable.items() if seeds]
     found += [f"left out, being infinite, nan, or a perplexity not above 0: {', '.join(bad)}"] if bad else []
     machines = sorted({str(row["machine"]) for row in board.rows if row.get("machine")})
     if len(machines) > 1:
