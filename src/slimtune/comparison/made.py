@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.rows import judged, of_run, put
+from slimtune.comparison.rows import judged, of_run, put, wrong
 from slimtune.errors import UserError
 
 Summary = dict[str, Any]
@@ -63,10 +63,10 @@ def finished(job: Job, now: str) -> Summary | None:
     try:
         beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _read(job.folder / "windows.json")}
         summary = judged({**_read(job.folder / "summary.json"), **made, **beyond})
-        of_run(job, summary)  # what gives no rows is no summary
+        rows = of_run(job, summary)
     except DAMAGED:
         return None
-    return summary
+    return None if any(map(wrong, rows)) else summary
 
 
 def made_for_others(job: Job) -> bool:

@@ -144,7 +144,8 @@ def _with_ends(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Also nan and the infinities, but no whole number beyond what a float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300)
 
 
 def key_of(row: Row) -> Key:
@@ -206,18 +207,59 @@ def check_part(rows: Sequence[Row], part: Part, file: Path, some: bool = False) 
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a file; none when there is no file. Raises UserError when it holds something else."""
+    """The rows of a file; none when there is no file. Raises UserError when it holds something else, naming the first."""
     if not file.exists():
         return []
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        for row in rows:
-            key_of(row)
-            row["metric"], row["value"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{str(file)!r} holds no rows of a comparison ({error!r}); give another --rows file") from error
-    found: list[Row] = rows
-    return found
+        reason = None if isinstance(rows, list) else "it is no list"
+    except ValueError:
+        reason = "it is no JSON"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(f"{str(file)!r} holds no rows of a comparison ({reason}); give another --rows file")
+    for index, row in enumerate(rows):
+        if reason := wrong(row):
+            name = f" (method {row['method']!r:.40})" if isinstance(row, dict) and "method" in row else ""
+            told = f"rows[{index}]{name}: {reason}; correct it, or give another --rows"
+            raise UserError(f"{str(file)!r} holds no rows of a comparison: {told}")
+    return list(rows)
+
+
+TEXTS = ("base", "domain", "method", "metric")
+MAY = {
+    **dict.fromkeys(("machine", "program", "words", "windows"), "text"),
+    **dict.fromkeys(("se", "base_value", "dense_value", "tokens", "gpu_seconds", "kv_groups", *BESIDE), "number"),
+}
+"""What else of a row is read, if it is there and not null."""
+
+
+def wrong(row: Any) -> str | None:
+    """What is wrong with a row, if anything."""
+    if not isinstance(row, dict):
+        return f"{row!r:.40} is no mapping"
+    if absent := [key for key in (*TEXTS, "seed", "value") if key not in row]:
+        return f"the key {absent[0]!r} is missing"
+    kinds = {**MAY, **dict.fromkeys(TEXTS, "text"), "value": "text" if row["metric"] == "failed" else "number"}
+    for key, kind in kinds.items():
+        may = key in MAY and row.get(key) is None
+        if not may and not (isinstance(row[key], str) if kind == "text" else _is_number(row[key])):
+            return f"{key}={row[key]!r:.40} is no {kind}"
+    keep = row.get("keep")
+    if keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+        return f"keep={keep!r:.40} is no number above 0 and up to 1"
+    if not isinstance(row["seed"], int) or isinstance(row["seed"], bool):
+        return f"seed={row['seed']!r:.40} is no whole number"
+    return None if not row.get("windows") or _unpacks(row["windows"]) else "windows is damaged"
+
+
+def _unpacks(text: str) -> bool:
+    try:
+        unpacked(text)
+    except (ValueError, struct.error):
+        return False
+    return True
 
 
 def write(file: Path, rows: Iterable[Row]) -> None:
