@@ -247,6 +247,17 @@ def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     assert "of twenty equal rivals one gets ▲ and another ▼" in found
 
 
+def test_without_a_rival_on_the_same_seed_there_is_no_table_of_leads() -> None:
+    for rows in (
+        some(),
+        [*some(), row("flap", 0.8, 0, 14.0)],
+        [*some(), row("flap", 0.6, 5, 14.0)],
+        [row("flap", 0.6, 0, 1.0)],
+    ):
+        assert "ahead by" not in text(rows)
+        assert "mean perplexity" in text(rows)
+
+
 def test_a_lead_tells_how_far_other_text_would_move_it() -> None:
     """The difference of what a window adds, in perplexity, over two seeds and four windows."""
     ours, theirs = ([1.0, -1.0, 0.5, -0.5], [1.0, -1.0, 0.0, 0.0]), ([1.25, -1.25, 0.5, -0.5], [1.0, -1.0, 0.25, -0.25])

@@ -18,8 +18,8 @@ def sheets(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> 
         found += [_figures(board), *_tasks(board)]
         if board.methods:
             found.append(_overview(board))
-        if OURS in board.methods and len(board.methods) > 1:
-            found.append(_leads(board))
+        if (leads := _leads(board)).rows:
+            found.append(leads)
     return found
 
 
