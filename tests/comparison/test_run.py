@@ -17,6 +17,8 @@ from bases import Bench
 from comparisons import stand_in, write_comparison
 from slimtune.cli import app
 from slimtune.comparison import launch, run
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import jobs_of
 from slimtune.comparison.rows import Row, read
 from slimtune.errors import UserError
 
@@ -145,6 +147,18 @@ def test_an_interrupt_between_two_runs_stops_the_others(tmp_path: Path, fake: Pa
 
 def test_as_many_runs_side_by_side_as_gpus_unless_told_otherwise() -> None:
     assert [run.side_by_side(*words) for words in ((None, []), (None, ["0", "1"]), (3, ["0", "GPU-5b1f"]))] == [1, 2, 3]
+
+
+def test_the_time_left_is_that_of_runs_which_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    job, clock = jobs_of(load(write_comparison(tmp_path)))[0], run._Clock(4, 1)
+    other, made = launch.Ended(job, None, 0.0, "left to another call"), launch.Ended(job, None, 40.0)
+    assert clock.line(other) == "[1/4] atp 0.8 seed 0: left to another call"
+    now[0] = 40.0
+    assert clock.line(made) == "[2/4] atp 0.8 seed 0: stopped from outside, 40 s; about 80 s left"
+    assert clock.line(other) == "[3/4] atp 0.8 seed 0: left to another call; about 40 s left"
+    assert clock.line(made) == "[4/4] atp 0.8 seed 0: stopped from outside, 40 s"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (300, "5 min"), (12_000, "3 h 20 min")])

@@ -151,19 +151,25 @@ def _check_folders(work: Sequence[Job]) -> None:
 
 
 class _Clock:
-    """Lines of progress with the time left, by the mean of the runs so far."""
+    """Lines of progress with the time left, by the mean of the runs made so far."""
 
     def __init__(self, total: int, jobs: int):
-        self.total, self.jobs, self.done, self.started = total, jobs, 0, time.perf_counter()
+        self.total, self.jobs, self.started = total, jobs, time.perf_counter()
+        self.done = self.made = 0
 
     def line(self, ended: Ended) -> str:
         """What came of a run."""
         if ended.again:
             return f"{ended.job.label}: {ended.why}"
         self.done += 1
-        left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
-        rest = f"; about {duration(left)} left" if self.done < self.total else ""
-        return f"[{self.done}/{self.total}] {ended.job.label}: {_outcome(ended)}, {duration(ended.seconds)}{rest}"
+        told = f"[{self.done}/{self.total}] {ended.job.label}: {_outcome(ended)}"
+        if ended.seconds:  # else it was not made here, which says nothing of the others
+            self.made += 1
+            told += f", {duration(ended.seconds)}"
+        if not self.made or self.done == self.total:
+            return told
+        left = (time.perf_counter() - self.started) / self.made * (self.total - self.done)
+        return f"{told}; about {duration(left)} left"
 
 
 def _outcome(ended: Ended) -> str:
