@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from slimtune.comparison.launch import Launcher
 from slimtune.comparison.lock import held
 from slimtune.comparison.made import beside, finished
 from slimtune.comparison.program import program
+from slimtune.train import loop
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +53,16 @@ def test_a_failed_run_tells_the_end_of_its_log(tmp_path: Path) -> None:
     assert end.summary["failed"] == "error: rank 13 is unlucky"
     assert finished(end.job, program()) is None
     assert (tmp_path / "out" / "atp-0.8-0.log").read_text().strip() == "error: rank 13 is unlucky"
+
+
+def test_a_failed_run_advises_nothing_that_a_comparison_lacks(tmp_path: Path) -> None:
+    advice = "lower train.lr (now 1.0), or set train.precision=float32, and "
+    assert launch.REMEDY in inspect.getsource(loop)
+    with (tmp_path / "fake_tune.py").open("w") as file:
+        file.write(f'raise SystemExit("error: {advice}{launch.REMEDY}")')
+    (end,) = Launcher(1).run_all(jobs(tmp_path)[:1])
+    assert end.summary is not None
+    assert end.summary["failed"] == f"error: {advice}give the comparison again"
 
 
 def test_an_interrupt_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:

@@ -136,8 +136,7 @@ class Launcher:
         if code is None or code in STOPPED:
             return Ended(job, None, seconds)
         summary = finished(job, now) if code == 0 else None
-        failed = {**stamp, "failed": log.read_text(encoding="utf-8", errors="replace").strip()[-400:] or f"exit code {code}"}
-        return Ended(job, summary or failed, seconds)
+        return Ended(job, summary or {**stamp, "failed": _reason(log) or f"exit code {code}"}, seconds)
 
     def _wait(self, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
@@ -164,6 +163,16 @@ class Launcher:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+REMEDY = "start anew with --overwrite"
+"""What ``slimtune tune`` advises; a comparison has no such option and makes a failed run again by itself."""
+
+
+def _reason(log: Path) -> str:
+    """The end of a run's log."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    return text.replace(REMEDY, "give the comparison again")[-400:]
 
 
 @contextmanager
