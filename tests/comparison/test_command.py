@@ -136,6 +136,17 @@ def test_without_matplotlib_the_runs_and_tables_are_made_and_the_figure_is_told_
     assert (again.exit_code, again.output.splitlines()[-1]) == (0, last)
 
 
+def test_a_table_after_a_change_of_the_recipe_tells_what_is_old(tmp_path: Path) -> None:
+    words = ["compare", str(write_comparison(tmp_path, keep=0.6, seeds=0, methods={"atp": {}}))]
+    assert ask(app, words).exit_code == 0
+    write_comparison(tmp_path, keep=0.6, seeds=0, methods={"atp": {}}, set={"lora.rank": 5})
+    result = ask(app, [*words, "--table"])
+    assert result.exit_code == 0, result.output
+    assert "made by other words of the recipe, not comparable: atp 0.6 (seeds 0)" in result.stdout
+    assert "no figure: no method has a perplexity" in result.stdout
+    assert "| atp | 0.6 |  |  |  |  |  | MISSING: 0 |" in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
@@ -152,6 +163,11 @@ def test_an_interrupt_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.Monk
         (["--jobs", "0"], "--jobs 0: give the number of runs side by side"),
         (["--only", "apt"], "--only apt: the comparison has no such run. Did you mean 'atp'?"),
         (["--keep", "most"], "--keep 'most' is not a list such as 0.6,0.5"),
+        (["--only", ","], "--only ',' names nothing; give a list, or leave the option out"),
+        (["--only", ""], "--only '' names nothing"),
+        (["--keep", " , "], "--keep ' , ' names nothing"),
+        (["--seeds", ""], "--seeds '' names nothing"),
+        (["--gpus", ","], "--gpus ',' names nothing"),
         (["--table"], "there are no rows in"),
         (["--table", "--dry-run"], "--table and --dry-run exclude each other"),
         (["--threads", "0"], "--threads 0: give the CPU threads of a run, 1 or more"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import math
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from comparisons import row
-from slimtune.comparison.figure import draw
+from slimtune.comparison.figure import draw, drawable
 from slimtune.comparison.rows import Row
 from slimtune.errors import UserError
 
@@ -39,6 +40,18 @@ def test_one_budget_and_one_bad_method(tmp_path: Path) -> None:
     rows = [*(it for it in some() if it["keep"] != 0.8), row("random", 0.6, 0, 300.0)]
     draw(rows, tmp_path / "figure.svg")
     assert "<!-- random" in (tmp_path / "figure.svg").read_text()
+
+
+@pytest.mark.parametrize("value", [0.0, 5e-324, 1e-8, 1e29, 1e300, 1.7e308, math.inf, math.nan])
+def test_no_figure_makes_the_drawing_fail(tmp_path: Path, value: float) -> None:
+    odd = [row("odd", keep, seed, value) for keep in (0.8, 0.6) for seed in (0, 1)]
+    odd += [row("half", 0.6, 0, 14.0), row("half", 0.6, 1, value), row("odd", 0.6, 0, value, "parameters")]
+    for dense in (12.0, value):
+        rows = [{**it, "value": dense} if it["method"] == "dense_lora" else it for it in (*some(), *odd)]
+        for part in (rows, [it for it in rows if it["keep"] != 0.8], odd):
+            if drawable(part):
+                draw(part, tmp_path / "figure.svg")
+    assert not drawable([row("odd", 0.6, 0, 1e300)])
 
 
 def drawn(rows: list[Row], file: Path) -> str:

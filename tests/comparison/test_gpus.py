@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from comparisons import stand_in, write_comparison
-from slimtune.comparison import launch
+from slimtune.comparison import gpus, launch
 from slimtune.comparison.config import load
-from slimtune.comparison.gpus import TRIES, Places, ran_out
+from slimtune.comparison.gpus import TRIES, Places, check_there, ran_out
 from slimtune.comparison.jobs import Job, jobs_of
 from slimtune.comparison.launch import Ended, Launcher
 from slimtune.comparison.run import run
+from slimtune.errors import UserError
 
 
 @pytest.fixture
@@ -102,7 +103,43 @@ def test_symptoms_of_a_full_gpu(tmp_path: Path, end: str, expected: bool) -> Non
 def starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file that says which runs were started."""
     monkeypatch.setattr(launch, "TUNE", (*stand_in(tmp_path), "tune"))
+    monkeypatch.setattr(gpus, "seen", lambda: ["a"] * 4)
     return tmp_path / "out" / "starts"
+
+
+@pytest.mark.parametrize(
+    ("found", "asked", "message"),
+    [
+        (["5b1f-1", "77aa-2"], ["0", "9"], "--gpus 9: the GPUs here are 0, 1; give those, or leave --gpus out"),
+        (["5b1f-1", "77aa-2"], ["GPU-5b1e"], "--gpus GPU-5b1e: the GPUs here are 0, 1; give those, or leave --gpus out"),
+        ([], ["0"], "--gpus 0: torch sees no GPU here; leave --gpus out for runs on the CPU"),
+        ([], ["MIG-1"], "--gpus MIG-1: torch sees no GPU here; leave --gpus out for runs on the CPU"),
+        (["5b1f-1", "77aa-2"], ["1", "1", "GPU-77aa", "MIG-1"], None),
+        (None, ["9"], None),
+        ([], [], None),
+    ],
+)
+def test_a_gpu_that_is_not_there(
+    monkeypatch: pytest.MonkeyPatch, found: list[str] | None, asked: list[str], message: str | None
+) -> None:
+    monkeypatch.setattr(gpus, "seen", lambda: found)
+    if message is None:
+        check_there(asked)
+    else:
+        with pytest.raises(UserError) as caught:
+            check_there(asked)
+        assert str(caught.value) == message
+
+
+def test_nothing_runs_on_a_gpu_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "TUNE", (*stand_in(tmp_path), "tune"))
+    work = ranks(tmp_path, one=4)
+    with pytest.raises(UserError, match="--gpus 999: "):
+        run(work, tmp_path / "rows.json", Launcher(1, ["999"]))
+    assert not (tmp_path / "out" / "starts").exists()
+    assert not (tmp_path / "rows.json").exists()
+    run(work, tmp_path / "rows.json", Launcher(1), lambda _: None)
+    run(work, tmp_path / "rows.json", Launcher(1, ["999"]), lambda _: None)  # all is there
 
 
 def result(ended: Ended) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -14,9 +18,11 @@ from comparisons import stand_in, write_comparison
 from slimtune.comparison import launch
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import Job, jobs_of
-from slimtune.comparison.launch import Launcher, finished
+from slimtune.comparison.launch import Launcher
 from slimtune.comparison.lock import held
+from slimtune.comparison.made import beside, finished
 from slimtune.comparison.program import program
+from slimtune.train import loop
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +53,16 @@ def test_a_failed_run_tells_the_end_of_its_log(tmp_path: Path) -> None:
     assert end.summary["failed"] == "error: rank 13 is unlucky"
     assert finished(end.job, program()) is None
     assert (tmp_path / "out" / "atp-0.8-0.log").read_text().strip() == "error: rank 13 is unlucky"
+
+
+def test_a_failed_run_advises_nothing_that_a_comparison_lacks(tmp_path: Path) -> None:
+    advice = "lower train.lr (now 1.0), or set train.precision=float32, and "
+    assert launch.REMEDY in inspect.getsource(loop)
+    with (tmp_path / "fake_tune.py").open("w") as file:
+        file.write(f'raise SystemExit("error: {advice}{launch.REMEDY}")')
+    (end,) = Launcher(1).run_all(jobs(tmp_path)[:1])
+    assert end.summary is not None
+    assert end.summary["failed"] == f"error: {advice}give the comparison again"
 
 
 def test_an_interrupt_stops_what_runs_and_starts_nothing_more(tmp_path: Path) -> None:
@@ -85,7 +101,7 @@ def test_a_run_that_another_call_is_making_is_left_to_it(tmp_path: Path) -> None
     work = jobs(tmp_path)[:2]
     work[0].folder.mkdir(parents=True)
     (work[0].folder / "summary.json").write_text("theirs")
-    with held(launch.beside(work[0], ".lock")) as ours:
+    with held(beside(work[0], ".lock")) as ours:
         assert ours
         ended = {end.job.folder.name: end for end in Launcher(2).run_all(work)}
     left, made = ended["atp-0.8-0"], ended["atp-0.6-0"]
@@ -95,3 +111,38 @@ def test_a_run_that_another_call_is_making_is_left_to_it(tmp_path: Path) -> None
     assert made.summary is not None
     (again,) = Launcher(1).run_all(work[:1])
     assert again.summary is not None
+
+
+KILLED = """
+import sys
+from slimtune.comparison import launch
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import jobs_of
+launch.TUNE = (*sys.argv[2:], "tune")
+list(launch.Launcher(1).run_all(jobs_of(load(sys.argv[1]))[:1]))
+"""
+
+
+def test_a_run_whose_call_was_killed_is_not_started_beside_itself(tmp_path: Path) -> None:
+    work = jobs(tmp_path, rank=99)[:1]
+    pid = work[0].folder / "pid"
+    parent = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path / "comparison.yaml"), *stand_in(tmp_path)])
+    while not pid.is_file() or not pid.read_text():
+        assert parent.poll() is None
+        time.sleep(0.01)
+    child = int(pid.read_text())
+    try:
+        parent.kill()
+        parent.wait()
+        (end,) = Launcher(1).run_all(work)
+        assert end.why == "left to another call, which is making it now"
+        os.kill(child, 0)  # it is there
+    finally:
+        os.kill(child, signal.SIGKILL)
+    lock, until = beside(work[0], ".lock"), time.perf_counter() + 20
+    while time.perf_counter() < until:
+        with held(lock) as free:
+            if free:
+                return
+        time.sleep(0.01)
+    pytest.fail("the lock outlives the child")

@@ -56,6 +56,20 @@ def test_what_is_read_is_made_before_and_once(file: Path, tmp_path: Path) -> Non
     assert len(starts(tmp_path)) == 2
 
 
+def test_no_two_runs_have_one_folder(tmp_path: Path) -> None:
+    methods: dict[str, Any] = {"a": {}, "a-0.6": {"method": "finetune"}}
+    with pytest.raises(UserError) as caught:
+        order(write_comparison(tmp_path, methods=methods))
+    folder = str(tmp_path / "out" / "a-0.6-0")
+    assert str(caught.value) == (
+        f"comparison: a 0.6 seed 0 (methods.a) and a-0.6 seed 0 (methods.a-0.6) would both be made in {folder!r}; "
+        "rename one of them or change its keep"
+    )
+    first = [{"recipe": "recipe.yaml", "out": str(tmp_path / "out" / "atp-0.6-1")}]
+    with pytest.raises(UserError, match=r"\(first: .*\) and atp 0.6 seed 1 \(methods.atp\) would both be made in"):
+        order(write_comparison(tmp_path, first=first))
+
+
 def test_a_method_alone_brings_its_teacher_about(file: Path, tmp_path: Path) -> None:
     compare(file, only=["taught"], keep=[0.6], seeds=[1], say=lambda _: None)
     assert starts(tmp_path / "out") == ["dense_lora-1", "taught-0.6-1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from comparisons import row, write_comparison
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import Job, Part, jobs_of
-from slimtune.comparison.rows import check_part, has_run, joined, of_run, packed, read, unpacked, write
+from slimtune.comparison.rows import Row, check_part, has_run, joined, of_run, packed, read, unpacked, write
 from slimtune.errors import UserError
 
 SUMMARY = {
@@ -131,6 +132,16 @@ def test_a_failed_run_is_a_row_until_it_succeeds(job: Job) -> None:
     assert not has_run(failed, job, "p")
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_a_run_without_numbers_is_a_failed_row(job: Job, value: float) -> None:
+    summary = {**SUMMARY, "words": job.digest, "result": {**SUMMARY["result"], "ppl": value}}
+    (failed,) = of_run(job, summary)
+    reason = f"its figures are no numbers (perplexity {value}): lower train.lr, or train.precision=float32"
+    assert (failed["metric"], failed["value"]) == ("failed", reason)
+    older = [{**row, "value": value} if row["metric"] == "domain_ppl" else row for row in of_run(job, SUMMARY)]
+    assert not has_run([{**row, "words": job.digest} for row in older], job, "p")
+
+
 def test_rows_hold_a_run_of_the_same_words_and_program_alone(job: Job) -> None:
     rows = of_run(job, {**SUMMARY, "words": job.digest})
     assert has_run(rows, job, "p")
@@ -173,9 +184,58 @@ def test_files(tmp_path: Path) -> None:
     assert read(file) == []
     write(file, [row("atp", 0.6, 0, 15.0)])
     assert read(file) == [row("atp", 0.6, 0, 15.0)]
-    for text in ("{", json.dumps([{"method": "atp"}]), "3"):
-        file.write_text(text)
-        with pytest.raises(UserError, match="holds no rows of a comparison"):
+    for text, reason in (("{", "it is no JSON"), ("\xff", "it is no JSON"), ("3", "it is no list"), ("{}", "it is no list")):
+        file.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=rf"holds no rows of a comparison \({reason}\); give another --rows file"):
             read(file)
+    with pytest.raises(UserError, match=r"\(Is a directory\); give another"):
+        read(file.parent)
     with pytest.raises(UserError, match="cannot be written"):
         write(file / "rows.json", [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"keep": "x"}, "keep='x' is no number above 0 and up to 1"),
+        ({"keep": 6}, "keep=6 is no number above 0 and up to 1"),
+        ({"keep": math.nan}, "keep=nan is no number above 0 and up to 1"),
+        ({"value": "abc"}, "value='abc' is no number"),
+        ({"value": 10**400}, "value=1000"),
+        ({"value": True}, "value=True is no number"),
+        ({"value": None}, "value=None is no number"),
+        ({"metric": "failed"}, "value=15.0 is no text"),
+        ({"metric": {}}, "metric={} is no text"),
+        ({"seed": 0.5}, "seed=0.5 is no whole number"),
+        ({"seed": [0]}, "seed=[0] is no whole number"),
+        ({"windows": 3}, "windows=3 is no text"),
+        ({"windows": "abc:x"}, "windows is damaged"),
+        ({"windows": "abc:AAAA"}, "windows is damaged"),
+        ({"se": "0"}, "se='0' is no number"),
+        ({"tokens": []}, "tokens=[] is no number"),
+        ({"words": ["w"]}, "words=['w'] is no text"),
+    ],
+)
+def test_a_wrong_row_is_named(tmp_path: Path, changes: Row, reason: str) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([row("atp", 0.6, 0, 15.0), {**row("atp", 0.6, 1, 15.0), **changes}]))
+    with pytest.raises(UserError) as caught:
+        read(file)
+    assert f"{str(file)!r} holds no rows of a comparison: rows[1] (method 'atp'): {reason}" in str(caught.value)
+    assert str(caught.value).endswith("; correct it, or give another --rows")
+    assert len(str(caught.value)) < 400
+
+
+def test_other_wrong_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    for found, reason in (
+        (["text"], "rows[0]: 'text' is no mapping"),
+        ([{"method": "atp"}], "rows[0] (method 'atp'): the key 'base' is missing"),
+        ([{**row("atp", 0.6, 0, 15.0), "method": ["m"]}], "rows[0] (method ['m']): method=['m'] is no text"),
+    ):
+        file.write_text(json.dumps(found))
+        with pytest.raises(UserError, match=re.escape(reason)):
+            read(file)
+    optional = {"keep": None, "se": None, "windows": None, "tokens": math.nan, "words": None, "dense_value": math.inf}
+    file.write_text(json.dumps([{**row("atp", 0.6, 0, math.nan), **optional}]))
+    assert len(read(file)) == 1

@@ -17,6 +17,8 @@ from bases import Bench
 from comparisons import stand_in, write_comparison
 from slimtune.cli import app
 from slimtune.comparison import launch, run
+from slimtune.comparison.config import load
+from slimtune.comparison.jobs import jobs_of
 from slimtune.comparison.rows import Row, read
 from slimtune.errors import UserError
 
@@ -91,6 +93,27 @@ def test_a_failed_run_is_a_row_and_the_rest_goes_on(tmp_path: Path, fake: Path) 
     assert f"failed, see {tmp_path / 'out' / 'unlucky-0.6-0.log'}" in lines[0]
 
 
+def test_a_run_without_numbers_fails_and_so_does_what_reads_it(tmp_path: Path, fake: Path) -> None:
+    with (tmp_path / "fake_tune.py").open("a") as file:
+        file.write(f'if words.get("lora.rank") == "30":\n    {DIVERGES}\n')
+    taught = {"distill": {"weight": 1, "teacher": "{out}/wild-{seed}/model"}}
+    methods = {"wild": {"method": "finetune", "lora.rank": 30}, "taught": taught, "atp": {}}
+    file, lines = write_comparison(tmp_path, methods=methods, keep=0.6, seeds=0), []
+    for _ in range(2):
+        rows = slimtune.compare(file, say=lines.append)
+        (failed,) = (row for row in rows if row["metric"] == "failed")
+        assert (failed["method"], failed["value"]) == ("wild", f"{NO_NUMBERS}: lower train.lr, or train.precision=float32")
+        assert set(ppl(rows)) == {("atp", 0.6, 0)}
+        json.loads((tmp_path / "out" / "rows.json").read_text(), parse_constant=pytest.fail)
+    assert fake.read_text().split() == ["wild-0", "atp-0.6-0"]  # the same words would make the same again
+    assert any(f"] wild seed 0: failed: {NO_NUMBERS}: " in line for line in lines)
+    assert any("taught 0.6 seed 0: not started: it reads wild seed 0 (failed: its figures" in line for line in lines)
+
+
+DIVERGES = '(out / "summary.json").write_text(json.dumps({**summary, "result": {**result, "ppl": float("nan")}}))'
+NO_NUMBERS = "its figures are no numbers (perplexity nan)"
+
+
 def test_nothing_runs_when_something_is_wrong(tmp_path: Path, fake: Path) -> None:
     file = write_comparison(tmp_path)
     with pytest.raises(UserError, match="--jobs 0"):
@@ -126,6 +149,18 @@ def test_as_many_runs_side_by_side_as_gpus_unless_told_otherwise() -> None:
     assert [run.side_by_side(*words) for words in ((None, []), (None, ["0", "1"]), (3, ["0", "GPU-5b1f"]))] == [1, 2, 3]
 
 
+def test_the_time_left_is_that_of_runs_which_were_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    job, clock = jobs_of(load(write_comparison(tmp_path)))[0], run._Clock(4, 1)
+    other, made = launch.Ended(job, None, 0.0, "left to another call"), launch.Ended(job, None, 40.0)
+    assert clock.line(other) == "[1/4] atp 0.8 seed 0: left to another call"
+    now[0] = 40.0
+    assert clock.line(made) == "[2/4] atp 0.8 seed 0: stopped from outside, 40 s; about 80 s left"
+    assert clock.line(other) == "[3/4] atp 0.8 seed 0: left to another call; about 40 s left"
+    assert clock.line(made) == "[4/4] atp 0.8 seed 0: stopped from outside, 40 s"
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (300, "5 min"), (12_000, "3 h 20 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert run.duration(seconds) == text
@@ -135,9 +170,9 @@ def test_two_methods_of_a_tiny_model(bench: Bench, tmp_path: Path, monkeypatch: 
     """One in a process of its own, the other by the same words in this one: imports take longer than such a run."""
     wait = launch.Launcher._wait
 
-    def wait_or_run(self: launch.Launcher, words: list[str], log: Path, gpu: str) -> int | None:
+    def wait_or_run(self: launch.Launcher, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
         if log.name.startswith("dense_lora"):
-            return wait(self, words, log, gpu)
+            return wait(self, words, log, gpu, lock)
         assert tuple(words[:4]) == launch.TUNE
         result = CliRunner().invoke(app, words[3:])
         log.write_text(result.output)

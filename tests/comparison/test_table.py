@@ -161,12 +161,61 @@ def test_missing_and_failed_seeds_are_named() -> None:
     assert "INCOMPLETE: 2 of 8 runs are missing or failed" in found
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_left_out_and_told(value: float) -> None:
+    rows = [*some(), *(row("flap", 0.6, seed, 16.0) for seed in (0, 1))]
+    rows += [row(name, keep, 2, value) for name, keep in (*CELLS, ("flap", 0.6))]
+    rows += [row("flap", 0.6, seed, value, "valid_ppl") for seed in (0, 1)]
+    rows += [{**row("atp", 0.6, 0, 0.5, "mine.accuracy"), "low": value, "high": value, "majority": value}]
+    rows += [{**row("atp", 0.6, 1, 0.5, "mine.accuracy"), "majority": value}]
+    found = text(rows)
+    assert found.count("| 0, 1; FAILED: 2 |") == 3
+    assert "| flap | ≈ +0.00 ± 1.41 (n=2) |" in found
+    assert "dense_lora domain_ppl (seeds 2)" in found
+    assert "left out, being infinite, nan, or a perplexity not above 0: " in found
+    assert "flap 0.6 valid_ppl (seeds 0, 1)" in found
+    assert str(value) not in "".join(line for line in found.splitlines() if line.startswith("|"))
+    assert "being infinite" not in text(some())
+
+
+def test_a_huge_figure_is_told_by_its_power_of_ten() -> None:
+    assert "| 1e+300 ± 0.00 | 0.000 ± 0.000 |" in text([*some(), *(row("random", 0.6, seed, 1e300) for seed in (0, 1))])
+
+
 def test_what_was_asked_for_is_missing_until_it_is_there(tmp_path: Path) -> None:
     jobs = jobs_of(load(write_comparison(tmp_path, keep=[0.8, 0.6], seeds=[0, 1, 2])))
     found = markdown(sheets(joined([], some()), jobs))
     assert "| atp | 0.8 |  |  |  |  |  | MISSING: 0, 1, 2 |" in found
     assert "0, 1; MISSING: 2 |" in found
     assert "INCOMPLETE: 5 of 9 runs" in found
+
+
+def test_what_other_words_made_is_left_out_and_told(tmp_path: Path) -> None:
+    jobs = jobs_of(
+        load(write_comparison(tmp_path, keep=0.6, methods={"atp": {}, "flap": {}, "dense_lora": {"method": "finetune"}}))
+    )
+    digests = {job.key[2:]: job.digest for job in jobs}
+    rows = [*some(), *(row("flap", 0.6, seed, 16.0) for seed in (0, 1)), *(row("else", 0.6, seed, 16.0) for seed in (0, 1))]
+    rows = [{**it, "words": digests.get((it["method"], it["keep"], it["seed"]), "unknown")} for it in rows]
+    told = "made by other words of the recipe, not comparable: "
+    found = markdown(sheets(rows, jobs))
+    assert told not in found
+    assert "| else | ≈ +0.00 ± 1.41 |" in found  # not of this comparison
+    assert "| flap | ≈ +0.00 ± 1.41 |" in found
+    for it in rows:
+        if (it["method"], it["seed"]) in (("flap", 0), ("dense_lora", 0), ("dense_lora", 1)):
+            it["words"] = "older"
+    found = markdown(sheets(rows, jobs))
+    assert f"{told}dense_lora (seeds 0, 1), flap 0.6 (seeds 0)." in found
+    assert "| flap | 0.6 |  | 16.00 |  | 2.00 | 30 | 1; MISSING: 0 |" in found
+    assert "| flap | **16.00*** |" in found
+    assert "| flap | -1.00 (n=1) |" in found
+    assert "no dense LoRA among the rows" in found
+    # others are held against dense LoRA, shown or not
+    assert f"{told}dense_lora (seeds 0, 1)." in markdown(sheets(rows, jobs, Part(only=("atp",))))
+    assert told not in markdown(sheets(rows))
+    del rows[7]["words"]
+    assert markdown(sheets(rows, jobs)) == found  # nothing is known of it
 
 
 def test_the_best_of_each_budget_is_marked() -> None:
@@ -196,6 +245,17 @@ def test_who_is_ahead_and_by_how_much_on_the_same_seeds() -> None:
     assert "| best | ▼ -1.05 ± 0.07 |" in found
     assert "| single | +1.00 (n=1) |" in found
     assert "of twenty equal rivals one gets ▲ and another ▼" in found
+
+
+def test_without_a_rival_on_the_same_seed_there_is_no_table_of_leads() -> None:
+    for rows in (
+        some(),
+        [*some(), row("flap", 0.8, 0, 14.0)],
+        [*some(), row("flap", 0.6, 5, 14.0)],
+        [row("flap", 0.6, 0, 1.0)],
+    ):
+        assert "ahead by" not in text(rows)
+        assert "mean perplexity" in text(rows)
 
 
 def test_a_lead_tells_how_far_other_text_would_move_it() -> None:

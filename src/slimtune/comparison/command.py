@@ -23,11 +23,15 @@ ComparisonFile = Annotated[
     typer.Argument(metavar="COMPARISON", help="Comparison file (YAML), e.g. recipes/compare/health.yaml.", show_default=False),
 ]
 Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs side by side.", show_default="1, or one a GPU")]
-Gpus = Annotated[str, typer.Option(metavar="0,1", help="GPUs to deal the runs out to.", show_default="each run sees all")]
+Gpus = Annotated[
+    str | None, typer.Option(metavar="0,1", help="GPUs to deal the runs out to.", show_default="each run sees all")
+]
 Threads = Annotated[int | None, typer.Option(metavar="N", help="CPU threads of a run.", show_default="cores / jobs")]
-Only = Annotated[str, typer.Option(metavar="NAME,NAME", help="Only these methods.", show_default="all")]
-Keeps = Annotated[str, typer.Option(metavar="0.6,0.5", help="Only these budgets, and what is not cut.", show_default="all")]
-Seeds = Annotated[str, typer.Option(metavar="0,1", help="Only these seeds.", show_default="all")]
+Only = Annotated[str | None, typer.Option(metavar="NAME,NAME", help="Only these methods.", show_default="all")]
+Keeps = Annotated[
+    str | None, typer.Option(metavar="0.6,0.5", help="Only these budgets, and what is not cut.", show_default="all")
+]
+Seeds = Annotated[str | None, typer.Option(metavar="0,1", help="Only these seeds.", show_default="all")]
 Rows = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Raw rows; those it has are kept.", show_default="OUT/rows.json")
 ]
@@ -46,9 +50,9 @@ def compare(
     jobs: Jobs = None,
     gpus: Gpus = "",
     threads: Threads = None,
-    only: Only = "",
-    keep: Keeps = "",
-    seeds: Seeds = "",
+    only: Only = None,
+    keep: Keeps = None,
+    seeds: Seeds = None,
     rows: Rows = None,
     out: Out = None,
     table: TableOnly = False,
@@ -75,7 +79,7 @@ def compare(
     if table:
         _show(_there(asked.rows, part, some=True), asked.jobs, asked.out, part)
         return
-    cards = list(_items(gpus, str, "--gpus"))
+    cards = list(_items(gpus or None, str, "--gpus"))
     many = side_by_side(jobs, cards, threads)
     _warn_of_figure()
     if dry_run:
@@ -107,11 +111,17 @@ def _execute(asked: Order, jobs: int, gpus: list[str], threads: int | None) -> N
         raise typer.Exit(1)
 
 
-def _items(text: str, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
+def _items(text: str | None, kind: Callable[[str], Any], option: str) -> tuple[Any, ...]:
+    """What an option lists; nothing where it is not given. An empty list would mean all: it is a variable that is not set."""
+    if text is None:
+        return ()
     try:
-        return tuple(kind(item.strip()) for item in text.split(",") if item.strip())
+        found = tuple(kind(item.strip()) for item in text.split(",") if item.strip())
     except ValueError as error:
         raise UserError(f"{option} {text!r} is not a list such as {'0.6,0.5' if kind is float else '0,1'}") from error
+    if not found:
+        raise UserError(f"{option} {text!r} names nothing; give a list, or leave the option out")
+    return found
 
 
 def _there(file: Path, part: Part, some: bool = False) -> list[Row]:
@@ -147,7 +157,7 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> No
         if not installed():
             told = f"no figure: it {NEEDS}, then the same command with --table draws it"
             typer.secho(told, fg=typer.colors.YELLOW, err=True)
-        elif drawable(rows, part):
+        elif drawable(rows, asked, part):
             draw(rows, out / "figure.svg", asked, part)
             typer.echo(f"figure: {out / 'figure.svg'}")
         else:
@@ -157,6 +167,7 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> No
 def _list(asked: Order) -> None:
     """What would be run. The base need not be here for that."""
     from slimtune.comparison.budgets import check_budgets
+    from slimtune.comparison.made import check_ours
     from slimtune.comparison.run import needed, present
     from slimtune.comparison.sheet import render
     from slimtune.comparison.table import listing
@@ -164,6 +175,7 @@ def _list(asked: Order) -> None:
     there = present(asked.work, asked.rows)
     todo = [job for job in asked.work if job not in there]
     before = needed(todo)
+    check_ours([*before, *todo])
     check_budgets([*before, *todo], absent=True)
     _wide().print(render([listing(asked.work, there, before)]))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ STYLES = [
 """Colours that colour-blind readers tell apart; markers and line styles that do without colour."""
 WIDE = 2.5
 """Largest over smallest perplexity from which the axis is logarithmic: one bad method must not flatten the rest."""
-
+LOWEST, HIGHEST = 1e-9, 1e30
+"""What is drawn lies between: nothing real is beyond, and matplotlib fails near the ends of what a float holds."""
 
 NEEDS = "needs matplotlib: pip install 'slimtune[plot]'"
 
@@ -39,9 +40,9 @@ def installed() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def drawable(rows: Iterable[Row], part: Part = ALL) -> bool:
+def drawable(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> bool:
     """Whether a method has a perplexity at a budget."""
-    return any(_points(board) for board in boards(rows, part=part))
+    return any(_points(board) for board in boards(rows, asked, part))
 
 
 def draw(rows: Iterable[Row], file: Path, asked: Iterable[Job] = (), part: Part = ALL) -> None:
@@ -85,9 +86,13 @@ def _pyplot() -> Any:
 
 
 def _points(board: Board) -> dict[str, list[float]]:
-    """The budgets at which each method has a perplexity."""
-    found = {method: [keep for keep in board.keeps if board.of(method, keep)] for method in board.methods}
+    """The budgets at which each method has a perplexity that an axis holds."""
+    found = {method: [keep for keep in board.keeps if _on_axis(board.of(method, keep))] for method in board.methods}
     return {method: keeps for method, keeps in found.items() if keeps}
+
+
+def _on_axis(values: Mapping[int, float]) -> bool:
+    return bool(values) and LOWEST <= statistics.mean(values.values()) <= HIGHEST
 
 
 def _styles(shown: list[Board]) -> dict[str, tuple[Any, ...]]:
@@ -106,8 +111,9 @@ def _ranked(shown: list[Board]) -> list[str]:
 
 def _size(board: Board, method: str, keep: float) -> float | None:
     """Millions of parameters; of other methods at that budget where the method's rows do not say; None where no row does."""
-    mine = list(board.of(method, keep, "parameters").values())
-    others = [value for name in board.methods for value in board.of(name, keep, "parameters").values()]
+    told = {name: board.of(name, keep, "parameters") for name in (method, *board.methods)}
+    sizes = {name: list(each.values()) for name, each in told.items() if _on_axis(each)}
+    mine, others = sizes.get(method), [value for each in sizes.values() for value in each]
     return statistics.mean(mine or others) / 1e6 if mine or others else None
 
 
@@ -142,7 +148,8 @@ def _panel(axis: Any, board: Board, styles: dict[str, tuple[Any, ...]]) -> None:
             zorder=4 if ours else 3,
         )
         heights += means
-    if dense := list(board.of(DENSE, 1.0).values()):
+    if _on_axis(board.of(DENSE, 1.0)):
+        dense = list(board.of(DENSE, 1.0).values())
         _level(axis, statistics.mean(dense), deviation(dense))
         heights.append(statistics.mean(dense))
     _scales(axis, board, points, heights)

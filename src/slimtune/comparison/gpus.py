@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slimtune.comparison.jobs import Job
+from slimtune.errors import UserError
 
 TRIES = 3
 """How often a run that found too little memory is made; the last time alone on its GPU, so that its end is its own."""
@@ -25,6 +30,43 @@ TAIL = 8000
 def ran_out(log: Path) -> bool:
     """Whether the end of a run's log tells of a full GPU."""
     return bool(SYMPTOMS.search(log.read_bytes()[-TAIL:].decode("utf-8", "replace")))
+
+
+SEEN = (
+    "import json, torch; "
+    "print(json.dumps([str(getattr(torch.cuda.get_device_properties(index), 'uuid', '')) "
+    "for index in range(torch.cuda.device_count())]))"
+)
+
+
+def seen() -> list[str] | None:
+    """The UUIDs of all GPUs, in the order of their numbers; None where that cannot be told.
+
+    As a run's torch sees them, in a process of its own: this one holds no torch and no memory of a GPU.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+    asked = subprocess.run([sys.executable, "-c", SEEN], env=environment, capture_output=True, text=True, check=False)
+    try:
+        return [str(uuid).removeprefix("GPU-") for uuid in json.loads(asked.stdout.splitlines()[-1])]
+    except (ValueError, IndexError):
+        return None
+
+
+def check_there(gpus: Sequence[str]) -> None:
+    """Raises UserError for a GPU that is not there: CUDA shows such a run none, and it would go on on the CPU."""
+    found = seen() if gpus else None
+    if found is None:
+        return
+    there = "torch sees no GPU here; leave --gpus out for runs on the CPU"
+    if found:
+        there = f"the GPUs here are {', '.join(map(str, range(len(found))))}; give those, or leave --gpus out"
+    for gpu in gpus:
+        if gpu.isdecimal():
+            known = int(gpu) < len(found)
+        else:  # of a MIG the properties do not tell
+            known = any(gpu.startswith("MIG-") or uuid.startswith(gpu.removeprefix("GPU-")) for uuid in found)
+        if not known:
+            raise UserError(f"--gpus {gpu}: {there}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -14,15 +13,12 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from slimtune.comparison.gpus import Places, ran_out
 from slimtune.comparison.jobs import Job
-from slimtune.comparison.lock import held
+from slimtune.comparison.lock import held, shared
+from slimtune.comparison.made import Summary, beside, finished, put_stamp
 from slimtune.comparison.program import commit, program
-from slimtune.errors import UserError
-
-Summary = dict[str, Any]
 
 TUNE = (sys.executable, "-m", "slimtune", "tune")
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
@@ -44,55 +40,18 @@ class Ended:
     again: bool = False
 
 
-def beside(job: Job, ending: str) -> Path:
-    """A file next to the run's folder. Not ``with_suffix``: a budget in the name looks like one."""
-    return job.folder.with_name(job.folder.name + ending)
-
-
 def command(job: Job) -> list[str]:
     """The words of the run."""
     return [*TUNE, job.file, *job.filled, f"seed={job.seed}", f"out={job.folder}", "--overwrite"]
 
 
-def finished(job: Job, now: str) -> Summary | None:
-    """The summary of a run that the same words and the same program (``now``) have made, with what its stamp says."""
-    stamp, summary = beside(job, ".json"), job.folder / "summary.json"
-    if not (stamp.is_file() and summary.is_file()):
-        return None
-    made: Summary = json.loads(stamp.read_text(encoding="utf-8"))
-    if (made["words"], made["program"]) != (job.digest, now):
-        return None
-    beyond = {"kv_groups": _kv_groups(job.folder / "plan.json"), "windows": _read(job.folder / "windows.json")}
-    return {**json.loads(summary.read_text(encoding="utf-8")), **made, **beyond}
-
-
 def told(ended: Ended) -> str:
     """Why a run has no result, in a few words."""
-    return ended.why if ended.summary is None else f"failed, see {beside(ended.job, '.log')}"
-
-
-def made_for_others(job: Job) -> bool:
-    """Whether a model of ``first`` is there, whatever program made it: by a comparison, or by hand.
-
-    Raises:
-        UserError: a comparison made it by other words.
-    """
-    stamp = beside(job, ".json")
-    if not (job.folder / "summary.json").is_file():
-        return False
-    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8"))["words"] != job.digest:
-        raise UserError(f"first: {str(job.folder)!r} was made by other words; remove it, or give another out")
-    return True
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def _kv_groups(plan: Path) -> int | None:
-    """KV groups that stay, over all layers: what the KV cache holds."""
-    found = _read(plan)
-    return sum(len(layer["kv_group"]) for layer in found["plan"]["kept"]) if found else None
+    if ended.summary is None:
+        return ended.why
+    if "result" in ended.summary:  # it came to its end, and its log tells of no failure
+        return f"failed: {ended.summary['failed']}"
+    return f"failed, see {beside(ended.job, '.log')}"
 
 
 class Launcher:
@@ -100,7 +59,7 @@ class Launcher:
 
     def __init__(self, jobs: int, gpus: Sequence[str] = (), threads: int | None = None):
         self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
-        self.places = Places(jobs, gpus)
+        self.gpus, self.places = gpus, Places(jobs, gpus)
         self.running: set[subprocess.Popen[bytes]] = set()
         self.stopping = False
         self.lock = threading.Lock()
@@ -160,33 +119,33 @@ class Launcher:
 
     def _run(self, job: Job, gpu: str) -> Ended:
         job.folder.mkdir(parents=True, exist_ok=True)
-        with held(beside(job, ".lock")) as ours:
-            if not ours:
+        with held(beside(job, ".lock")) as lock:
+            if lock is None:
                 return Ended(job, None, 0.0, "left to another call, which is making it now")
             there = finished(job, program())  # another call may have made it since
-            return Ended(job, there, 0.0) if there else self._made(job, gpu)
+            return Ended(job, there, 0.0) if there else self._made(job, gpu, shared(lock))
 
-    def _made(self, job: Job, gpu: str) -> Ended:
+    def _made(self, job: Job, gpu: str, lock: tuple[int, ...]) -> Ended:
         started, now, log = time.perf_counter(), program(), beside(job, ".log")
         (job.folder / "summary.json").unlink(missing_ok=True)
         words = command(job)
         stamp = {"words": job.digest, "program": now, "commit": commit(), "command": " ".join(words)}
-        beside(job, ".json").write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-        code = self._wait(words, log, gpu)
+        put_stamp(job, stamp)
+        code = self._wait(words, log, gpu, lock)
         seconds = time.perf_counter() - started
         if code is None or code in STOPPED:
             return Ended(job, None, seconds)
         summary = finished(job, now) if code == 0 else None
-        failed = {**stamp, "failed": log.read_text(encoding="utf-8", errors="replace").strip()[-400:] or f"exit code {code}"}
-        return Ended(job, summary or failed, seconds)
+        return Ended(job, summary or {**stamp, "failed": _reason(log) or f"exit code {code}"}, seconds)
 
-    def _wait(self, words: list[str], log: Path, gpu: str) -> int | None:
+    def _wait(self, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
         with log.open("wb") as file:
             with self.lock:
                 if self.stopping:
                     return None
-                child = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT)
+                # with the lock: where this process is killed, its child goes on, and no other must start beside it
+                child = subprocess.Popen(words, env=environment, stdout=file, stderr=subprocess.STDOUT, pass_fds=lock)
                 self.running.add(child)
             code = child.wait()
         with self.lock:
@@ -204,6 +163,16 @@ class Launcher:
                 child.wait(10)
             except subprocess.TimeoutExpired:
                 child.kill()
+
+
+REMEDY = "start anew with --overwrite"
+"""What ``slimtune tune`` advises; a comparison has no such option and makes a failed run again by itself."""
+
+
+def _reason(log: Path) -> str:
+    """The end of a run's log."""
+    text = log.read_text(encoding="utf-8", errors="replace").strip()
+    return text.replace(REMEDY, "give the comparison again")[-400:]
 
 
 @contextmanager

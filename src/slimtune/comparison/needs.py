@@ -15,10 +15,11 @@ def linked(jobs: Sequence[Job], first: Sequence[Job]) -> list[Job]:
     """The runs, each with those of ``jobs`` and ``first`` whose folders it reads.
 
     Raises:
-        UserError: runs read one another in a circle, a text names a folder in ``{out}`` that no run makes, or a model of
-            ``first`` is read by nobody.
+        UserError: two runs have one folder, runs read one another in a circle, a text names a folder in ``{out}`` that no
+            run makes, or a model of ``first`` is read by nobody.
     """
     everything, done = [*first, *jobs], dict[Path, Job]()
+    _check_apart(everything)
 
     def link(job: Job, path: tuple[Job, ...]) -> Job:
         if job in path:
@@ -39,6 +40,18 @@ def linked(jobs: Sequence[Job], first: Sequence[Job]) -> list[Job]:
     for job in found:
         _check_out(job)
     return found
+
+
+def _check_apart(jobs: Sequence[Job]) -> None:
+    """``a`` at 0.6 and ``a-0.6`` without a budget: one would take the other's place, in its folder and here."""
+    found = dict[str, Job]()
+    for job in jobs:
+        other = found.setdefault(os.path.abspath(job.folder), job)
+        if other is not job:
+            one, two = (f"{it.label} ({f'first: {it.folder}' if it.first else f'methods.{it.method}'})" for it in (other, job))
+            raise UserError(
+                f"comparison: {one} and {two} would both be made in {str(job.folder)!r}; rename one of them or change its keep"
+            )
 
 
 def missing(work: Iterable[Job], made: Callable[[Job], bool]) -> list[Job]:

@@ -29,6 +29,8 @@ PLAIN = {"domain_ppl": "ppl", "valid_ppl": "valid_ppl", "accuracy": "accuracy", 
 
 HALF = 65504.0
 """The largest half float."""
+PPL = "domain_ppl"
+"""Perplexity on the test split."""
 GAIN = "tasks_above_chance"
 """Mean over tasks of accuracy minus that of the most frequent answer, or of ROUGE-L minus that of another row's answer."""
 SCORES = {".accuracy": "majority", ".rougeL": "chance"}
@@ -42,6 +44,7 @@ NO_FIGURES = ("_se", ".rows", *(f"_{name}" for name in BESIDE))
 def of_run(job: Job, summary: Summary) -> list[Row]:
     """The rows of one run, and of the dense LoRA that it may have taken as its reference."""
     where = dict(zip(("base", "domain", "method", "keep", "seed"), job.key, strict=True))
+    summary = judged(summary)
     made = {key: summary.get(key) for key in ("of", "version", "machine", *LIBRARIES, "commit", "program", "words")}
     if "failed" in summary:
         return [{**where, "metric": "failed", "value": summary["failed"], **{key: made[key] for key in ("commit", "program")}}]
@@ -49,12 +52,28 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
     own |= {"reload_difference": summary["reload_difference"], "kv_groups": summary.get("kv_groups")}
     own |= {"block_ratio": summary["result"]["block_ratio"]}
     rows = _rows({**where, **made, **own}, summary["result"], summary["base"])
-    if summary.get("windows"):
+    if summary.get("windows") is not None:
         rows[0]["windows"] = packed(summary["windows"])  # of the perplexity on the test split, the first metric
     if reference := summary.get(DENSE):
         own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}
         rows += _rows({**where, **made, **own}, reference, summary["base"])
     return rows
+
+
+def judged(summary: Summary) -> Summary:
+    """The summary, with the reason why it is none under ``failed`` where its test perplexity is no number."""
+    if "failed" in summary or _is_perplexity(value := summary["result"]["ppl"]):
+        return summary
+    return {**summary, "failed": f"its figures are no numbers (perplexity {value}): lower train.lr, or train.precision=float32"}
+
+
+def _is_perplexity(value: float) -> bool:
+    return 0 < value < math.inf  # false for nan as well
+
+
+def usable(row: Row) -> bool:
+    """Whether a row's value is a figure that can be averaged and drawn."""
+    return _is_perplexity(row["value"]) if row["metric"] == PPL else math.isfinite(row["value"])
 
 
 def _rows(common: Row, figures: dict[str, Any], base: dict[str, Any]) -> list[Row]:
@@ -125,7 +144,8 @@ def _with_ends(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    """Also nan and the infinities, but no whole number beyond what a float holds."""
+    return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 10**300)
 
 
 def key_of(row: Row) -> Key:
@@ -158,10 +178,13 @@ def _reference(row: Row) -> tuple[Any, ...]:
 
 
 def has_run(rows: Iterable[Row], job: Job, now: str) -> bool:
-    """Whether the rows hold this run, made by the same words and the program ``now``, here or on another machine."""
+    """Whether the rows hold this run's figures, by the same words and the program ``now``, here or on another machine."""
     mine = [row for row in rows if key_of(row) == job.key]
     return bool(mine) and all(
-        row["metric"] != "failed" and (row.get("words"), row.get("program")) == (job.digest, now) for row in mine
+        row["metric"] != "failed"
+        and (row["metric"] != PPL or usable(row))
+        and (row.get("words"), row.get("program")) == (job.digest, now)
+        for row in mine
     )
 
 
@@ -184,18 +207,59 @@ def check_part(rows: Sequence[Row], part: Part, file: Path, some: bool = False) 
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a file; none when there is no file. Raises UserError when it holds something else."""
+    """The rows of a file; none when there is no file. Raises UserError when it holds something else, naming the first."""
     if not file.exists():
         return []
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))
-        for row in rows:
-            key_of(row)
-            row["metric"], row["value"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{str(file)!r} holds no rows of a comparison ({error!r}); give another --rows file") from error
-    found: list[Row] = rows
-    return found
+        reason = None if isinstance(rows, list) else "it is no list"
+    except ValueError:
+        reason = "it is no JSON"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise UserError(f"{str(file)!r} holds no rows of a comparison ({reason}); give another --rows file")
+    for index, row in enumerate(rows):
+        if reason := wrong(row):
+            name = f" (method {row['method']!r:.40})" if isinstance(row, dict) and "method" in row else ""
+            told = f"rows[{index}]{name}: {reason}; correct it, or give another --rows"
+            raise UserError(f"{str(file)!r} holds no rows of a comparison: {told}")
+    return list(rows)
+
+
+TEXTS = ("base", "domain", "method", "metric")
+MAY = {
+    **dict.fromkeys(("machine", "program", "words", "windows"), "text"),
+    **dict.fromkeys(("se", "base_value", "dense_value", "tokens", "gpu_seconds", "kv_groups", *BESIDE), "number"),
+}
+"""What else of a row is read, if it is there and not null."""
+
+
+def wrong(row: Any) -> str | None:
+    """What is wrong with a row, if anything."""
+    if not isinstance(row, dict):
+        return f"{row!r:.40} is no mapping"
+    if absent := [key for key in (*TEXTS, "seed", "value") if key not in row]:
+        return f"the key {absent[0]!r} is missing"
+    kinds = {**MAY, **dict.fromkeys(TEXTS, "text"), "value": "text" if row["metric"] == "failed" else "number"}
+    for key, kind in kinds.items():
+        may = key in MAY and row.get(key) is None
+        if not may and not (isinstance(row[key], str) if kind == "text" else _is_number(row[key])):
+            return f"{key}={row[key]!r:.40} is no {kind}"
+    keep = row.get("keep")
+    if keep is not None and not (_is_number(keep) and 0 < keep <= 1):
+        return f"keep={keep!r:.40} is no number above 0 and up to 1"
+    if not isinstance(row["seed"], int) or isinstance(row["seed"], bool):
+        return f"seed={row['seed']!r:.40} is no whole number"
+    return None if not row.get("windows") or _unpacks(row["windows"]) else "windows is damaged"
+
+
+def _unpacks(text: str) -> bool:
+    try:
+        unpacked(text)
+    except (ValueError, struct.error):
+        return False
+    return True
 
 
 def write(file: Path, rows: Iterable[Row]) -> None:

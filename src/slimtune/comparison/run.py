@@ -12,12 +12,15 @@ from pathlib import Path
 from slimtune.comparison import rows as raw
 from slimtune.comparison.budgets import check_budgets
 from slimtune.comparison.config import Comparison, load
+from slimtune.comparison.gpus import check_there
 from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
-from slimtune.comparison.launch import Ended, Launcher, finished, made_for_others, told
+from slimtune.comparison.launch import Ended, Launcher, told
+from slimtune.comparison.made import check_ours, finished, made_for_others
 from slimtune.comparison.needs import linked, missing
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
 
+NOTHING = {"failed": "not there"}
 Say = Callable[[str], None]
 
 
@@ -77,8 +80,8 @@ def compare(
         All rows of the file, those of failed runs (metric ``failed``) among them.
 
     Raises:
-        UserError: a run is not a valid recipe or cannot meet its budget, the file asks for something unknown, or a folder
-            cannot be written.
+        UserError: a run is not a valid recipe or cannot meet its budget, the file asks for something unknown, a GPU is not
+            there, or a folder cannot be written.
     """
     asked = order(file, only=only, keep=keep, seeds=seeds, rows=rows, out=out)
     return run(asked.work, asked.rows, Launcher(side_by_side(jobs, gpus, threads), gpus, threads), say)
@@ -106,8 +109,11 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
     there = {job: summary for job in left if (summary := finished(job, now))}
     todo = [job for job in left if job not in there]
     before = needed(todo)
+    check_ours([*before, *todo])
     check_budgets([*before, *todo])
     _check_folders([*left, *before])
+    if before or todo:
+        check_there(launcher.gpus)
     rows = raw.added(file, [row for job, summary in there.items() for row in raw.of_run(job, summary)])
     if len(todo) < len(work):
         say(f"{len(work) - len(todo)} of {len(work)} runs are there already, made by the same words and the same program")
@@ -125,7 +131,7 @@ def run(work: Sequence[Job], file: Path, launcher: Launcher, say: Say = print) -
 def needed(todo: Sequence[Job]) -> list[Job]:
     """What ``todo`` reads and is not there. Raises UserError where a model of ``first`` was made by other words."""
     now = program()
-    return missing(todo, lambda job: made_for_others(job) if job.first else finished(job, now) is not None)
+    return missing(todo, lambda job: made_for_others(job) if job.first else "failed" not in (finished(job, now) or NOTHING))
 
 
 def present(work: Sequence[Job], file: Path) -> set[Job]:
@@ -145,19 +151,25 @@ def _check_folders(work: Sequence[Job]) -> None:
 
 
 class _Clock:
-    """Lines of progress with the time left, by the mean of the runs so far."""
+    """Lines of progress with the time left, by the mean of the runs made so far."""
 
     def __init__(self, total: int, jobs: int):
-        self.total, self.jobs, self.done, self.started = total, jobs, 0, time.perf_counter()
+        self.total, self.jobs, self.started = total, jobs, time.perf_counter()
+        self.done = self.made = 0
 
     def line(self, ended: Ended) -> str:
         """What came of a run."""
         if ended.again:
             return f"{ended.job.label}: {ended.why}"
         self.done += 1
-        left = (time.perf_counter() - self.started) / self.done * (self.total - self.done)
-        rest = f"; about {duration(left)} left" if self.done < self.total else ""
-        return f"[{self.done}/{self.total}] {ended.job.label}: {_outcome(ended)}, {duration(ended.seconds)}{rest}"
+        told = f"[{self.done}/{self.total}] {ended.job.label}: {_outcome(ended)}"
+        if ended.seconds:  # else it was not made here, which says nothing of the others
+            self.made += 1
+            told += f", {duration(ended.seconds)}"
+        if not self.made or self.done == self.total:
+            return told
+        left = (time.perf_counter() - self.started) / self.made * (self.total - self.done)
+        return f"{told}; about {duration(left)} left"
 
 
 def _outcome(ended: Ended) -> str:

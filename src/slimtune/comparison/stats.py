@@ -9,9 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from slimtune.comparison.jobs import ALL, Job, Part
-from slimtune.comparison.rows import DENSE, GAIN, NORMAL, SCORES, Row, key_of, unpacked
+from slimtune.comparison.rows import DENSE, GAIN, NORMAL, PPL, SCORES, Row, key_of, unpacked, usable
 
-PPL = "domain_ppl"
 OURS = "atp"
 """The method that the others are held against."""
 Cell = tuple[str, float]
@@ -29,6 +28,10 @@ class Board:
     values: dict[tuple[str, float, str], dict[int, float]] = field(default_factory=dict)
     """Value by seed of a method, a budget and a metric."""
     failed: dict[Cell, set[int]] = field(default_factory=dict)
+    unusable: dict[tuple[str, float, str], set[int]] = field(default_factory=dict)
+    """Seeds whose value of a metric is no number: left out, and of a perplexity failed."""
+    stale: dict[Cell, set[int]] = field(default_factory=dict)
+    """Seeds whose rows other words made than those that are asked for: left out, they are missing."""
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -105,7 +108,7 @@ class Board:
             return None
         weights, _, numbers = zip(*told, strict=True)
         mean = [sum(map(operator.mul, weights, each)) for each in zip(*numbers, strict=True)]
-        return statistics.stdev(mean) / len(mean) ** 0.5 if len(mean) > 1 else None
+        return statistics.stdev(mean) / len(mean) ** 0.5 if len(mean) > 1 and all(map(math.isfinite, mean)) else None
 
     def windows(self, method: str, keep: float) -> dict[int, tuple[str, list[float]]]:
         """Digest of the test windows and what each adds to the loss, by seed, where the rows tell it."""
@@ -164,32 +167,47 @@ def boards(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> 
 
     Args:
         rows: raw rows.
-        asked: the runs that there should be. Where they say nothing of a base and domain, each of its methods and budgets
-            should have the seeds that any has.
+        asked: the runs that there should be, by their words. Where they say nothing of a base and domain, each of its methods
+            and budgets should have the seeds that any has.
         part: what is shown.
     """
     found: dict[tuple[str, str], Board] = {}
+    asked = list(asked)
+    digests = {job.key: job.digest for job in asked}
     for job in asked:
         board = found.setdefault((job.base, job.domain), Board(job.base, job.domain))
         board.seeds.setdefault((job.method, job.keep), set()).add(job.seed)
     told = {where: _all_seeds(board.seeds) for where, board in found.items()}
     for row in rows:
-        base, domain, method, keep, seed = key_of(row)
-        board = found.setdefault((base, domain), Board(base, domain))
-        board.rows.append(row)
-        board.seeds.setdefault((method, keep), set())
-        if row["metric"] == "failed":
-            board.failed.setdefault((method, keep), set()).add(seed)
+        board = found.setdefault((row["base"], row["domain"]), Board(row["base"], row["domain"]))
+        words, key = row.get("words"), key_of(row)
+        if words and words != digests.get(key, words):
+            board.stale.setdefault(key[2:4], set()).add(key[4])
         else:
-            board.values.setdefault((method, keep, row["metric"]), {})[seed] = row["value"]
+            _add(board, row)
     for where, board in found.items():
-        everything = told.get(where) or {seed for values in board.values.values() for seed in values}
+        everything = told.get(where) or {seed for it in (board.values, board.unusable) for each in it.values() for seed in each}
         for seeds in board.seeds.values():
             if not seeds:
                 seeds |= everything
         if where not in told:
             board.seeds = dict(sorted(board.seeds.items(), key=_place))
     return [shown for board in found.values() if (shown := _part(board, part)).seeds]
+
+
+def _add(board: Board, row: Row) -> None:
+    method, keep, seed = key_of(row)[2:]
+    board.seeds.setdefault((method, keep), set())
+    if row["metric"] != "failed" and not usable(row):
+        board.unusable.setdefault((method, keep, row["metric"]), set()).add(seed)
+        if row["metric"] == PPL:
+            board.failed.setdefault((method, keep), set()).add(seed)
+        return
+    board.rows.append({key: None if isinstance(it, float) and not math.isfinite(it) else it for key, it in row.items()})
+    if row["metric"] == "failed":
+        board.failed.setdefault((method, keep), set()).add(seed)
+    else:
+        board.values.setdefault((method, keep, row["metric"]), {})[seed] = row["value"]
 
 
 def _part(board: Board, part: Part) -> Board:
@@ -205,8 +223,11 @@ def _part(board: Board, part: Part) -> Board:
         if (found := of(held, method, keep, each))
     }
     failed = {cell: of(part, *cell, seeds) for cell, seeds in board.failed.items()}
+    stale = {cell: of(held, *cell, seeds) for cell, seeds in board.stale.items()}
+    unusable = {key: of(part, *key[:2], seeds) for key, seeds in board.unusable.items()}
     seeds = {cell: of(part, *cell, each) for cell, each in board.seeds.items() if of(cells, *cell, [0])}
-    return Board(board.base, board.domain, seeds, values, failed, [row for row in board.rows if held.holds(key_of(row))])
+    rows = [row for row in board.rows if held.holds(key_of(row))]
+    return Board(board.base, board.domain, seeds, values, failed, unusable, stale, rows)
 
 
 def _all_seeds(seeds: Mapping[Cell, set[int]]) -> set[int]:
@@ -218,6 +239,7 @@ def _place(item: tuple[Cell, set[int]]) -> tuple[bool, str, float]:
     return method != OURS, method, -keep
 
 
+LARGE = 1e12
 STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)
 """95th percentiles of Student's t with 1 to 9 degrees of freedom; with more the last, which is a little too strict."""
 
@@ -240,11 +262,18 @@ def spread(values: Iterable[float], digits: int) -> str:
     found = list(values)
     if not found:
         return ""
-    mean = f"{statistics.mean(found):.{digits}f}"
-    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+    mean = number(statistics.mean(found), digits)
+    return mean if len(found) == 1 else f"{mean} ± {number(deviation(found), digits)}"
+
+
+def number(value: float, digits: int) -> str:
+    """A figure with so many digits behind the point; a very large one by its power of ten."""
+    return f"{value:.{digits}f}" if abs(value) < LARGE else f"{value:.3g}"
 
 
 def deviation(values: Iterable[float]) -> float:
-    """Standard deviation; 0 of a single value."""
+    """Standard deviation; 0 of a single value, nan where one is no number."""
     found = list(values)
+    if not all(map(math.isfinite, found)):
+        return math.nan
     return statistics.stdev(found) if len(found) > 1 else 0.0

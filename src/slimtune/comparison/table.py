@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, GAIN, Row
 from slimtune.comparison.sheet import Sheet
-from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, spread
+from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, number, spread
 
 
 def sheets(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> list[Sheet]:
@@ -18,8 +18,8 @@ def sheets(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> 
         found += [_figures(board), *_tasks(board)]
         if board.methods:
             found.append(_overview(board))
-        if OURS in board.methods and len(board.methods) > 1:
-            found.append(_leads(board))
+        if (leads := _leads(board)).rows:
+            found.append(leads)
     return found
 
 
@@ -123,7 +123,7 @@ def _tasks(board: Board) -> list[Sheet]:
 def _of_seeds(board: Board, method: str, keep: float, metric: str, digits: int = 3) -> str:
     """Mean, spread and interval."""
     ends = board.interval(method, keep, metric)
-    told = f" [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]" if ends else ""
+    told = f" [{number(ends[0], digits)}, {number(ends[1], digits)}]" if ends else ""
     return _mean_of(board, method, keep, board.of(method, keep, metric), digits, told)
 
 
@@ -193,6 +193,10 @@ def _on_gpus(board: Board) -> bool:
     return bool(machines) and not any("CPU threads" in str(machine) for machine in machines)
 
 
+def _named(method: str, keep: float, seeds: Iterable[int], metric: str = "") -> str:
+    return f"{method}{'' if keep == 1 else f' {keep:g}'}{metric} (seeds {_list(sorted(seeds))})"
+
+
 def _warnings(board: Board) -> list[str]:
     """What a reader must know before comparing two lines."""
     found = []
@@ -201,6 +205,10 @@ def _warnings(board: Board) -> list[str]:
         found.append(f"INCOMPLETE: {gaps} of {sum(len(seeds) for seeds in board.seeds.values())} runs are missing or failed")
     if not board.of(DENSE, 1.0):
         found.append("no dense LoRA among the rows: no retention")
+    if stale := [_named(*cell, seeds) for cell, seeds in board.stale.items() if seeds]:
+        found.append(f"made by other words of the recipe, not comparable: {', '.join(stale)}")
+    bad = [_named(name, keep, seeds, f" {metric}") for (name, keep, metric), seeds in board.unusable.items() if seeds]
+    found += [f"left out, being infinite, nan, or a perplexity not above 0: {', '.join(bad)}"] if bad else []
     machines = sorted({str(row["machine"]) for row in board.rows if row.get("machine")})
     if len(machines) > 1:
         found.append(f"seconds were taken on different machines: {', '.join(machines)}")
