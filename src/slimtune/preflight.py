@@ -55,7 +55,12 @@ def _guarded(recipe: Recipe) -> DataConfig:
 
 
 def check_method(recipe: Recipe, structure: Structure) -> None:
-    """Raise UserError where no Plan meets the budget, or the family cannot carry what the method adds."""
+    """Raise UserError where no Plan meets the budget, the family cannot carry what the method adds, or a rank adds nothing."""
+    if recipe.model.init == "pretrained" and recipe.lora.rank > structure.hidden:
+        raise UserError(
+            f"lora.rank={recipe.lora.rank} is more than the model's width of {structure.hidden}, beyond which it adds nothing; "
+            f"give {structure.hidden} at most"
+        )
     scores = recipe.twostage.scores if recipe.method == "twostage" else None
     if scores == "layer_drop":
         level = {site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}

@@ -151,6 +151,21 @@ def test_a_file_for_json_that_cannot_be_written_in_the_end_loses_nothing(
     assert json.loads(result.stdout[result.stdout.index("\n{") :])["tasks"]["pick"]["rows"] == 2
 
 
+def test_tasks_that_cannot_be_written_leave_the_folder_empty(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slimtune.evaluate import folder
+
+    def full(*_: Any) -> str:
+        raise OSError(28, "No space left on device")
+
+    base = write_base(tmp_path / "base")
+    monkeypatch.setattr(folder, "_readme", full)
+    with pytest.raises(UserError, match=r"tasks' cannot be written \(No space left on device\)"):
+        slimtune.evaluate_model(str(base), suite, limit=2, write_tasks=tmp_path / "tasks")
+    assert list((tmp_path / "tasks").iterdir()) == []
+
+
 def test_a_model_that_computes_no_numbers_is_an_error(suite: str) -> None:
     model, _ = cut_model("llama", None, vocab_size=320, max_position_embeddings=128)
     with torch.no_grad():

@@ -260,6 +260,15 @@ def test_flaps_biases_and_least_squares_exclude_each_other(bench: Bench, tmp_pat
     bench.recipe(tmp_path, method="twostage", twostage={"scores": "flap", "least_squares": True, "compensate": False})
 
 
+def test_a_rank_beyond_the_models_width_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:
+    structure = structure_of(load_config(bench.recipe(tmp_path).model))
+    check_method(bench.recipe(tmp_path, lora__rank=structure.hidden), structure)
+    with pytest.raises(
+        UserError, match=rf"lora\.rank={structure.hidden + 1} is more than the model's width of {structure.hidden}"
+    ):
+        check_method(bench.recipe(tmp_path, lora__rank=structure.hidden + 1), structure)
+
+
 def test_a_family_without_bias_keys_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:
     recipe = bench.recipe(tmp_path, method="twostage", twostage={"scores": "flap"})
     structure = structure_of(load_config(recipe.model))

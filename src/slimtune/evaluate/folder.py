@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,9 @@ def write(folder: Path, tasks: Sequence[Prepared], command: str = "") -> None:
         if command:
             (folder / "README.md").write_text(_readme(tasks, command), encoding="utf-8")
     except OSError as error:
+        with suppress(OSError):
+            for half in folder.iterdir():  # it was empty, and is to be so again
+                half.unlink()
         raise UserError(f"{str(folder)!r} cannot be written ({error.strerror}); choose another folder") from error
 
 
