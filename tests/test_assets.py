@@ -48,7 +48,13 @@ def test_the_card_of_the_base() -> None:
 def test_the_demo_keeps_its_promises_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.pipeline.verify", verify_here)
     short = ["search.steps=4", "search.batch=2", "recover.steps=8", "train.batch=4"]
-    figures = ["evaluate.every=0", "evaluate.windows=12", "evaluate.dense_lora=false", "data.max_length=128"]
+    figures = [
+        "evaluate.every=0",
+        "evaluate.search_every=null",
+        "evaluate.windows=12",
+        "evaluate.dense_lora=false",
+        "data.max_length=128",
+    ]
     summary = tune(load(DEMO, [*short, *figures, f"out={tmp_path / 'demo'}"]))
     assert abs(summary["result"]["parameters"] / summary["base"]["parameters"] - 0.6) <= 0.002
     assert summary["reload_difference"] < 1e-4

@@ -30,7 +30,7 @@ def test_beyond_chance(differences: list[float], expected: bool) -> None:
 
 def test_of_twenty_equal_rivals_one_is_beyond_chance_on_each_side() -> None:
     chance = random.Random(0)
-    drawn = [[chance.gauss(0, 1) for _ in range(3)] for _ in range(20_000)]
+    drawn = [[chance.gauss(0, 1) for _ in range(3)] for _ in range(8_000)]
     for sign in (1, -1):
         beyond = sum(beyond_chance(each) and sign * sum(each) > 0 for each in drawn)
-        assert beyond / len(drawn) == pytest.approx(1 / 20, abs=0.006)  # four standard errors
+        assert beyond / len(drawn) == pytest.approx(1 / 20, abs=0.01)  # four standard errors
