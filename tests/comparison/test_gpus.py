@@ -154,8 +154,9 @@ def test_a_run_without_memory_beside_another_is_made_again_when_that_has_ended(t
     assert not [row for row in rows if row["metric"] == "failed"]
     assert len({row["method"] for row in rows}) == 3
     assert [name.partition("-")[0] for name in starts.read_text().split()][2:] == ["late", "large"]
-    assert lines[0] == "large 0.6 seed 0: ran out of GPU memory beside 1 other: made again later, with 1 at a time"
-    assert [line[:5] for line in lines[1:]] == ["[1/3]", "[2/3]", "[3/3]"]
+    told = "large 0.6 seed 0: ran out of GPU memory beside 1 other: made again later, with 1 at a time"
+    assert lines.index(told) < 2  # on a busy machine the other's end may be seen first
+    assert [line[:5] for line in lines if line != told] == ["[1/3]", "[2/3]", "[3/3]"]
 
 
 def test_a_run_that_never_finds_memory_fails_in_the_end(tmp_path: Path, starts: Path) -> None:
