@@ -127,17 +127,20 @@ def write_atomically(target: Path, text: str) -> None:
         raise
 
 
-def _lock(handle: int, path: Path) -> None:
-    import fcntl
+def locked(handle: int, wait: bool = False) -> bool:
+    """Whether an open file or folder is this process's now, for as long as it is open; with ``wait`` it is in the end.
 
+    True as well where there are no locks: on Windows, and on some file systems.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(
-            f"out={str(path)!r} is being written by another slimtune tune; wait for it, or choose another out"
-        ) from error
-    except OSError:  # a file system without locks
-        pass
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return True
+    return True
 
 
 class RunFolder:
@@ -163,8 +166,10 @@ class RunFolder:
         """
         handle = os.open(self.path, os.O_RDONLY) if rank() == 0 and os.name == "posix" else None
         try:
-            if handle is not None:
-                _lock(handle, self.path)
+            if handle is not None and not locked(handle):
+                raise UserError(
+                    f"out={str(self.path)!r} is being written by another slimtune tune; wait for it, or choose another out"
+                )
             yield
         finally:
             if handle is not None:

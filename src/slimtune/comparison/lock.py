@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
+from slimtune.runtime import locked
+
 
 @contextmanager
 def held(file: Path, wait: bool = False) -> Iterator[TextIO | None]:
@@ -15,19 +17,8 @@ def held(file: Path, wait: bool = False) -> Iterator[TextIO | None]:
 
     It goes with the process, however that ends, and with those that its open file was passed on to (``shared``).
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        with file.open("w") as handle:
-            yield handle
-        return
     with file.open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield None
-        else:
-            yield handle
+        yield handle if locked(handle.fileno(), wait) else None
 
 
 def shared(lock: TextIO) -> tuple[int, ...]:
