@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 def test_killed_between_a_row_and_its_checkpoint_and_again_while_exporting(
     bench: Bench, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = variant(bench, "hard", tmp_path)
+    recipe, expected = variant(bench, "hard", tmp_path), whole("hard")  # made before anything is patched
     real = checkpoint.save
 
     def save(path: Path, state: dict[str, Any]) -> None:
@@ -166,7 +166,7 @@ def test_killed_between_a_row_and_its_checkpoint_and_again_while_exporting(
         with pytest.raises(Killed):
             tune(recipe, resume=True)
     kill_at(monkeypatch, "main", "recover", 5)  # no step may run again
-    assert_same(tmp_path, tune(recipe, resume=True), whole("hard"))
+    assert_same(tmp_path, tune(recipe, resume=True), expected)
 
 
 _CHILD = """
