@@ -24,7 +24,8 @@ FAKE = """
 import json, os, pathlib, signal, sys, time
 words = dict(word.split("=", 1) for word in sys.argv[2:] if "=" in word)
 out = pathlib.Path(words["out"])
-(out / "environment").write_text(os.environ.get("CUDA_VISIBLE_DEVICES", "") + " " + os.environ["OMP_NUM_THREADS"])
+threads = [os.environ[name] for name in ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")]
+(out / "environment").write_text(" ".join([os.environ.get("CUDA_VISIBLE_DEVICES", ""), *threads]))
 with (out.parent / "starts").open("a") as file:
     file.write(out.name + "\\n")
 if words.get("lora.rank") == "13":

@@ -38,7 +38,7 @@ def test_runs_share_out_the_gpus_and_leave_a_stamp(tmp_path: Path) -> None:
     work = jobs(tmp_path)[:3]
     ended = {end.job.folder.name: end for end in Launcher(2, ["3", "5"], 1).run_all(work)}
     assert set(ended) == {job.folder.name for job in work}
-    assert {(job.folder / "environment").read_text() for job in work} == {"3 1", "5 1"}
+    assert {(job.folder / "environment").read_text() for job in work} == {"3 1 1 1", "5 1 1 1"}
     summary = finished(work[0], program())
     assert summary is not None
     assert summary == ended["atp-0.8-0"].summary

@@ -21,6 +21,8 @@ from slimtune.comparison.made import Summary, beside, finished, put_stamp
 from slimtune.comparison.program import commit, program
 
 TUNE = (sys.executable, "-m", "slimtune", "tune")
+THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")
+"""What a run's threads are told by: torch's, the tokenizer's, and torch.compile's workers (else 32 a run, however many run)."""
 STOPPED = (130, 143, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of a run that somebody stopped: no result, and no failure of the run either."""
 
@@ -139,7 +141,7 @@ class Launcher:
         return Ended(job, summary or {**stamp, "failed": _reason(log) or f"exit code {code}"}, seconds)
 
     def _wait(self, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self.threads), **({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})}
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads))} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
         with log.open("wb") as file:
             with self.lock:
                 if self.stopping:
