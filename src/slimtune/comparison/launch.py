@@ -141,7 +141,9 @@ class Launcher:
         return Ended(job, summary or {**stamp, "failed": _reason(log) or f"exit code {code}"}, seconds)
 
     def _wait(self, words: list[str], log: Path, gpu: str, lock: tuple[int, ...]) -> int | None:
-        environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads))} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+        environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads))}
+        if gpu:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("wb") as file:
             with self.lock:
                 if self.stopping:
