@@ -15,7 +15,8 @@ from slimtune.comparison import launch
 from slimtune.comparison.config import load
 from slimtune.comparison.jobs import jobs_of
 from slimtune.comparison.lock import held
-from slimtune.comparison.run import compare, order
+from slimtune.comparison.order import order
+from slimtune.comparison.run import compare
 from slimtune.errors import UserError
 
 ask = CliRunner().invoke

@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from slimtune.comparison.jobs import Job, Part
+    from slimtune.comparison.order import Order
     from slimtune.comparison.rows import Row
-    from slimtune.comparison.run import Order
 
-ComparisonFile = Annotated[
-    Path | None,
-    typer.Argument(metavar="COMPARISON", help="Comparison file (YAML), e.g. recipes/compare/health.yaml.", show_default=False),
+ComparisonFiles = Annotated[
+    list[Path] | None,
+    typer.Argument(
+        metavar="COMPARISON", help="Comparison files (YAML), e.g. recipes/compare/health.yaml.", show_default=False
+    ),
 ]
 Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs side by side.", show_default="1, or one a GPU")]
 Gpus = Annotated[
@@ -46,7 +48,7 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Run nothing: list runs,
 
 
 def compare(
-    comparison: ComparisonFile = None,
+    comparison: ComparisonFiles = None,
     jobs: Jobs = None,
     gpus: Gpus = "",
     threads: Threads = None,
@@ -60,24 +62,27 @@ def compare(
 ) -> None:
     """Several methods, budgets and seeds of one recipe: one table, one figure.
 
-    Runs that the same words and the same program have made are taken as they are: stop the command and give it again,
-    or make the table in several calls and on several machines. The options --table --rows FILE print any file of rows.
+    Runs that the same words and the same program have made are taken as they
+    are: stop the command and give it again, or make the table in several
+    calls and on several machines. Several comparisons share the GPUs and the
+    FILE of --rows. --table --rows FILE alone prints any file of rows.
     """
     if table and dry_run:
         raise UserError("--table and --dry-run exclude each other; give one of them")
     from slimtune.comparison.jobs import Part
 
     part = Part(_items(only, str, "--only"), _items(keep, float, "--keep"), _items(seeds, int, "--seeds"))
-    if comparison is None:
+    if not comparison:
         if not (table and rows):
             raise UserError("give a comparison file, e.g. recipes/compare/health.yaml, or --table --rows FILE to print rows")
-        _show(_there(rows, part), [], out, part)
+        _show(_there(rows, part), [], [out] if out else [], part)
         return
-    from slimtune.comparison.run import order, side_by_side
+    from slimtune.comparison.order import order
+    from slimtune.comparison.run import side_by_side
 
     asked = order(comparison, only=part.only, keep=part.keep, seeds=part.seeds, rows=rows, out=out)
     if table:
-        _show(_there(asked.rows, part, some=True), asked.jobs, asked.out, part)
+        _show(_there(asked.rows, part, some=True), asked.jobs, asked.outs, part)
         return
     cards = list(_items(gpus or None, str, "--gpus"))
     many = side_by_side(jobs, cards, threads)
@@ -102,7 +107,7 @@ def _execute(asked: Order, jobs: int, gpus: list[str], threads: int | None) -> N
         typer.secho("interrupted; the same command goes on with the runs that are left", fg=typer.colors.RED, err=True)
         raise typer.Exit(130) from None
     failed = _failed(found, asked.work)  # told before a figure that may not come about
-    _show(found, asked.jobs, asked.out, ALL)
+    _show(found, asked.jobs, asked.outs, ALL)
     now, told = program(), {key_of(row) for row in found if row["metric"] == "failed"}  # an older row is no result
     lost = [job.label for job in asked.work if job.key not in told and not has_run(found, job, now)]
     if lost:
@@ -142,8 +147,8 @@ def _warn_of_figure() -> None:
         typer.secho(told, fg=typer.colors.YELLOW, err=True)
 
 
-def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> None:
-    """The table on the screen; into ``out`` the table as Markdown and the figure."""
+def _show(rows: list[Row], asked: list[Job], outs: list[Path], part: Part) -> None:
+    """The table on the screen; into each of ``outs`` the table as Markdown and the figure."""
     from slimtune.comparison.figure import NEEDS, draw, drawable, installed
     from slimtune.comparison.rows import put
     from slimtune.comparison.sheet import markdown, render
@@ -151,7 +156,7 @@ def _show(rows: list[Row], asked: list[Job], out: Path | None, part: Part) -> No
 
     found = sheets(rows, asked, part)
     _wide().print(render(found))
-    if out is not None:
+    for out in outs:
         put(out / "table.md", markdown(found))
         typer.echo(f"table: {out / 'table.md'}")
         if not installed():

@@ -32,6 +32,7 @@ class Job:
         shared: the text of the shared recipe; measured: of the tasks that it measures. Both are part of the digest.
         reads: runs whose folders it reads, with theirs.
         first: a model that is made for others and has no rows.
+        whose: what tells its label from those of another comparison.
     """
 
     base: str
@@ -47,6 +48,7 @@ class Job:
     measured: tuple[str, ...] = field(default=(), repr=False)
     reads: tuple[Job, ...] = field(default=(), compare=False, repr=False)
     first: bool = False
+    whose: str = field(default="", compare=False, repr=False)
 
     @property
     def key(self) -> Key:
@@ -56,7 +58,7 @@ class Job:
     @property
     def label(self) -> str:
         """For a line of progress."""
-        return f"{self.method}{'' if self.keep == 1 else f' {self.keep:g}'} seed {self.seed}"
+        return f"{self.whose}{self.method}{'' if self.keep == 1 else f' {self.keep:g}'} seed {self.seed}"
 
     def fill(self, text: str) -> str:
         """A text with the folder of the runs in the place of ``{out}``."""
@@ -129,7 +131,7 @@ def first_of(comparison: Comparison) -> list[Job]:
     for item in comparison.first:
         words, folder = words_of(item.changes), Path(item.out)
         recipe = _checked(f"first: {item.out}", item.recipe, words)
-        where = (comparison.base, comparison.domain, folder.name, 1.0, recipe.seed)
+        where = ("", "", folder.name, 1.0, recipe.seed)  # nobody's: comparisons share it
         texts = shared_text(item.recipe), tasks_text(recipe.evaluate.tasks)
         found.append(Job(*where, item.recipe, tuple(words), folder, recipe, *texts, first=True))
     return found

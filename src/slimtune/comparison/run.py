@@ -6,17 +6,16 @@ import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from slimtune.comparison import rows as raw
 from slimtune.comparison.budgets import check_budgets
-from slimtune.comparison.config import Comparison, load
 from slimtune.comparison.gpus import check_there
-from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
+from slimtune.comparison.jobs import Job
 from slimtune.comparison.launch import Ended, Launcher, told
 from slimtune.comparison.made import check_ours, finished, made_for_others
-from slimtune.comparison.needs import linked, missing
+from slimtune.comparison.needs import missing
+from slimtune.comparison.order import order
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
 
@@ -24,35 +23,8 @@ NOTHING = {"failed": "not there"}
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a comparison is asked for: its runs, all of them and those of this call, and where things go."""
-
-    comparison: Comparison
-    jobs: list[Job]
-    work: list[Job]
-    out: Path
-    rows: Path
-
-
-def order(
-    file: str | Path,
-    *,
-    only: Iterable[str] = (),
-    keep: Iterable[float] = (),
-    seeds: Iterable[int] = (),
-    rows: str | Path | None = None,
-    out: str | Path | None = None,
-) -> Order:
-    """Read a comparison file and check all its runs. Raises UserError; see :func:`compare`."""
-    comparison = load(file)
-    folder = Path(out or comparison.out)
-    jobs = linked(jobs_of(comparison, folder), first_of(comparison))
-    return Order(comparison, jobs, chosen(jobs, only, keep, seeds), folder, Path(rows or folder / "rows.json"))
-
-
 def compare(
-    file: str | Path,
+    file: str | Path | Sequence[str | Path],
     *,
     jobs: int | None = None,
     gpus: Sequence[str] = (),
@@ -67,13 +39,13 @@ def compare(
     """Make the runs of a comparison file that are not there yet, and collect their rows.
 
     Args:
-        file: the comparison, e.g. ``recipes/compare/health.yaml``.
+        file: the comparison, e.g. ``recipes/compare/health.yaml``, or several, whose runs are dealt out together.
         jobs: runs side by side; default: one a GPU in ``gpus``, else one.
         gpus: numbers of the GPUs to deal the runs out to; none: each run sees all.
         threads: CPU threads of a run; default: the cores over ``jobs``.
         only: methods; keep: budgets; seeds: seeds. Empty: all.
         rows: the file of the rows; default ``rows.json`` in the output folder. Rows that it has are kept and joined.
-        out: folder of the runs; default: the comparison's.
+        out: folder of the runs; default: the comparison's. Several comparisons need ``rows`` and take no ``out``.
         say: takes a line for each run that ends.
 
     Returns:

@@ -27,11 +27,11 @@ def listing(work: Sequence[Job], there: Container[Job], before: Sequence[Job] = 
     """What a call would run: steps, tokens, which seeds are there already, and what is made first because others read it."""
     sheet = Sheet("runs", "runs", ["method", "keep", "steps", "windows", "tokens, at most", "to run: seeds", "there: seeds"])
     todo = [job for job in work if job not in there]
-    for method, keep in dict.fromkeys((job.method, job.keep) for job in work):
-        mine = [job for job in work if (job.method, job.keep) == (method, keep)]
+    for whose, method, keep in dict.fromkeys((job.whose, job.method, job.keep) for job in work):
+        mine = [job for job in work if (job.whose, job.method, job.keep) == (whose, method, keep)]
         run, done = [job.seed for job in mine if job not in there], [job.seed for job in mine if job in there]
         numbers = [f"{number:,}" for number in (mine[0].steps, mine[0].windows, mine[0].tokens)]
-        sheet.rows.append([method, _budget(keep), *numbers, _list(run), _list(done)])
+        sheet.rows.append([whose + method, _budget(keep), *numbers, _list(run), _list(done)])
     sheet.notes.append(f"{len(todo)} of {len(work)} runs to make, {sum(job.tokens for job in todo):,} tokens at most")
     for job in before:
         sheet.notes.append(f"and first, for others read it: {job.folder} ({job.steps:,} steps, {job.tokens:,} tokens at most)")
