@@ -20,9 +20,7 @@ if TYPE_CHECKING:
 
 ComparisonFiles = Annotated[
     list[Path] | None,
-    typer.Argument(
-        metavar="COMPARISON", help="Comparison files (YAML), e.g. recipes/compare/health.yaml.", show_default=False
-    ),
+    typer.Argument(metavar="COMPARISON", help="Comparison files (YAML), e.g. recipes/compare/health.yaml.", show_default=False),
 ]
 Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs side by side.", show_default="1, or one a GPU")]
 Gpus = Annotated[
