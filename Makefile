@@ -31,9 +31,9 @@ golden: setup
 	$(ONE_THREAD) $(BIN)/python -m pytest -n 0 tests/golden --record
 	git diff --stat -- tests/golden
 
-# The tables and figures in docs/RESULTS.md, from the raw rows in docs/results/. What makes new rows stands beside each table.
+# The tables and figures of docs/RESULTS.md and docs/results/FIGURES.md, from the raw rows in docs/results/. What makes new rows stands beside each table.
 results: setup
-	$(BIN)/python benchmarks/results.py docs/RESULTS.md
+	$(BIN)/python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
 # All tables on the screen, the earlier ones too (docs/results/EARLIER.md).
 GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))

@@ -1,10 +1,10 @@
 """Write the tables and figures of a document from the raw rows that it names.
 
-    python benchmarks/results.py docs/RESULTS.md
+    python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
-PARTS are any of ``figures tasks means leads``, as ``slimtune compare`` prints them. ``![...](X.svg)`` after
-``<!-- figure FILE -->`` is drawn anew.
+PARTS are any of ``figures tasks means leads``, as ``slimtune compare`` prints them; what their signs mean is said once in a
+document. ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from slimtune.comparison.figure import draw
 from slimtune.comparison.rows import Row, read
-from slimtune.comparison.sheet import markdown
+from slimtune.comparison.sheet import legend_of, markdown
 from slimtune.comparison.table import sheets
 from slimtune.errors import UserError
 
@@ -34,12 +34,16 @@ def filled(text: str, folder: Path) -> str:
     if not len(TABLES.findall(text)) == text.count(START) == text.count(END):
         raise UserError(f"marks are not in pairs: each '{START}FILE: PARTS -->' needs its '{END}' before the next one")
 
+    said = set[str]()
+
     def tables(found: re.Match[str]) -> str:
         parts = found["parts"].split()
         if unknown := [part for part in parts if part not in PARTS]:
             raise UserError(f"{found['file']}: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
         shown = [sheet for sheet in sheets(_there(folder / found["file"])) if sheet.kind in parts]
-        return f"{found[1]}{markdown(shown)}{found[4]}"
+        table = markdown(shown, said)
+        said.update(legend_of(shown))
+        return f"{found[1]}{table}{found[4]}"
 
     return TABLES.sub(tables, text)
 

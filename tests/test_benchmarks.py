@@ -171,9 +171,12 @@ def test_a_dry_run_goes_from_random_weights_to_a_row(
 
 def test_tables_and_figures_of_the_results_are_those_of_their_rows(tmp_path: Path) -> None:
     results, file = script("results"), ROOT / "docs" / "RESULTS.md"
+    figures = ROOT / "docs" / "results" / "FIGURES.md"
     text = file.read_text(encoding="utf-8")
     assert text.count(results.START) > 3
-    assert results.filled(text, file.parent) == text  # else: make results
+    for document in (file, figures):
+        assert results.START in document.read_text(encoding="utf-8")
+        assert results.filled(document.read_text(encoding="utf-8"), document.parent) == document.read_text(encoding="utf-8")
     assert results.pictures(text, file.parent)
     for rows, picture in results.pictures(text, file.parent):
         results.draw(results.read(rows), tmp_path / "again.svg")
@@ -199,6 +202,11 @@ def test_a_document_gets_its_tables_and_pictures(tmp_path: Path, monkeypatch: py
     assert text.startswith(f"{start}**words, tiny: what atp is ahead by")
     assert text.endswith(end)
     assert "| wanda | ▲ +2.00 ± 0.00 |" in text
+    assert text.count("- rival minus atp, the same seed each") == 1
+    document.write_text(text + text, encoding="utf-8")
+    script("results").main()  # what the signs mean is said once
+    text = document.read_text(encoding="utf-8")
+    assert (text.count("| wanda | ▲"), text.count("rival minus atp")) == (2, 1)
     assert "old" not in text
     assert "<svg" in (tmp_path / "x.svg").read_text(encoding="utf-8")
     for bad, reason in (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,16 +24,25 @@ class Sheet:
     best: set[tuple[int, int]] = field(default_factory=set)
     """Row and column of the cells to stress."""
     notes: list[str] = field(default_factory=list)
+    legend: list[str] = field(default_factory=list)
+    """What its signs mean: said once, below all tables that are shown together."""
 
 
-def render(found: Iterable[Sheet]) -> RenderableType:
+def render(found: Sequence[Sheet]) -> RenderableType:
     """For a terminal."""
-    return Group(*(_drawn(sheet) for sheet in found))
+    legend = [Text(f"  {line}", "dim") for line in legend_of(found)]
+    return Group(*(_drawn(sheet) for sheet in found), *([Text("signs", "bold"), *legend, Text()] if legend else []))
 
 
-def markdown(found: Iterable[Sheet]) -> str:
-    """The same as Markdown."""
-    return "\n".join(_marked(sheet) for sheet in found)
+def markdown(found: Sequence[Sheet], said: Collection[str] = ()) -> str:
+    """The same as Markdown, without those lines of the legend that are ``said`` elsewhere."""
+    legend = "".join(f"- {line.replace('*', chr(92) + '*')}.\n" for line in legend_of(found) if line not in said)
+    return "\n".join([*map(_marked, found), *([legend] if legend else [])])
+
+
+def legend_of(found: Iterable[Sheet]) -> list[str]:
+    """What the signs of these tables mean, each line once."""
+    return list(dict.fromkeys(line for sheet in found for line in sheet.legend))
 
 
 HEADS = {"figures": " ", "tasks": r"\.(?=[a-zA-Z])| (?=\[)"}

@@ -77,8 +77,9 @@ def _figures(board: Board) -> Sheet:
                 _seeds(board, method, keep),
             ]
         )
-    sheet.notes.append("± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed")
-    sheet.notes += [*_signs(sheet), *_warnings(board)]
+    sheet.legend += ["± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed"]
+    sheet.legend += _signs(sheet)
+    sheet.notes += _warnings(board)
     return sheet
 
 
@@ -115,7 +116,7 @@ def _tasks(board: Board) -> list[Sheet]:
             cells = [_of_seeds(board, method, keep, metric) for metric in metrics]
             if any(cells):
                 sheet.rows.append([method, _budget(keep), *cells])
-        sheet.notes += _signs(sheet)
+        sheet.legend += _signs(sheet)
         found += [sheet] if metrics else []
     return found
 
@@ -144,9 +145,8 @@ def _task_scores(board: Board) -> Sheet:
             found = [scores, board.task_retention(method, keep)]
             found += [board.learned_gain(method, keep), board.learned_retention(method, keep)] if learned else []
             sheet.rows.append([method, _budget(keep), *(_mean_of(board, method, keep, values) for values in found)])
-    sheet.notes.append(GAINS)
-    sheet.notes += [f"{LEARNED}: {', '.join(board.learned)}"] if learned else []
-    sheet.notes += _signs(sheet)
+    sheet.notes += [f"learned: {', '.join(board.learned)}"] if learned else []
+    sheet.legend += [GAINS, *([LEARNED] if learned else []), *_signs(sheet)]
     return sheet
 
 
@@ -267,9 +267,9 @@ def _leads(board: Board) -> Sheet:
         cells = [_lead(board, rival, keep) for keep in keeps]
         if rival != OURS and any(cells):
             sheet.rows.append([rival, *cells])
-    sheet.notes.append(LEGEND)
+    sheet.legend.append(LEGEND)
     if any("text" in cell for row in sheet.rows for cell in row[1:]):
-        sheet.notes.append("text: standard error of that mean over the test windows, which are the same for all")
+        sheet.legend.append("text: standard error of that mean over the test windows, which are the same for all")
     return sheet
 
 
