@@ -63,8 +63,8 @@ def test_what_is_asked_for_must_be_in_one_of_them(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "told"),
     [
-        ({"domain": "health"}, "both have atp of tiny, health: their rows need files of their own"),
-        ({"out": "OUT/out-health"}, r"both have '.*out-health/atp-0\.6-0': one of them needs another out"),
+        ({"domain": "health"}, "both have atp of tiny, health; give them in calls of their own, with another --rows each"),
+        ({"out": "OUT/out-health"}, r"both have '.*out-health/atp-0\.6-0'; give one of them another out"),
     ],
 )
 def test_runs_that_would_take_one_anothers_place_are_refused(tmp_path: Path, second: dict[str, str], told: str) -> None:

@@ -83,8 +83,14 @@ def _together(parts: Sequence[Sequence[Job]], files: Sequence[str | Path]) -> li
     rows, folders = dict[Any, str](), dict[Any, str]()
     for part, file in zip(parts, map(str, files), strict=True):
         for job in part:
-            _alone(rows, job.key, file, f"{job.method} of {job.base}, {job.domain}", "their rows need files of their own")
-            _alone(folders, os.path.abspath(job.folder), file, f"{str(job.folder)!r}", "one of them needs another out")
+            _alone(
+                rows,
+                job.key,
+                file,
+                f"{job.method} of {job.base}, {job.domain}",
+                "give them in calls of their own, with another --rows each",
+            )
+            _alone(folders, os.path.abspath(job.folder), file, f"{str(job.folder)!r}", "give one of them another out")
     turns = [list(dict.fromkeys(job.seed for job in part)) for part in parts]
     ranked = [(turn.index(job.seed), job) for part, turn in zip(parts, turns, strict=True) for job in part]
     return [job for _, job in sorted(ranked, key=lambda it: it[0])]
@@ -92,4 +98,4 @@ def _together(parts: Sequence[Sequence[Job]], files: Sequence[str | Path]) -> li
 
 def _alone(known: dict[Any, str], key: Any, file: str, what: str, remedy: str) -> None:
     if known.setdefault(key, file) != file:
-        raise UserError(f"{known[key]!r} and {file!r} both have {what}: {remedy}, or give them one after the other")
+        raise UserError(f"{known[key]!r} and {file!r} both have {what}; {remedy}")
