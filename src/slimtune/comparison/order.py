@@ -81,15 +81,10 @@ def _shared(first: Sequence[Job], models: dict[str, Job]) -> list[Job]:
 def _together(parts: Sequence[Sequence[Job]], files: Sequence[str | Path]) -> list[Job]:
     """The runs of all files. Raises UserError where two of them would take one another's place, in a folder or in the rows."""
     rows, folders = dict[Any, str](), dict[Any, str]()
+    apart = "give them in calls of their own, with another --rows each"
     for part, file in zip(parts, map(str, files), strict=True):
         for job in part:
-            _alone(
-                rows,
-                job.key,
-                file,
-                f"{job.method} of {job.base}, {job.domain}",
-                "give them in calls of their own, with another --rows each",
-            )
+            _alone(rows, job.key, file, f"{job.method} of {job.base}, {job.domain}", apart)
             _alone(folders, os.path.abspath(job.folder), file, f"{str(job.folder)!r}", "give one of them another out")
     turns = [list(dict.fromkeys(job.seed for job in part)) for part in parts]
     ranked = [(turn.index(job.seed), job) for part, turn in zip(parts, turns, strict=True) for job in part]
