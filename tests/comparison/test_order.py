@@ -64,7 +64,10 @@ def test_what_is_asked_for_must_be_in_one_of_them(tmp_path: Path) -> None:
     ("second", "told"),
     [
         ({"domain": "health"}, "both have atp of tiny, health; give them in calls of their own, with another --rows each"),
-        ({"out": "OUT/out-health"}, r"both have '.*out-health/atp-0\.6-0'; give one of them another out"),
+        (
+            {"out": "OUT/out-health"},
+            r"health: atp 0\.6 seed 0 .* and law: atp 0\.6 seed 0 .* would both be made in '.*out-health/atp",
+        ),
     ],
 )
 def test_runs_that_would_take_one_anothers_place_are_refused(tmp_path: Path, second: dict[str, str], told: str) -> None:

@@ -19,7 +19,7 @@ def linked(jobs: Sequence[Job], first: Sequence[Job]) -> list[Job]:
             run makes, or a model of ``first`` is read by nobody.
     """
     everything, done = [*first, *jobs], dict[Path, Job]()
-    _check_apart(everything)
+    check_apart(everything)
 
     def link(job: Job, path: tuple[Job, ...]) -> Job:
         if job in path:
@@ -42,8 +42,8 @@ def linked(jobs: Sequence[Job], first: Sequence[Job]) -> list[Job]:
     return found
 
 
-def _check_apart(jobs: Sequence[Job]) -> None:
-    """``a`` at 0.6 and ``a-0.6`` without a budget: one would take the other's place, in its folder and here."""
+def check_apart(jobs: Sequence[Job]) -> None:
+    """Raises UserError where one run would take another's folder: ``a`` at 0.6 and ``a-0.6``, or runs of two comparisons."""
     found = dict[str, Job]()
     for job in jobs:
         other = found.setdefault(os.path.abspath(job.folder), job)

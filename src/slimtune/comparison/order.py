@@ -6,11 +6,10 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from slimtune.comparison.config import load
-from slimtune.comparison.jobs import Job, chosen, first_of, jobs_of
-from slimtune.comparison.needs import linked
+from slimtune.comparison.jobs import Job, Key, chosen, first_of, jobs_of
+from slimtune.comparison.needs import check_apart, linked
 from slimtune.errors import UserError
 
 Files = str | Path | Sequence[str | Path]
@@ -61,6 +60,7 @@ def order(
         for comparison, folder, name in zip(read, outs, whose, strict=True)
     ]
     jobs = _together(parts, files)
+    check_apart([*models.values(), *jobs])
     return Order(jobs, chosen(jobs, only, keep, seeds), list(dict.fromkeys(outs)), Path(rows or outs[0] / "rows.json"))
 
 
@@ -79,18 +79,13 @@ def _shared(first: Sequence[Job], models: dict[str, Job]) -> list[Job]:
 
 
 def _together(parts: Sequence[Sequence[Job]], files: Sequence[str | Path]) -> list[Job]:
-    """The runs of all files. Raises UserError where two of them would take one another's place, in a folder or in the rows."""
-    rows, folders = dict[Any, str](), dict[Any, str]()
-    apart = "give them in calls of their own, with another --rows each"
+    """The runs of all files, seed by seed. Raises UserError where two would take one another's place in the rows."""
+    known = dict[Key, str]()
     for part, file in zip(parts, map(str, files), strict=True):
         for job in part:
-            _alone(rows, job.key, file, f"{job.method} of {job.base}, {job.domain}", apart)
-            _alone(folders, os.path.abspath(job.folder), file, f"{str(job.folder)!r}", "give one of them another out")
+            if (other := known.setdefault(job.key, file)) != file:
+                both = f"{other!r} and {file!r} both have {job.method} of {job.base}, {job.domain}"
+                raise UserError(f"{both}; give them in calls of their own, with another --rows each")
     turns = [list(dict.fromkeys(job.seed for job in part)) for part in parts]
     ranked = [(turn.index(job.seed), job) for part, turn in zip(parts, turns, strict=True) for job in part]
     return [job for _, job in sorted(ranked, key=lambda it: it[0])]
-
-
-def _alone(known: dict[Any, str], key: Any, file: str, what: str, remedy: str) -> None:
-    if known.setdefault(key, file) != file:
-        raise UserError(f"{known[key]!r} and {file!r} both have {what}; {remedy}")

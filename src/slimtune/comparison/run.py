@@ -15,7 +15,7 @@ from slimtune.comparison.jobs import Job
 from slimtune.comparison.launch import Ended, Launcher, told
 from slimtune.comparison.made import check_ours, finished, made_for_others
 from slimtune.comparison.needs import missing
-from slimtune.comparison.order import order
+from slimtune.comparison.order import Files, order
 from slimtune.comparison.program import program
 from slimtune.errors import UserError
 
@@ -24,7 +24,7 @@ Say = Callable[[str], None]
 
 
 def compare(
-    file: str | Path | Sequence[str | Path],
+    file: Files,
     *,
     jobs: int | None = None,
     gpus: Sequence[str] = (),
