@@ -2,9 +2,10 @@
 
     python benchmarks/leads.py docs/results/retention.json [OTHER.json ...]
 
-Of the first file: each rival over all texts and budgets, in pairs of the same seed, and which leads stand when all tests are
-held to 5% together (one-sided paired t-tests, Holm 1979). Of the others: what they have of the same method, budget and seed,
-minus the first file's figure; names are compared, not what a method's words were. Needs scipy (``slimtune[eval]`` brings it).
+Of the first file: each rival over all texts and budgets, in pairs of the same seed, which leads stand when all tests are
+held to 5% together (one-sided paired t-tests, Holm 1979), and what leads there are in the tasks that dense LoRA learned. Of the
+others: what they have of the same method, budget and seed, minus the first file's figure, and the leads of their ATP on the
+first file's rivals; names are compared, not what a method's words were. Needs scipy (``slimtune[eval]`` brings it).
 """
 
 from __future__ import annotations
@@ -55,6 +56,30 @@ def holm(rows: list[Row]) -> list[str]:
     return lines
 
 
+def learned(rows: list[Row]) -> list[str]:
+    """A line for each rival: what ATP is ahead by, seed by seed, above chance in the tasks that dense LoRA learned."""
+    lines = []
+    for board in boards(rows):
+        for method, keep in board.seeds:
+            ours = board.learned_gain(OURS, keep)
+            found = [ours[seed] - value for seed, value in board.learned_gain(method, keep).items() if seed in ours]
+            if method != OURS and found:
+                lines.append(f"{board.domain} {keep:g} {method}: {', '.join(f'{lead:+.3f}' for lead in found)}")
+    return lines
+
+
+def crossed(rows: list[Row], other: list[Row]) -> list[str]:
+    """A line for each rival in ``rows``: what the ATP of ``other`` is ahead of it by, mean and standard deviation."""
+    mixed = [row for row in rows if row["method"] != OURS] + [row for row in other if row["method"] == OURS]
+    return [
+        f"{board.domain} {keep:g} {method}: {statistics.mean(lead):+.3f} ± {statistics.stdev(lead):.3f}"
+        for board in boards(mixed)
+        for method in board.methods
+        for keep in board.keeps
+        if method != OURS and len(lead := list(board.lead(method, keep).values())) > 1
+    ]
+
+
 def again(rows: list[Row], other: list[Row]) -> list[str]:
     """A line for each run that both files have: the other's perplexity minus the first's, and whether the same units stayed."""
     first = {key_of(row): row for row in rows if row["metric"] == PPL}
@@ -77,8 +102,12 @@ def main() -> None:
     rows = read(given.rows)
     tests = holm(rows)
     print("\n".join([*together(rows), "", f"{sum(line.startswith('stands') for line in tests)} of {len(tests)} stand", *tests]))
+    if scores := learned(rows):
+        print("\n".join(["", "atp minus the rival in what dense LoRA learned, seed by seed", *scores]))
     for file in given.others:
-        print("\n".join(["", f"{file} against {given.rows}", *again(rows, read(file))]))
+        other = read(file)
+        print("\n".join(["", f"{file} against {given.rows}", *again(rows, other)]))
+        print("\n".join(["", f"atp of {file} against the rivals of {given.rows}", *crossed(rows, other)]))
 
 
 if __name__ == "__main__":

@@ -238,3 +238,15 @@ def test_leads_are_counted_over_all_budgets_and_tested_together() -> None:
         "-       p 0.4392, bound 0.0500  words 0.5 wanda",
     ]
     assert leads.again(rows, [{**rows[0], "value": 10.5, "plan": "b"}]) == ["words 0.6 atp seed 0: +0.500, other units"]
+    better = [{**row, "value": row["value"] - 1 - row["seed"]} for row in rows if row["method"] == "atp"]
+    before, after = ([float(line.split()[3]) for line in leads.crossed(rows, other)] for other in (rows, better))
+    assert after == pytest.approx([lead + 2 for lead in before])  # seeds 0, 1, 2: 2 in the mean
+    assert leads.learned(rows) == []
+    scores = [
+        {**row, "metric": "rqe.accuracy", "value": value + row["seed"] / 100, "low": 0.6, "high": 0.9, "majority": 0.5}
+        for row in rows
+        for value in [{"atp": 0.7, "wanda": 0.72}[row["method"]]]
+    ]
+    scores += [{**row, "method": "dense_lora", "keep": 1.0} for row in scores if row["method"] == "atp"]
+    assert all(line.endswith("wanda: -0.020, -0.020, -0.020") for line in leads.learned(scores) if "dense" not in line)
+    assert any("wanda" in line for line in leads.learned(scores))
