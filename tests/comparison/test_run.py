@@ -161,6 +161,18 @@ def test_the_time_left_is_that_of_runs_which_were_made(tmp_path: Path, monkeypat
     assert clock.line(made) == "[4/4] atp 0.8 seed 0: stopped from outside, 40 s"
 
 
+def test_the_time_left_counts_the_runs_that_go_on_beside_the_first_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    job, clock = jobs_of(load(write_comparison(tmp_path)))[0], run._Clock(101, 10)
+    now[0] = 40.0
+    assert clock.line(launch.Ended(job, None, 40.0)).endswith("40 s; about 7 min left")  # not 100 times 40 s
+    for second in range(1, 20):  # two rounds of ten, the second twice as slow, for what they share
+        now[0] = 40.0 if second < 10 else 120.0
+        line = clock.line(launch.Ended(job, None, 40.0 if second < 10 else 80.0))
+    assert line.endswith("80 s; about 8 min left")  # 81 runs at 20 in 120 s
+
+
 @pytest.mark.parametrize(("seconds", "text"), [(3, "3 s"), (300, "5 min"), (12_000, "3 h 20 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert run.duration(seconds) == text

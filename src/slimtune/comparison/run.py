@@ -126,8 +126,9 @@ class _Clock:
     """Lines of progress with the time left, by the mean of the runs made so far."""
 
     def __init__(self, total: int, jobs: int):
-        self.total, self.jobs, self.started = total, jobs, time.perf_counter()
+        self.total, self.jobs, self.started = total, min(jobs, total), time.perf_counter()
         self.done = self.made = 0
+        self.spent = 0.0
 
     def line(self, ended: Ended) -> str:
         """What came of a run."""
@@ -136,12 +137,17 @@ class _Clock:
         self.done += 1
         told = f"[{self.done}/{self.total}] {ended.job.label}: {_outcome(ended)}"
         if ended.seconds:  # else it was not made here, which says nothing of the others
-            self.made += 1
+            self.made, self.spent = self.made + 1, self.spent + ended.seconds
             told += f", {duration(ended.seconds)}"
         if not self.made or self.done == self.total:
             return told
-        left = (time.perf_counter() - self.started) / self.made * (self.total - self.done)
-        return f"{told}; about {duration(left)} left"
+        return f"{told}; about {duration(self._pace() * (self.total - self.done))} left"
+
+    def _pace(self) -> float:
+        """Seconds from one end to the next: in the first rounds as the runs' own say, for the others are under way yet."""
+        if self.made < 2 * self.jobs:
+            return self.spent / self.made / self.jobs
+        return (time.perf_counter() - self.started) / self.made
 
 
 def _outcome(ended: Ended) -> str:
