@@ -161,7 +161,7 @@ def test_the_time_left_is_that_of_runs_which_were_made(tmp_path: Path, monkeypat
     assert clock.line(made) == "[4/4] atp 0.8 seed 0: stopped from outside, 40 s"
 
 
-def test_the_time_left_counts_the_runs_that_go_on_beside_the_first_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_left_counts_the_runs_beside_the_first_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     job, clock = jobs_of(load(write_comparison(tmp_path)))[0], run._Clock(101, 10)
