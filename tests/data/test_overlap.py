@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slimtune.data import overlap
+from slimtune.data import ngrams
 from slimtune.data.batches import load_splits
-from slimtune.data.overlap import Held, shared_words, words
+from slimtune.data.ngrams import words
+from slimtune.data.overlap import Held, apart, shared_words
 from slimtune.data.pieces import PIECE, pieces
 from slimtune.data.sources import Row
 from slimtune.errors import UserError
@@ -75,6 +76,33 @@ def test_a_template_alone_is_no_hit(held_rows: int) -> None:
     train = [pair(f"{template} {text(f't{index}x', 10)}", "yes") for index in range(5)]
     assert near(train, held) == []
     assert near([*train, pair(held[2].prompt or "", "no")], held) == [(5, 2)]
+
+
+@pytest.mark.parametrize("questions", [3, 6, 41])
+def test_a_passage_with_many_questions_is_no_template(questions: int) -> None:
+    passage = text("passage", 300)
+    held = [pair(f"{passage} {text(f'q{index}x', 12)}", "yes") for index in range(questions)]
+    held += [pair(text(f"h{index}x", 60), "no") for index in range(60)]
+    train = [Row(text=passage), pair(f"{passage} {text('new', 12)}", "no"), pair(text("other", 60), "no")]
+    assert [match.row for match in Held(held, 13, train).near(train, 0.5)] == [0, 1]
+
+
+def test_several_templates_of_a_few_rows_each_are_known_by_the_rows_to_learn_from() -> None:
+    templates = [text(f"template{index}x", 60) for index in range(3)]
+    held = [pair(f"{templates[index % 3]} {text(f'h{index}x', 15)}", "yes") for index in range(60)]
+    train = [pair(f"{templates[index % 3]} {text(f't{index}x', 15)}", "yes") for index in range(300)]
+    assert Held(held, 13, train).near(train, 0.5) == []
+    leaked = [*train, pair(held[4].prompt or "", "no")]
+    assert [match.row for match in Held(held, 13, leaked).near(leaked, 0.5)] == [300]
+
+
+def test_a_passage_under_a_template_is_found() -> None:
+    template, passage = text("template", 100), text("passage", 60)
+    held = [pair(f"{template} {passage} {text(f'q{index}x', 8)}", "yes") for index in range(10)]
+    held += [pair(f"{template} {text(f'h{index}x', 60)}", "yes") for index in range(100)]
+    train = [pair(f"{template} {text(f't{index}x', 60)}", "yes") for index in range(200)]
+    train += [pair(f"{template} {passage} {text('new', 8)}", "yes")]
+    assert [match.row for match in Held(held, 13, train).near(train, 0.5)] == [200]
 
 
 def test_what_leaked_often_is_still_found() -> None:
@@ -167,7 +195,7 @@ def test_hits_depend_neither_on_the_order_of_rows_nor_on_chunks(texts: list[list
     random.shuffle(train)
     random.shuffle(held)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(overlap, "CHUNK_WORDS", chunk)
+        patch.setattr(ngrams, "CHUNK_WORDS", chunk)
         assert {train[row].text for row, _ in near(train, held, 0.3, 3)} == expected
 
 
@@ -264,5 +292,5 @@ def test_measuring_alone_compares_nothing(leaky: dict[str, str], tokenizer: Any)
 
 def test_notes_of_apart_leave_decision_and_train_alone(leaky: dict[str, str]) -> None:
     both = rows(COPY)
-    kept, _ = overlap.apart({"test": [], "valid": [], "protect": [], "decision": both, "train": both}, DataConfig(), Counter())
+    kept, _ = apart({"test": [], "valid": [], "protect": [], "decision": both, "train": both}, DataConfig(), Counter())
     assert (kept["decision"], kept["train"]) == (both, both)

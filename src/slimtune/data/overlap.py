@@ -1,58 +1,34 @@
 """Near-duplicates across splits: rows to learn from that share too much of their wording with a row to measure on.
 
-Words are runs of letters and digits after NFKC and casefold; a row is the set of its runs of ``n`` words (n-grams), each a
-64-bit hash. A prompt is also looked at alone, so that the same question with another answer is found, and of a long text to
-measure on every piece, for a piece is what is measured: its copy inside a long row is a small part of either.
+A row is the set of its runs of ``n`` words (``ngrams``). A prompt is also looked at alone, so that the same question with
+another answer is found, and of a long text to measure on every piece, for a piece is what is measured: its copy inside a
+long row is a small part of either.
 The rule and its reasons: ``docs/decisions/0014-ngram-guard.md``.
 
-Shape legend: W words of a chunk, G n-grams (distinct within their unit), P pairs of units with a common n-gram.
+Shape legend: G n-grams (distinct within their unit), P pairs of units with a common n-gram.
 A *unit* is a number: 2 x the index of a row (or piece) for the whole of it, one more for its prompt alone.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from slimtune.data.ngrams import Hashes, Indices, chunks, parts, words
+from slimtune.data.passages import mark_templates, passage_of
 from slimtune.data.pieces import PIECE, pieces
-from slimtune.data.prompts import ASSISTANT
 from slimtune.data.sources import Row
 from slimtune.errors import UserError
 from slimtune.sections import DataConfig
 
-Hashes = NDArray[np.uint64]
-Indices = NDArray[np.int64]
-
-LEAST_WORDS = 5
-"""A row or prompt of fewer words than n is one gram, its whole; below this it is too generic ("yes") to tell anything."""
 COMMON_ROWS = 5
 """An n-gram in more evaluation rows than this (of a few rows: in more than half of them) tells none of them: template or
-boilerplate. Not counted over training rows: what leaked often would pass as boilerplate there."""
-CHUNK_WORDS = 1 << 19
-"""Words hashed at a time; bounds the memory."""
-
-_BASE = np.uint64(0x9E3779B97F4A7C15)  # any odd number: the hashes of the words are random already
-_UNIT = np.uint64(0xD6E8FEB86659FD93)
-_PROMPT = np.uint64(0xA5A5F00DCAFE1234)
-_ASCII = re.compile("[a-z0-9]+")
-_ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # Chinese and Japanese have no spaces: a word a character
-_FORMAT = "".join(each for each in map(chr, range(1 << 16)) if unicodedata.category(each) == "Cf")
-_UNSEEN = re.compile(f"[{re.escape(_FORMAT)}]")  # soft hyphens, zero-width spaces: they stand inside words
-_WORD = re.compile(rf"[{_ALONE}]|[^\W_{_ALONE}]+")
-
-
-def words(text: str) -> list[str]:
-    """The normalised words of a text: case, punctuation, white space, width and unseen characters do not count."""
-    if text.isascii():
-        return _ASCII.findall(text.lower())
-    return _WORD.findall(unicodedata.normalize("NFKC", _UNSEEN.sub("", text)).casefold())
+boilerplate. Not counted over training rows: what leaked often would pass as boilerplate there. Rows whose prompts hold one
+passage are one row here (``passages``)."""
 
 
 def apart(
@@ -66,7 +42,9 @@ def apart(
     Raises:
         UserError: with ``on_overlap="error"``, if there is such a row.
     """
-    held = Held((row for name in ("test", "valid", "protect") for row in rows[name]), config.ngram)
+    held = Held(
+        (row for name in ("test", "valid", "protect") for row in rows[name]), config.ngram, [*rows["train"], *rows["decision"]]
+    )
     kept = dict(rows)
     matches: list[tuple[str, Row, Match]] = []
     for name in ("decision", "train"):
@@ -102,7 +80,7 @@ def shared_words(row: Row, other: Row, n: int) -> str:
     """The beginning of the longest run of words that two rows share: at most ``n`` words, for messages."""
     best: list[str] = []
     for pick in (slice(0, 2), slice(0, 1)):  # the whole row, then the prompt alone
-        mine, theirs = ([word for part in _parts(each)[pick] for word in words(part)] for each in (row, other))
+        mine, theirs = ([word for part in parts(each)[pick] for word in words(part)] for each in (row, other))
         size = min(n, len(mine), len(theirs))
         known = {tuple(theirs[at : at + size]) for at in range(len(theirs) - size + 1)}
         run = 0
@@ -133,9 +111,10 @@ class Held:
     Args:
         rows: evaluation rows; of those with one ``key`` the first counts.
         n: words of an n-gram.
+        learn: rows to learn from, by which templates are known from passages.
     """
 
-    def __init__(self, rows: Iterable[Row], n: int):
+    def __init__(self, rows: Iterable[Row], n: int, learn: Sequence[Row] = ()):
         unique: dict[str, Row] = {}
         for row in rows:
             unique.setdefault(row.key, row)
@@ -143,22 +122,34 @@ class Held:
         self.n = n
         long = [(home, piece) for home, row in enumerate(self.rows) for piece in _pieces(row)]
         self._home = np.array([*range(len(self.rows)), *(home for home, _ in long)], np.int64)
-        chunks = list(_chunks([*self.rows, *(Row(text=piece) for _, piece in long)], n))
-        unit = np.concatenate([np.zeros(0, np.int64), *(chunk.unit for chunk in chunks)])
-        gram = np.concatenate([np.zeros(0, np.uint64), *(chunk.gram for chunk in chunks)])
+        found = list(chunks([*self.rows, *(Row(text=piece) for _, piece in long)], n))
+        unit = np.concatenate([np.zeros(0, np.int64), *(chunk.unit for chunk in found)])
+        gram = np.concatenate([np.zeros(0, np.uint64), *(chunk.gram for chunk in found)])
         order = np.argsort(gram, kind="stable")
         self._owner = unit[order]
         self._grams, self._first, self._count = np.unique(gram[order], return_index=True, return_counts=True)
-        self._common = self._rows_with() > max(2, min(COMMON_ROWS, len(self.rows) // 2))
+        self._common = self._is_common(max(2, min(COMMON_ROWS, len(self.rows) // 2)), learn)
         own = self._owner[~np.repeat(self._common, self._count)]
         self._size = np.bincount(own, minlength=2 * len(self._home))
         self.seen = np.zeros(len(self._grams), bool)
 
-    def _rows_with(self) -> Indices:
-        """In how many rows each n-gram stands, pieces not counted beside the row that they are of."""
+    def _is_common(self, most: int, learn: Sequence[Row]) -> NDArray[np.bool_]:
+        """Which n-grams stand in more than ``most`` rows, those about one passage counted as one, and pieces with their row."""
         many = max(len(self.rows), 1)
-        gram = np.repeat(np.arange(len(self._grams)), self._count)
-        return np.bincount(np.unique(gram * many + self._home[self._owner // 2]) // many, minlength=len(self._grams))
+        gram, home = np.repeat(np.arange(len(self._grams)), self._count), self._home[self._owner // 2]
+
+        def rows_with(row: Indices) -> Indices:
+            return np.bincount(np.unique(gram * many + row) // many, minlength=len(self._grams))
+
+        common, prompt = rows_with(home) > most, self._owner % 2 == 1
+        if not common[gram[prompt]].any():
+            return common
+        counts = np.zeros(len(self._grams), np.int64)
+        for chunk in chunks(learn, self.n):
+            place, known = self._look_up(chunk.gram)
+            np.add.at(counts, place[known], 1)
+        passage = passage_of(gram[prompt], home[prompt], len(self.rows), mark_templates(counts, len(learn)), most)
+        return rows_with(passage[home]) > most
 
     def near(self, rows: Sequence[Row], share: float, remember: bool = False) -> list[Match]:
         """The best match of every row that has one, in the order of ``rows``.
@@ -169,7 +160,7 @@ class Held:
             remember: note which n-grams the rows without a match hold, for ``percent_seen``.
         """
         found: list[Match] = []
-        for chunk in _chunks(rows, self.n):
+        for chunk in chunks(rows, self.n):
             place, known = self._look_up(chunk.gram)
             telling = np.ones(len(place), bool)
             telling[known] = ~self._common[place[known]]
@@ -229,59 +220,6 @@ def _best(pairs: _Pairs, share: float) -> list[Match]:
     return [Match(int(pairs.row[at]), int(pairs.held[at]), float(pairs.share[at])) for at in hit[first]]
 
 
-class _Chunk(NamedTuple):
-    unit: Indices
-    gram: Hashes
-
-
-def _chunks(rows: Sequence[Row], n: int) -> Iterator[_Chunk]:
-    """The distinct n-grams of every unit, some rows at a time: a long list of words would take more memory than the text."""
-    text: list[str] = []
-    units: list[int] = []
-    lengths: list[int] = []
-    for index, row in enumerate(rows):
-        head, tail = (words(part) for part in _parts(row))
-        text += head + tail
-        units.append(2 * index)
-        lengths.append(len(head) + len(tail))
-        if head:
-            text += head
-            units.append(2 * index + 1)
-            lengths.append(len(head))
-        if len(text) >= CHUNK_WORDS:
-            yield _hashed(text, units, lengths, n)
-            text, units, lengths = [], [], []
-    if text:
-        yield _hashed(text, units, lengths, n)
-
-
 def _pieces(row: Row) -> list[str]:
     """Those of a text that is longer than one."""
     return pieces(row.text) if row.text is not None and len(row.text) > PIECE else []
-
-
-def _parts(row: Row) -> tuple[str, str]:
-    """What is asked and what is answered (the last answer of a chat); of a plain text all is the second."""
-    if row.messages is None:
-        return ("", row.text) if row.text is not None else (row.prompt or "", row.completion or "")
-    answers = [at for at, message in enumerate(row.messages) if message["role"] == ASSISTANT]
-    said = [message["content"] for message in row.messages]
-    last = answers[-1] if answers else 0
-    return " ".join(said[:last]), " ".join(said[last:])
-
-
-def _hashed(text: list[str], units: list[int], lengths: list[int], n: int) -> _Chunk:
-    # str hashes are 64 bits and salted by process: none of them is kept, and which are equal does not depend on the salt
-    code = np.fromiter(map(hash, text), np.int64, len(text)).view(np.uint64)
-    unit = np.repeat(np.array(units, np.int64), lengths)
-    count = max(len(code) - n + 1, 0)
-    gram = reduce(lambda value, at: value * _BASE + code[at : at + count], range(n), np.zeros(count, np.uint64))
-    inside = unit[:count] == unit[n - 1 :] if count else np.zeros(0, bool)
-    ends = np.cumsum(lengths)
-    short = [at for at, length in enumerate(lengths) if LEAST_WORDS <= length < n]
-    whole = np.array([hash(" ".join(text[ends[at] - lengths[at] : ends[at]])) for at in short], np.int64).view(np.uint64)
-    unit = np.concatenate([unit[:count][inside], np.array(units, np.int64)[short]])
-    gram = np.concatenate([gram[inside], whole])
-    gram[unit % 2 == 1] ^= _PROMPT  # a prompt is compared with prompts only
-    _, first = np.unique(gram + unit.view(np.uint64) * _UNIT, return_index=True)
-    return _Chunk(unit[first], gram[first])
