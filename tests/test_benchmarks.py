@@ -11,10 +11,19 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
 
-from bases import sentences
+import slimtune
+from bases import make_tokenizer, sentences, write_base, write_rows
 from comparisons import stand_in
 from slimtune.comparison import launch
+from slimtune.comparison.rows import packed
+from slimtune.comparison.stats import boards
+from slimtune.data.batches import load_splits
+from slimtune.evaluate.perplexity import Influences, perplexity
+from slimtune.train.objective import forward
 
 ROOT = Path(__file__).parent.parent
 
@@ -250,3 +259,32 @@ def test_leads_are_counted_over_all_budgets_and_tested_together() -> None:
     scores += [{**row, "method": "dense_lora", "keep": 1.0} for row in scores if row["method"] == "atp"]
     assert all(line.endswith("wanda: -0.020, -0.020, -0.020") for line in leads.learned(scores) if "dense" not in line)
     assert any("wanda" in line for line in leads.learned(scores))
+
+
+def test_perplexities_of_a_part_of_the_text_are_made_of_what_each_window_added(tmp_path: Path) -> None:
+    clean, learned = sentences(20), " ".join(sentences(6, seed=9))
+    train = write_rows(tmp_path / "train.jsonl", [{"text": f"{text} {learned} {text}"} for text in sentences(30, seed=1)])
+    tests = [*clean[:10], f"{' '.join(clean[10:16])} {learned}"]
+    test = write_rows(tmp_path / "test.jsonl", [{"text": text} for text in tests])
+    base = write_base(tmp_path / "base")
+    data = {"train": train, "test": test, "max_length": 64, "ngram_share": 0.9, "on_overlap": "drop"}
+    recipe = slimtune.Recipe.model_validate({"model": {"path": base}, "data": data})
+    clean_text, tokenizer = script("clean_text"), make_tokenizer()
+    shared, tokens = clean_text.parts_of(recipe)
+    windows = load_splits(recipe.data, tokenizer, frozenset({"test"})).test
+    model, influences = AutoModelForCausalLM.from_pretrained(base), Influences()
+    whole = perplexity(model, windows, 512, 4, torch.device("cpu"), influences=influences)
+    assert shared.any()
+    assert not shared[:2].any()
+    row = {"base": "tiny", "domain": "words", "method": "atp", "keep": 0.6, "seed": 0, "metric": "domain_ppl"}
+    row |= {"value": whole["ppl"], "windows": packed({"windows": influences.windows, "numbers": influences.numbers})}
+    (board,) = boards([row])
+    for part in (shared, ~shared):
+        batch = windows.collate(part.nonzero()[0].tolist())
+        labels = batch["labels"][:, 1:].flatten()
+        with torch.no_grad():
+            loss = F.cross_entropy(forward(model, batch)[:, :-1].flatten(0, 1), labels, ignore_index=-100)
+        assert clean_text.of_part(row, board, tokens, part) == pytest.approx(loss.exp().item(), rel=2e-3)
+    text = clean_text.lines(board, shared, tokens)
+    assert text[0] == f"words: {(~shared).sum()} of {len(shared)} windows have no run of words in train"
+    assert re.match(r"0\.6 atp +\d+\.\d\d +\d+\.\d\d$", text[1])

@@ -34,7 +34,7 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
     """
     progress.say("reading and tokenising data ...")
     need = frozenset({"train", "valid", "test", *(["decision"] if recipe.prunes else [])})
-    splits = load_splits(_guarded(recipe), tokenizer, need)
+    splits = load_splits(guarded(recipe), tokenizer, need)
     _check_vocabulary(splits, vocabulary, tokenizer)
     sizes = ", ".join(f"{name} {count:,} rows" for name, count in splits.rows.items())
     progress.say(f"data: {sizes}")
@@ -48,7 +48,7 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
     return splits
 
 
-def _guarded(recipe: Recipe) -> DataConfig:
+def guarded(recipe: Recipe) -> DataConfig:
     """The data with the rows of ``evaluate.tasks`` kept from being learned, as those of ``data.protect`` are."""
     tasks = [find_task(name) for name in recipe.evaluate.tasks]
     return recipe.data.model_copy(update={"protect": (*recipe.data.protect, *held_out(tasks))})

@@ -277,3 +277,23 @@ def test_tasks_that_the_run_of_a_model_did_not_protect_are_told(suite: str, tmp_
     assert [
         line for line in lines if re.search(r"tuned on is not known: .*recipe.yaml cannot be read: .*unknown key 'a'", line)
     ]
+
+
+def test_rows_longer_than_those_that_a_model_was_tuned_on_are_told(suite: str, tmp_path: Path) -> None:
+    base = write_base(tmp_path / "run" / "model")
+    lines: list[str] = []
+
+    def told(tuned: int, **asked: Any) -> list[str]:
+        recipe = slimtune.Recipe.model_validate({"data": {"max_length": tuned}})
+        (tmp_path / "run" / "recipe.yaml").write_text(recipe.to_yaml())
+        lines.clear()
+        slimtune.evaluate_model(base, suite, limit=2, say=lines.append, **asked)
+        return [line for line in lines if "longer than" in line]
+
+    (tmp_path / "run").mkdir(exist_ok=True)
+    (tmp_path / "run" / "stages.json").write_text("{}")
+    (line,) = told(8)
+    assert re.match(r"rows of .*pick.* are longer than the 8 tokens that this model was tuned on.*; --max-length 8 cuts", line)
+    assert "read" not in line.split(" are longer")[0]  # a perplexity's texts are no prompts
+    assert told(8, max_length=8) == []
+    assert told(4096) == []

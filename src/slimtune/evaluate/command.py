@@ -104,8 +104,9 @@ def evaluate_model(
     config = found.config if isinstance(found, nn.Module) else load_config(found, _GIVEN)
     tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where), _GIVEN)
     say("reading rows ...")  # before the weights, which may have to be fetched
-    prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window_of(config), options, say)
-    not_protected = protection.tell(where, prepared, say)
+    window = window_of(config)
+    prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window, options, say)
+    not_protected = protection.tell(where, prepared, min(window, options.max_length or window), say)
     model = _sound(found if isinstance(found, nn.Module) else _loaded(found, options), where)
     if write_tasks is not None:
         folder.write(Path(write_tasks), prepared, lm_eval_command(where, prepared, options, model))
@@ -113,7 +114,7 @@ def evaluate_model(
     figures = harness.evaluate_tasks(model, tokenizer, prepared, batch=options.batch, seed=options.seed, see=see)
     return {
         "model": where,
-        **_how(model, window_of(config), options),
+        **_how(model, window, options),
         **_by_suite(groups, prepared, options.split, figures),
         "skipped": skipped,
         "not_protected": not_protected,

@@ -30,13 +30,21 @@ class Run:
     folder: Path = Path()
 
 
-def tell(model: str, tasks: Sequence[Prepared], say: Callable[[str], None]) -> list[str] | None:
-    """Names of the tasks whose rows the runs behind a model did not protect, told in a line; None where it is not known."""
+def tell(model: str, tasks: Sequence[Prepared], room: int, say: Callable[[str], None]) -> list[str] | None:
+    """Names of the tasks whose rows the runs behind a model did not protect, told in a line; None where it is not known.
+
+    Also told: rows that are read longer than those that the model was tuned on, for which its run gave other figures.
+
+    Args:
+        room: tokens at which prompts are cut here.
+    """
     try:
         runs = runs_behind(model)
     except UserError as error:
         say(f"what this model was tuned on is not known: {error}")
         return None
+    if runs:
+        _tell_of_length(runs[0].recipe.data.max_length, tasks, room, say)
     names = not_protected(runs, tasks) if runs else None
     if names:
         say(
@@ -44,6 +52,15 @@ def tell(model: str, tasks: Sequence[Prepared], say: Callable[[str], None]) -> l
             "data.protect to have that checked"
         )
     return names
+
+
+def _tell_of_length(tuned: int, tasks: Sequence[Prepared], room: int, say: Callable[[str], None]) -> None:
+    longer = [task.name for task in tasks if task.task.file.metric != "perplexity" and task.longest > tuned]
+    if longer and tuned < room:
+        say(
+            f"rows of {', '.join(longer)} are longer than the {tuned} tokens that this model was tuned on, and are read whole; "
+            f"--max-length {tuned} cuts their prompts as its run does"
+        )
 
 
 def tell_of_base(recipe: Recipe, tasks: Sequence[Prepared], say: Callable[[str], None]) -> None:
