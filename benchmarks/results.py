@@ -3,8 +3,8 @@
     python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
-PARTS are any of ``figures tasks means leads``, as ``slimtune compare`` prints them; what their signs mean is said once in a
-document. ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
+PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them; what signs mean is said once
+in a document. ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from slimtune.errors import UserError
 START, END = "<!-- rows ", "<!-- /rows -->"
 TABLES = re.compile(rf"({START}(?P<file>\S+): (?P<parts>[a-z ]+) -->\n)(?:(?!{START}).)*?({END})", re.DOTALL)
 FIGURE = re.compile(r"<!-- figure (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>\S+\.svg)\)")
-PARTS = ("figures", "tasks", "means", "leads")
+PARTS = ("figures", "tasks", "means", "retention", "leads")
 
 
 def filled(text: str, folder: Path) -> str:

@@ -227,6 +227,10 @@ def test_the_best_of_each_budget_is_marked() -> None:
     assert "| flap | 10.00 ± 0.00 | **10.00 ± 0.00** |" in found
     assert "nothing cut: dense_lora 12.50 ± 0.71" in found
     assert "not all seeds are there" in found
+    kept = found[found.index("mean retention") :]
+    assert "| atp | **1.333*** |" in kept
+    assert "| flap | 1.250 ± 0.071 | **1.250 ± 0.071** |" in kept
+    assert "mean retention" not in text([each for each in rows if each["method"] != "dense_lora"])
 
 
 def test_a_task_has_its_baseline_in_the_head() -> None:

@@ -17,7 +17,7 @@ from rich.text import Text
 class Sheet:
     """A table before it is drawn: texts, the best cells, and lines below."""
 
-    kind: Literal["figures", "tasks", "means", "leads", "runs"]
+    kind: Literal["figures", "tasks", "means", "retention", "leads", "runs"]
     title: str
     columns: list[str]
     rows: list[list[str]] = field(default_factory=list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Literal
 
 from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, GAIN, Row
@@ -12,12 +13,12 @@ from slimtune.comparison.stats import OURS, PPL, Board, beyond_chance, boards, n
 
 
 def sheets(rows: Iterable[Row], asked: Iterable[Job] = (), part: Part = ALL) -> list[Sheet]:
-    """For each base and domain: all figures, those of its tasks, perplexity by method and budget, and what atp is ahead by."""
+    """For each base and domain: all figures, those of its tasks, perplexity and retention by method and budget, and leads."""
     found = []
     for board in boards(rows, asked, part):
         found += [_figures(board), *_tasks(board)]
         if board.methods:
-            found.append(_overview(board))
+            found += _overviews(board)
         if (leads := _leads(board)).rows:
             found.append(leads)
     return found
@@ -218,38 +219,40 @@ def _warnings(board: Board) -> list[str]:
     return found
 
 
-def _overview(board: Board) -> Sheet:
-    columns = ["method", *(f"keep {keep:g}" for keep in board.keeps)]
-    sheet = Sheet("means", f"{board.name}: mean perplexity", columns)
-    for method in board.methods:
-        sheet.rows.append([method, *(_mean(board, method, keep) for keep in board.keeps)])
-    for column, keep in enumerate(board.keeps, 1):
-        means = {
-            index: statistics.mean(values.values())
-            for index, method in enumerate(board.methods)
-            if (values := board.of(method, keep))
-        }
-        if len(means) > 1:
-            sheet.best |= {(index, column) for index, value in means.items() if value == min(means.values())}
+def _overviews(board: Board) -> list[Sheet]:
+    """Perplexity by method and budget, and the same relative to dense LoRA."""
+    sheet = _by_budget(board, "means", "mean perplexity", {cell: board.of(*cell) for cell in board.seeds}, 2)
     uncut = [
         f"{name} {spread(board.of(name, 1.0).values(), 2)}" for name, keep in board.seeds if keep == 1 and board.of(name, 1.0)
     ]
     if uncut:
-        sheet.notes.append(f"nothing cut: {', '.join(uncut)}")
-    if any(board.missing(method, keep) and board.of(method, keep) for method in board.methods for keep in _own(board, method)):
-        sheet.notes.append("* not all seeds are there")
+        sheet.notes.insert(0, f"nothing cut: {', '.join(uncut)}")
+    retention = {cell: board.retention(*cell) for cell in board.seeds}
+    if not any(retention.values()):
+        return [sheet]
+    return [sheet, _by_budget(board, "retention", "mean retention, perplexity of dense LoRA over the method's", retention, 3)]
+
+
+def _by_budget(
+    board: Board,
+    kind: Literal["means", "retention"],
+    title: str,
+    values: Mapping[tuple[str, float], Mapping[int, float]],
+    digits: int,
+) -> Sheet:
+    sheet = Sheet(kind, f"{board.name}: {title}", ["method", *(f"keep {keep:g}" for keep in board.keeps)])
+    there = {(method, keep): values.get((method, keep), {}) for method in board.methods for keep in board.keeps}
+    few = {cell for cell, found in there.items() if found and len(found) < len(board.seeds[cell])}
+    for method in board.methods:
+        cells = {keep: spread(there[method, keep].values(), digits) for keep in board.keeps}
+        sheet.rows.append([method, *(f"{cell}{'*' if (method, keep) in few else ''}" for keep, cell in cells.items())])
+    best = min if kind == "means" else max
+    for column, keep in enumerate(board.keeps, 1):
+        means = {row: statistics.mean(found.values()) for row, name in enumerate(board.methods) if (found := there[name, keep])}
+        if len(means) > 1:
+            sheet.best |= {(row, column) for row, value in means.items() if value == best(means.values())}
+    sheet.notes += ["* not all seeds are there"] if few else []
     return sheet
-
-
-def _own(board: Board, method: str) -> list[float]:
-    return [keep for keep in board.keeps if (method, keep) in board.seeds]
-
-
-def _mean(board: Board, method: str, keep: float) -> str:
-    values = board.of(method, keep).values()
-    if not values:
-        return ""
-    return f"{spread(values, 2)}{'*' if board.missing(method, keep) else ''}"
 
 
 LEGEND = (

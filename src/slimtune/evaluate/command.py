@@ -104,8 +104,7 @@ def evaluate_model(
     config = found.config if isinstance(found, nn.Module) else load_config(found, _GIVEN)
     tokenizer = tokenizer or load_tokenizer(ModelConfig(path=where), _GIVEN)
     say("reading rows ...")  # before the weights, which may have to be fetched
-    window = window_of(config)
-    prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window, options, say)
+    prepared, skipped = _prepared(groups, _named(tasks, data or {}), tokenizer, window := window_of(config), options, say)
     not_protected = protection.tell(where, prepared, min(window, options.max_length or window), say)
     model = _sound(found if isinstance(found, nn.Module) else _loaded(found, options), where)
     if write_tasks is not None:
