@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +14,7 @@ from torch.func import functional_call
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from families import tiny_config
+from slimtune.export.huggingface import save
 from slimtune.models.surgery import cut
 from slimtune.structure.families import describe
 from slimtune.structure.plan import Plan
@@ -76,3 +80,12 @@ def reference_logits(model: PreTrainedModel, input_ids: Tensor, dtype: torch.dty
         for row in input_ids
     ]
     return torch.cat(rows).float().cpu()
+
+
+def write_folder(folder: Path, name: str, kept: Kept | None, **overrides: Any) -> PreTrainedModel:
+    """A tiny model cut to ``kept`` in ``folder``, with the embedded base's tokenizer, which is one that others have too."""
+    model, plan = cut_model(name, kept, vocab_size=6144, **overrides)
+    save(model, None, plan, folder, torch.float32, {})
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(Path(str(files("slimtune"))) / "assets" / "base-10m" / file, folder / file)
+    return model

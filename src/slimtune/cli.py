@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimtune.cli_evaluate import evaluate
+from slimtune.cli_export import export
 from slimtune.comparison.command import compare
 from slimtune.errors import UserError, nearest
 from slimtune.version import __version__
@@ -117,6 +118,7 @@ def tune(
 
 app.command()(evaluate)
 app.command()(compare)
+app.command()(export)
 
 
 @app.command()

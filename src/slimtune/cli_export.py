@@ -1,0 +1,65 @@
+"""The command ``slimtune export``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or of a model, pruned or not.", show_default=False)]
+To = Annotated[str, typer.Option("--to", metavar="gguf", help="For which runtime.")]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        "--quantize",
+        "-q",
+        metavar="KIND",
+        help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
+        show_default="as the weights",
+    ),
+]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The file.", show_default="beside the model")]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Run it in llama.cpp and compare with torch.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def export(
+    run: Run, to: To = "gguf", quantize: Quantize = "", out: Out = None, check: Check = True, as_json: Json = False
+) -> None:
+    """Write a model for another runtime, and run it there.
+
+    gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings),
+    for llama.cpp and what is built on it.
+    """
+    from slimtune.export.command import export_model
+    from slimtune.runtime import quiet_libraries
+
+    quiet_libraries()
+    found = export_model(run, to, quantize=quantize, out=out, check=check, say=_say)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, value in _told(found).items():
+        typer.echo(f"{name:14s} {value}")
+
+
+def _told(found: dict[str, Any]) -> dict[str, str]:
+    lines = {
+        "file": found["file"],
+        "size": f"{found['bytes'] / 1e6:,.1f} MB, {found['kind']}",
+        "architecture": f"{found['architecture']} of llama.cpp",
+    }
+    if found["kept"]:
+        lines["wider"] = f"{len(found['kept'])} tensors stay in 16 bits: their rows are no multiple of 32"
+    if "tokens" in found:
+        lines["in llama.cpp"] = (
+            f"{found['tokens_same']} of {found['tokens']} greedy tokens as in torch (up to the first other one of each text), "
+            f"log-probabilities within {found['logprob_difference']:.2g}; loads in {found['load_s']:.2f} s"
+        )
+    return lines
+
+
+def _say(line: str) -> None:
+    typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)

@@ -1,0 +1,116 @@
+"""``slimtune export``: a run's model, or any model folder, for another runtime, and that it runs there."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from slimtune.errors import UserError, nearest
+from slimtune.export import gguf
+from slimtune.export.gguf_run import run
+from slimtune.models.load import BUILTIN, locate, pretrained
+from slimtune.sections import ModelConfig
+
+TARGETS = ("gguf",)
+EXACT = ("f32",)
+"""Kinds of weights whose figures must be torch's."""
+LARGEST = 0.01
+"""Difference of log-probabilities in an exact file from which on it is another model."""
+_TEXTS = ("The first section describes", "In the case of a patient who", "    return [item for item in")
+_TOKENS = 32
+_TOP = 50
+_GIVEN = "RUN"
+Say = Callable[[str], None]
+
+
+def export_model(
+    run_or_model: str | Path,
+    to: str = "gguf",
+    *,
+    quantize: str = "",
+    out: str | Path | None = None,
+    check: bool = True,
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Write a model for another runtime and run it there.
+
+    Args:
+        run_or_model: folder of a run, or of a model.
+        to: ``gguf``.
+        quantize: kind of the weights; default: as they are.
+        out: the file; default: beside the model's folder, named after both.
+        check: let llama.cpp go on from three texts, and torch from the same.
+        say: takes a line for what is done.
+
+    Returns:
+        ``file``, ``architecture``, ``kind``, ``bytes``, ``kept`` (see :func:`slimtune.export.gguf.write`), and, checked:
+        ``tokens_same``, ``tokens`` (greedy ones, up to the first that differs, of how many), ``logprob_difference`` (largest
+        among the likeliest first tokens).
+
+    Raises:
+        UserError: anything the user can mend; an exact file that does not run as torch does is not left behind.
+    """
+    if to not in TARGETS:
+        raise UserError(f"--to {to!r} is not known.{nearest(to, TARGETS)} Targets: {', '.join(TARGETS)}")
+    if quantize:
+        gguf.check_kind(quantize)
+    if not out and str(run_or_model).startswith(BUILTIN):
+        raise UserError(f"{run_or_model} lies in the package; say where the file goes: --out model.gguf")
+    folder = folder_of(run_or_model)
+    file = Path(out) if out else folder.parent / f"{folder.name}{'-' + quantize.lower() if quantize else ''}.gguf"
+    _check_file(file)
+    say(f"writing {file} ...")
+    written = gguf.write(folder, file, quantize)
+    found = {"file": str(file), **written}
+    if not check:
+        return found
+    if importlib.util.find_spec("xllamacpp") is None:
+        say("not run: the package xllamacpp is not installed (pip install 'slimtune[gguf]')")
+        return found
+    say("running it in llama.cpp, and the folder in torch ...")
+    compared = _compared(folder, file)
+    if written["kind"] in EXACT and compared["logprob_difference"] > LARGEST:
+        file.unlink()
+        raise UserError(
+            f"llama.cpp computes other figures from {str(file)!r} than torch from {str(folder)!r} (log-probabilities differ by "
+            f"{compared['logprob_difference']:.3g}), so the file was removed; --to hf is what this model can be used as"
+        )
+    return {**found, **compared}
+
+
+def folder_of(given: str | Path) -> Path:
+    """The model's folder of a run, or a model's folder itself. Raises UserError for anything else."""
+    inside = Path(given).expanduser() / "model"
+    location, local = locate(str(inside if (inside / "config.json").is_file() else given), _GIVEN)
+    if not local:
+        raise UserError(f"{_GIVEN}={location!r} is no folder here; fetch it (hf download {location}) and give the folder")
+    return Path(location)
+
+
+def _check_file(file: Path) -> None:
+    if file.is_dir():
+        raise UserError(f"--out {str(file)!r} is a folder; name a file, e.g. {str(file / 'model.gguf')!r}")
+    if not file.parent.is_dir():
+        raise UserError(f"--out {str(file)!r}: there is no folder {str(file.parent)!r}; make it, or name another")
+
+
+@torch.no_grad()
+def _compared(folder: Path, file: Path) -> dict[str, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
+    ran = run(file, prompts, _TOKENS, _TOP, threads=torch.get_num_threads())
+    model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, _GIVEN).eval()
+    same, worst = 0, 0.0
+    for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
+        ids = torch.tensor([prompt])
+        goes_on = model.generate(ids, do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS)[0, len(prompt) :]
+        equal = [mine == theirs for mine, theirs in zip(goes_on.tolist(), tokens, strict=False)]
+        same += equal.index(False) if False in equal else len(equal)
+        expected = model(ids).logits[0, -1].log_softmax(-1)
+        worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
+    return {"tokens_same": same, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}

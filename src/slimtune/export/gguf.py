@@ -1,0 +1,240 @@
+"""A model folder as one GGUF file for llama.cpp and what is built on it: by the ``gguf`` package, tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from slimtune.errors import UserError, nearest
+from slimtune.export import gguf_vocab
+from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, layout_of, padded, tensors
+from slimtune.models.load import load_config
+from slimtune.sections import ModelConfig
+
+KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7}
+"""What weights can be written as -> ``general.file_type``."""
+_BY_LLAMA_CPP = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq")
+_ENDS = ("token_embd.weight", "output.weight")
+"""Tensors that decide what a token is: with 4 or 5 bits elsewhere they keep 8, as is usual."""
+
+
+def check_kind(kind: str) -> str:
+    """``kind`` in small letters. Raises UserError for one that is not written here."""
+    small = kind.lower()
+    if small in KINDS:
+        return small
+    if small.startswith(_BY_LLAMA_CPP):
+        raise UserError(
+            f"--quantize {kind}: K- and I-quants are made by llama.cpp alone; export f16 (or bf16), then run "
+            f"llama-quantize MODEL.gguf OUT.gguf {kind.upper()}"
+        )
+    raise UserError(f"--quantize {kind} is not known.{nearest(small, KINDS)} Kinds: {', '.join(KINDS)}")
+
+
+def write(folder: Path, file: Path, kind: str = "", name: str = "") -> dict[str, Any]:
+    """Write the model of ``folder`` as ``file``, whole or not at all.
+
+    Args:
+        folder: a Hugging Face model folder, pruned or not, with ``tokenizer.json``.
+        kind: one of ``KINDS``; default: as the weights are.
+        name: what the file calls the model; default: the folder's name.
+
+    Returns:
+        ``architecture``, ``kind``, ``bytes``, and ``kept``: {tensor: kind} of those whose rows no block of ``kind`` fits.
+
+    Raises:
+        UserError: llama.cpp has no architecture for the model, or its tokenizer, rotary scaling or weights are not of a kind
+            that can be written.
+    """
+    gguf = _package()
+    config = load_config(ModelConfig(path=str(folder)))
+    family = config.model_type.removeprefix("slimtune_")
+    widths = widths_of(config)
+    partial = file.with_name(f".{file.name}.partial")
+    with ExitStack() as stack:
+        weights = _Weights(folder, stack)
+        layout = layout_of(family, widths, config.hidden_size, head_of(config), weights.files)
+        widths = padded(widths, layout)
+        kind = check_kind(kind) if kind else weights.kind
+        vocabulary = gguf_vocab.read(folder, weights.shape("model.embed_tokens.weight")[0], _special(config))
+        writer = gguf.GGUFWriter(None, layout.arch)
+        _describe(writer, config, layout, widths, KINDS[kind], name or folder.name)
+        _tell_tokens(writer, vocabulary)
+        kept = _write(writer, partial, lambda: _all(weights, config, widths, layout), kind)
+    os.replace(partial, file)
+    return {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
+
+
+def widths_of(config: PreTrainedConfig) -> list[Widths]:
+    """Of every layer."""
+    layers = getattr(config, "per_layer_config", None)
+    own = [layers[index] if layers else config for index in range(config.num_hidden_layers)]
+    return [Widths(each.num_attention_heads, each.num_key_value_heads, each.intermediate_size) for each in own]
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("GGUF files are written with the package gguf; pip install 'slimtune[gguf]'") from error
+    return gguf
+
+
+class _Weights:
+    """Tensors of a model folder by name, read one at a time."""
+
+    def __init__(self, folder: Path, stack: ExitStack):
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{str(folder)!r} has no *.safetensors; save the model with save_pretrained")
+        opened = [stack.enter_context(safe_open(each, "pt")) for each in files]
+        self.files = {name: each for each in opened for name in each.keys()}  # noqa: SIM118
+        self.read = set[str]()
+
+    def get(self, name: str) -> Tensor:
+        self.read.add(name)
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.files[name].get_slice(name).get_shape())
+
+    @property
+    def kind(self) -> str:
+        kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+        return kinds[self.get("model.norm.weight").dtype]
+
+
+def _all(weights: _Weights, config: PreTrainedConfig, widths: Sequence[Widths], layout: Layout) -> Any:
+    yield from tensors(weights.get, weights.files, widths, layout, head_of(config))
+    if left := sorted(set(weights.files) - weights.read):
+        raise UserError(f"llama.cpp's {layout.arch!r} has no place for {left[0]!r} of this model; {ELSEWHERE}")
+    scaling = _scaling(config)
+    if scaling.get("rope_type") == "llama3":
+        yield "rope_freqs.weight", _llama3(scaling, config)
+
+
+def head_of(config: PreTrainedConfig) -> int:
+    """Size of a head."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _special(config: PreTrainedConfig) -> dict[str, int]:
+    ids = {short: getattr(config, f"{short}_token_id", None) for short in ("bos", "eos", "pad")}
+    found = {short: value[0] if isinstance(value, list) else value for short, value in ids.items()}
+    return {short: value for short, value in found.items() if value is not None}
+
+
+def _describe(writer: Any, config: Any, layout: Layout, widths: Sequence[Widths], file_type: int, name: str) -> None:
+    head, scaling = head_of(config), _scaling(config)
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    values = [[each.mlp for each in widths], [each.heads for each in widths], [each.kv_heads for each in widths]]
+    mlp, heads, kv_heads = values if layout.by_layer else [each[0] for each in values]
+    writer.add_name(name)
+    writer.add_file_type(file_type)
+    writer.add_quantization_version(2)
+    writer.add_vocab_size(config.vocab_size)
+    # attention over a window is the same as over all as long as the text is no longer
+    writer.add_context_length(min(config.max_position_embeddings, window or config.max_position_embeddings))
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(len(widths))
+    writer.add_feed_forward_length(mlp)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(float(scaling.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0))
+    if scaling.get("rope_type") == "linear":
+        writer.add_rope_scaling_type(_package().RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(float(scaling["factor"]))
+
+
+def _scaling(config: Any) -> Mapping[str, Any]:
+    """How positions are scaled. Raises UserError for a way that is not written."""
+    found: dict[str, Any] = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"):
+        raise UserError(f"rope_type {kind!r} is not written to GGUF yet (default, linear and llama3 are); {ELSEWHERE}")
+    return {**found, "rope_type": kind}
+
+
+def _llama3(scaling: Mapping[str, Any], config: Any) -> Tensor:
+    """By what each frequency is divided, [d / 2]: long waves by ``factor``, short ones not, those between by parts."""
+    head = head_of(config)
+    base = float(scaling.get("rope_theta") or config.rope_theta)
+    waves = 2 * torch.pi * base ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
+    low, high = float(scaling.get("low_freq_factor", 1)), float(scaling.get("high_freq_factor", 4))
+    length, factor = float(scaling["original_max_position_embeddings"]), float(scaling["factor"])
+    smooth = ((length / waves - low) / (high - low)).clamp(0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).float()
+
+
+def _tell_tokens(writer: Any, vocabulary: gguf_vocab.Vocabulary) -> None:
+    writer.add_tokenizer_model(vocabulary.model)
+    writer.add_tokenizer_pre(vocabulary.pre)
+    writer.add_token_list(list(vocabulary.tokens))
+    writer.add_token_types(list(vocabulary.kinds))
+    if vocabulary.scores:
+        writer.add_token_scores(list(vocabulary.scores))
+        writer.add_add_space_prefix(vocabulary.space_prefix)
+    if vocabulary.merges:
+        writer.add_token_merges(list(vocabulary.merges))
+    for short, index in vocabulary.special.items():
+        getattr(writer, f"add_{short}_token_id")(index)
+    writer.add_add_bos_token(vocabulary.adds_bos)
+    if vocabulary.template:
+        writer.add_chat_template(vocabulary.template)
+
+
+def _write(writer: Any, file: Path, every: Any, kind: str) -> dict[str, str]:
+    """All tensors twice: first what they are, which stands at the file's head, then themselves, one in memory at a time."""
+    gguf, kept = _package(), dict[str, str]()
+    for name, tensor in every():
+        own = kind_of(name, tuple(tensor.shape), kind)
+        if own != kind and tensor.ndim > 1 and name not in _ENDS:
+            kept[name] = own
+        shape, raw = tuple(tensor.shape), gguf.GGMLQuantizationType[own.upper()]
+        count = gguf.quant_shape_to_byte_shape(shape, raw)
+        writer.add_tensor_info(name, count, np.dtype(np.uint8), int(np.prod(count)), raw)
+    try:
+        writer.write_header_to_file(file)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, tensor in every():
+            writer.write_tensor_data(_encoded(tensor, kind_of(name, tuple(tensor.shape), kind)))
+        writer.close()
+    except BaseException:
+        writer.close()
+        file.unlink(missing_ok=True)
+        raise
+    return kept
+
+
+def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
+    """What a tensor is written as: norms and biases whole, rows that no block of 32 fits in 16 bits."""
+    if len(shape) == 1 or name == "rope_freqs.weight":
+        return "f32"
+    if not kind.startswith("q"):
+        return kind
+    if shape[-1] % 32:
+        return "f16"
+    return "q8_0" if name in _ENDS else kind
+
+
+def _encoded(tensor: Tensor, kind: str) -> NDArray[Any]:
+    gguf = _package()
+    plain = tensor.detach().float().contiguous().numpy()
+    found: NDArray[Any] = gguf.quants.quantize(plain, gguf.GGMLQuantizationType[kind.upper()])
+    return found

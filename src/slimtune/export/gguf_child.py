@@ -1,0 +1,52 @@
+"""Run as a script in a fresh process by ``gguf_run``: what llama.cpp makes of a GGUF file. Never import this.
+
+Imports nothing of slimtune or torch: a file must run where only llama.cpp is.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+
+def main(file: str, asked: str) -> None:
+    """Print ``{"tokens": [...], "read": [...], "logprobs": [...], "load_s": x}``, lists by prompt.
+
+    ``asked`` is ``{"prompts": [...], "tokens": n, "top": n, "threads": n}``; a prompt is a list of ids, or a text. ``tokens``
+    are greedy; ``read`` tells how many tokens a prompt is; ``logprobs`` are, for the first token, ``[[id, log-probability],
+    ...]`` of the ``top`` likeliest.
+    """
+    import xllamacpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    words = json.loads(asked)
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_ctx = max(map(len, words["prompts"])) + words["tokens"] + 8
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = words["threads"]
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    params.warmup = False
+    params.fit_params = False
+    params.verbosity = 10  # from here on it tells the tokens themselves; those that are half a letter stand nowhere else
+    # keys and values as they are: the comparison is of the weights, not of a smaller cache
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    started = time.perf_counter()
+    server = xllamacpp.Server(params)
+    load_s = time.perf_counter() - started
+    tokens, read, logprobs = [], [], []
+    for prompt in words["prompts"]:
+        request = {"prompt": prompt, "max_tokens": words["tokens"], "temperature": 0.0, "top_k": 1, "logprobs": words["top"]}
+        answer = server.handle_completions({**request, "return_tokens": True, "cache_prompt": False, "ignore_eos": True})
+        if "choices" not in answer:
+            raise RuntimeError(f"llama.cpp answers {json.dumps(answer)[:400]}")
+        tokens.append(answer["__verbose"]["tokens"])
+        read.append(answer["usage"]["prompt_tokens"])
+        first = answer["choices"][0]["logprobs"]["content"][0]
+        logprobs.append([[top["id"], top["logprob"]] for top in first["top_logprobs"]])
+    print(json.dumps({"tokens": tokens, "read": read, "logprobs": logprobs, "load_s": load_s}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

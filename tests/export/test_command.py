@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import slimtune
+from cuts import UNEVEN, write_folder
+from slimtune.cli import app
+from slimtune.errors import UserError
+from slimtune.export import command
+
+run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    write_folder(folder / "model", "llama", UNEVEN)
+    return folder
+
+
+def test_a_run_becomes_a_file_that_goes_on_as_torch_does(tuned: Path) -> None:
+    done = run(app, ["export", str(tuned), "--quantize", "F32", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert found["file"] == str(tuned / "model-f32.gguf")
+    assert found["tokens_same"] == found["tokens"] == 96
+    assert found["logprob_difference"] < 1e-3
+    assert Path(found["file"]).stat().st_size == found["bytes"]
+
+
+def test_the_table_tells_what_stays_wide(tuned: Path) -> None:
+    done = run(app, ["export", str(tuned / "model"), "-q", "q8_0", "--no-check", "--out", str(tuned / "small.gguf")])
+    assert done.exit_code == 0, done.output
+    assert "deci of llama.cpp" in done.stdout
+    assert "stay in 16 bits: their rows are no multiple of 32" in done.stdout
+    assert "in llama.cpp " not in done.stdout
+
+
+def test_a_file_that_runs_otherwise_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LARGEST", 1e-9)
+    with pytest.raises(UserError, match=r"llama.cpp computes other figures .* so the file was removed"):
+        slimtune.export_model(tuned, quantize="f32", out=tuned / "other.gguf")
+    assert not (tuned / "other.gguf").exists()
+
+
+BAD = {
+    "target": (["{run}", "--to", "ggml"], "--to 'ggml' is not known. Did you mean 'gguf'? Targets: gguf"),
+    "kind": (["{run}", "-q", "q8"], "--quantize q8 is not known. Did you mean 'q8_0'?"),
+    "k-quant": (["{run}", "-q", "q4_K_M"], "K- and I-quants are made by llama.cpp alone"),
+    "no run": (["{run}/nowhere"], "does not exist; give a model folder"),
+    "no model": (["{run}/.."], "has no config.json"),
+    "no folder": (["{run}", "--out", "{run}/no/x.gguf"], "there is no folder"),
+    "folder": (["{run}", "--out", "{run}"], "is a folder; name a file"),
+    "package": (["builtin:base-10m"], "lies in the package; say where the file goes: --out model.gguf"),
+    "hub": (["org/name"], "is no folder here; fetch it (hf download org/name) and give the folder"),
+}
+
+
+@pytest.mark.parametrize(("words", "told"), BAD.values(), ids=BAD)
+def test_bad_words_are_told_in_one_line(tuned: Path, words: list[str], told: str) -> None:
+    done = run(app, ["export", *(word.replace("{run}", str(tuned)) for word in words)])
+    assert done.exit_code == 2
+    assert told in " ".join(done.output.split())
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_tokenizer_that_llama_cpp_does_not_have(tuned: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", "llama", UNEVEN)
+    file = tmp_path / "model" / "tokenizer.json"
+    raw = json.loads(file.read_text())
+    for change, told in (
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "splits words in a way that is none of those known"),
+        ({"normalizer": {"type": "Lowercase"}}, "rewrites text before it splits it (Lowercase)"),
+        ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "is a WordLevel tokenizer; GGUF is written for BPE alone"),
+    ):
+        file.write_text(json.dumps({**raw, **change}))
+        with pytest.raises(UserError) as caught:
+            slimtune.export_model(tmp_path)
+        assert told in str(caught.value)
+    file.unlink()
+    with pytest.raises(UserError, match=r"has no tokenizer.json"):
+        slimtune.export_model(tmp_path)
+    assert not list(tmp_path.glob("*.gguf"))
