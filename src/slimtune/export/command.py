@@ -78,7 +78,7 @@ def export_model(
         file.unlink()
         raise UserError(
             f"llama.cpp computes other figures from {str(file)!r} than torch from {str(folder)!r} (log-probabilities differ by "
-            f"{compared['logprob_difference']:.3g}), so the file was removed; --to hf is what this model can be used as"
+            f"{compared['logprob_difference']:.3g}), so the file was removed; use the model's folder as it is"
         )
     return {**found, **compared}
 

@@ -64,6 +64,7 @@ def write(folder: Path, file: Path, kind: str = "", name: str = "") -> dict[str,
     with ExitStack() as stack:
         weights = _Weights(folder, stack)
         layout = layout_of(family, widths, config.hidden_size, head_of(config), weights.files)
+        _check_arithmetic(config)
         widths = padded(widths, layout)
         kind = check_kind(kind) if kind else weights.kind
         vocabulary = gguf_vocab.read(folder, weights.shape("model.embed_tokens.weight")[0], _special(config))
@@ -73,6 +74,15 @@ def write(folder: Path, file: Path, kind: str = "", name: str = "") -> dict[str,
         kept = _write(writer, partial, lambda: _all(weights, config, widths, layout), kind)
     os.replace(partial, file)
     return {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
+
+
+def _check_arithmetic(config: Any) -> None:
+    """Raise UserError where llama.cpp would compute something else and say nothing."""
+    if (act := getattr(config, "hidden_act", "silu")) != "silu":
+        raise UserError(f"hidden_act={act!r}: llama.cpp computes these blocks with silu; {ELSEWHERE}")
+    share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
+    if share != 1:
+        raise UserError(f"partial_rotary_factor={share}: llama.cpp turns whole heads in these blocks; {ELSEWHERE}")
 
 
 def widths_of(config: PreTrainedConfig) -> list[Widths]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from slimtune.errors import UserError
 
-ELSEWHERE = "--to hf or --to onnx hold it"
+ELSEWHERE = "use the model's folder as it is"
 Get = Callable[[str], Tensor]
 
 
@@ -86,7 +86,7 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
     if found.fused and "lm_head.weight" in names:
         raise UserError(
             f"llama.cpp has no architecture for {family!r} with widths by layer and an output of its own (untied embeddings): "
-            f"tune with budget.layout=uniform, or use --to hf or --to onnx"
+            f"tune with budget.layout=uniform, or use the model's folder as it is"
         )
     return found
 

@@ -17,16 +17,17 @@ from slimtune.errors import UserError
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``llama_token_type`` of llama.cpp."""
-ELSEWHERE = "--to hf or --to onnx keep the tokenizer as it is"
+ELSEWHERE = "use the model's folder as it is"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _BYTES = "bytes"
+_WHOLE = "a word that is a token is not split"
 _SPLITTERS: Mapping[tuple[str, ...], str] = {
     (_GPT2, _BYTES): "gpt-2",
     ("digits", _GPT2, _BYTES): "smollm",
-    (_LLAMA3, _BYTES): "llama-bpe",
+    (_LLAMA3, _BYTES, _WHOLE): "llama-bpe",
     (_QWEN2, _BYTES): "qwen2",
 }
 """What a splitter does, in order -> the name under which llama.cpp has the same."""
@@ -100,6 +101,7 @@ def read(folder: Path, rows: int, special: Mapping[str, int]) -> Vocabulary:
 def splitter(raw: Mapping[str, Any], file: Path) -> str:
     """llama.cpp's name for the word splitter of a ``tokenizer.json``. Raises UserError where it has none that is known here."""
     steps = tuple(step for each in _sequence(raw.get("pre_tokenizer")) for step in _step(each))
+    steps += (_WHOLE,) if raw["model"].get("ignore_merges") else ()
     if raw.get("normalizer") and raw["normalizer"].get("type") != "NFC":
         raise UserError(
             f"{str(file)!r} rewrites text before it splits it ({raw['normalizer'].get('type')}), which llama.cpp does not; "
