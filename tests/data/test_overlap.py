@@ -87,13 +87,16 @@ def test_a_passage_with_many_questions_is_no_template(questions: int) -> None:
     assert [match.row for match in Held(held, 13, train).near(train, 0.5)] == [0, 1]
 
 
-def test_several_templates_of_a_few_rows_each_are_known_by_the_rows_to_learn_from() -> None:
-    templates = [text(f"template{index}x", 60) for index in range(3)]
-    held = [pair(f"{templates[index % 3]} {text(f'h{index}x', 15)}", "yes") for index in range(60)]
-    train = [pair(f"{templates[index % 3]} {text(f't{index}x', 15)}", "yes") for index in range(300)]
+@pytest.mark.parametrize(("many", "to_learn", "to_measure"), [(3, 300, 60), (4, 160, 80), (10, 500, 120)])
+def test_several_templates_of_a_few_rows_each_are_known_by_the_rows_to_learn_from(
+    many: int, to_learn: int, to_measure: int
+) -> None:
+    templates = [text(f"template{index}x", 60) for index in range(many)]
+    held = [pair(f"{templates[index % many]} {text(f'h{index}x', 15)}", "yes") for index in range(to_measure)]
+    train = [pair(f"{templates[index % many]} {text(f't{index}x', 15)}", "yes") for index in range(to_learn)]
     assert Held(held, 13, train).near(train, 0.5) == []
     leaked = [*train, pair(held[4].prompt or "", "no")]
-    assert [match.row for match in Held(held, 13, leaked).near(leaked, 0.5)] == [300]
+    assert [match.row for match in Held(held, 13, leaked).near(leaked, 0.5)] == [to_learn]
 
 
 def test_a_passage_under_a_template_is_found() -> None:

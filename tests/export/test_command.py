@@ -4,13 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import slimtune
 from cuts import UNEVEN, write_folder
 from slimtune.cli import app
 from slimtune.errors import UserError
-from slimtune.export import command
+from slimtune.export import command, gguf_vocab
 
 run = CliRunner().invoke
 
@@ -40,11 +42,35 @@ def test_the_table_tells_what_stays_wide(tuned: Path) -> None:
     assert "in llama.cpp " not in done.stdout
 
 
-def test_a_file_that_runs_otherwise_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "LARGEST", 1e-9)
-    with pytest.raises(UserError, match=r"llama.cpp computes other figures .* so the file was removed"):
-        slimtune.export_model(tuned, quantize="f32", out=tuned / "other.gguf")
-    assert not (tuned / "other.gguf").exists()
+def test_a_file_that_runs_otherwise_does_not_take_the_place_of_another(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "LARGEST", {"f32": 1e-9})
+    (tuned / "mine.gguf").write_text("precious")
+    with pytest.raises(UserError, match=r"llama.cpp computes other figures .* no file was written"):
+        slimtune.export_model(tuned, quantize="f32", out=tuned / "mine.gguf")
+    assert (tuned / "mine.gguf").read_text() == "precious"
+    assert not list(tuned.glob(".*"))
+
+
+def test_a_file_that_splits_words_otherwise_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_vocab, "splitter", lambda *_: "llama-bpe")
+    with pytest.raises(
+        UserError, match=r"llama.cpp splits .* into \d+ tokens and the tokenizer of .* into \d+; no file was written"
+    ):
+        slimtune.export_model(tuned, out=tuned / "other.gguf")
+    assert not list(tuned.glob("*other.gguf*"))
+
+
+def test_weights_that_are_not_there(tuned: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "model", "llama", UNEVEN)
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    save_file({name: value for name, value in weights.items() if "layers.1.mlp.up" not in name}, file)
+    with pytest.raises(UserError, match=r"lack the tensor 'model.layers.1.mlp.up_proj.weight', which its config asks for"):
+        slimtune.export_model(tmp_path, check=False)
+    save_file({"tok_embeddings.weight": weights["model.embed_tokens.weight"]}, tmp_path / "model" / "consolidated.safetensors")
+    save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}, file)
+    slimtune.export_model(tmp_path, check=False, out=tmp_path / "x.gguf")
+    assert [each.name for each in tmp_path.glob("*.gguf")] == ["x.gguf"]
 
 
 BAD = {
@@ -74,6 +100,7 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(tuned: Path, tmp_path: Path) -
     raw = json.loads(file.read_text())
     for change, told in (
         ({"pre_tokenizer": {"type": "Whitespace"}}, "splits words in a way that is none of those known"),
+        ({"model": {**raw["model"], "byte_fallback": True}}, "treats spaces, text or bytes in a way that is not known"),
         ({"normalizer": {"type": "Lowercase"}}, "rewrites text before it splits it (Lowercase)"),
         ({"model": {"type": "WordLevel", "vocab": {"a": 0}}}, "is a WordLevel tokenizer; GGUF is written for BPE alone"),
     ):
@@ -81,6 +108,9 @@ def test_a_tokenizer_that_llama_cpp_does_not_have(tuned: Path, tmp_path: Path) -
         with pytest.raises(UserError) as caught:
             slimtune.export_model(tmp_path)
         assert told in str(caught.value)
+    file.write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json' is not JSON"):
+        slimtune.export_model(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match=r"has no tokenizer.json"):
         slimtune.export_model(tmp_path)

@@ -27,8 +27,8 @@ from slimtune.sections import DataConfig
 
 COMMON_ROWS = 5
 """An n-gram in more evaluation rows than this (of a few rows: in more than half of them) tells none of them: template or
-boilerplate. Not counted over training rows: what leaked often would pass as boilerplate there. Rows whose prompts hold one
-passage are one row here (``passages``)."""
+boilerplate. Not counted over training rows: what leaked often would pass as boilerplate there (but to tell a template from a
+passage: rows whose prompts hold one passage are one row here, see ``passages``)."""
 
 
 def apart(
@@ -145,10 +145,11 @@ class Held:
         if not common[gram[prompt]].any():
             return common
         counts = np.zeros(len(self._grams), np.int64)
-        for chunk in chunks(learn, self.n):
+        once = list({row.key: row for row in learn}.values())
+        for chunk in chunks(once, self.n):
             place, known = self._look_up(chunk.gram)
             np.add.at(counts, place[known], 1)
-        passage = passage_of(gram[prompt], home[prompt], len(self.rows), mark_templates(counts, len(learn)), most)
+        passage = passage_of(gram[prompt], home[prompt], len(self.rows), mark_templates(counts, len(once)), most)
         return rows_with(passage[home]) > most
 
     def near(self, rows: Sequence[Row], share: float, remember: bool = False) -> list[Match]:

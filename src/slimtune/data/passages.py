@@ -18,8 +18,9 @@ MOST_ROWS = 50
 """An n-gram in more prompts than this, or in more than half of them, is a template: nobody asks as much about one page."""
 HALF = 0.5
 """Two prompts are about one passage from this share of the n-grams of the shorter one on, templates not counted."""
-TEMPLATE_ROWS, TEMPLATE_SHARE = 50, 0.05
-"""An n-gram in more rows to learn from than either is a template: what leaks of a passage is fewer rows."""
+TEMPLATE_ROWS, TEMPLATE_SHARE = 10, 0.05
+"""An n-gram in more rows to learn from than either is a template: what leaks of a passage is fewer rows. Among a few hundred
+a passage that leaked often is one too; else a small set of several templates would leave nothing to learn."""
 
 
 def mark_templates(counts: Indices, rows: int) -> Flags:

@@ -58,8 +58,8 @@ def _tell_of_length(tuned: int, tasks: Sequence[Prepared], room: int, say: Calla
     longer = [task.name for task in tasks if task.task.file.metric != "perplexity" and task.longest > tuned]
     if longer and tuned < room:
         say(
-            f"rows of {', '.join(longer)} are longer than the {tuned} tokens that this model was tuned on, and are read whole; "
-            f"--max-length {tuned} cuts their prompts as its run does"
+            f"rows of {', '.join(longer)} are longer than the {tuned} tokens that this model was tuned on, and are read at "
+            f"more here; --max-length {tuned} cuts their prompts as its run does"
         )
 
 

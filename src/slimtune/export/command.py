@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from slimtune.errors import UserError, nearest
 from slimtune.export import gguf
@@ -17,11 +18,18 @@ from slimtune.models.load import BUILTIN, locate, pretrained
 from slimtune.sections import ModelConfig
 
 TARGETS = ("gguf",)
-EXACT = ("f32",)
-"""Kinds of weights whose figures must be torch's."""
-LARGEST = 0.01
-"""Difference of log-probabilities in an exact file from which on it is another model."""
+LARGEST = {"f32": 0.01, "f16": 0.1, "bf16": 0.3}
+"""Difference of log-probabilities from which on a file is another model; with fewer bits it may be as large as it likes."""
 _TEXTS = ("The first section describes", "In the case of a patient who", "    return [item for item in")
+_MORE = (
+    *_TEXTS,
+    "  two  spaces",
+    "\ttab\n\n\nlines ",
+    "1234567 x1y2 3.14",
+    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642",
+    "I'LL don't",
+)
+"""Texts whose splitting is compared."""
 _TOKENS = 32
 _TOP = 50
 _GIVEN = "RUN"
@@ -53,7 +61,8 @@ def export_model(
         among the likeliest first tokens).
 
     Raises:
-        UserError: anything the user can mend; an exact file that does not run as torch does is not left behind.
+        UserError: anything the user can mend; a file that does not run as torch does is not left behind, and what was there
+            before stays.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is not known.{nearest(to, TARGETS)} Targets: {', '.join(TARGETS)}")
@@ -61,26 +70,40 @@ def export_model(
         gguf.check_kind(quantize)
     if not out and str(run_or_model).startswith(BUILTIN):
         raise UserError(f"{run_or_model} lies in the package; say where the file goes: --out model.gguf")
-    folder = folder_of(run_or_model)
+    folder = folder_of(run_or_model).resolve()
     file = Path(out) if out else folder.parent / f"{folder.name}{'-' + quantize.lower() if quantize else ''}.gguf"
     _check_file(file)
-    say(f"writing {file} ...")
-    written = gguf.write(folder, file, quantize)
-    found = {"file": str(file), **written}
-    if not check:
-        return found
-    if importlib.util.find_spec("xllamacpp") is None:
-        say("not run: the package xllamacpp is not installed (pip install 'slimtune[gguf]')")
-        return found
-    say("running it in llama.cpp, and the folder in torch ...")
-    compared = _compared(folder, file)
-    if written["kind"] in EXACT and compared["logprob_difference"] > LARGEST:
-        file.unlink()
+    new = file.with_name(f".{file.name}.new")
+    try:
+        say(f"writing {file} ...")
+        found = {"file": str(file), **gguf.write(folder, new, quantize)}
+        if check and importlib.util.find_spec("xllamacpp") is None:
+            say("not run: the package xllamacpp is not installed (pip install 'slimtune[gguf]')")
+        elif check:
+            say("running it in llama.cpp, and the folder in torch ...")
+            found |= _checked(_compared(folder, new), found["kind"], folder)
+        new.replace(file)  # what was there before goes when this is known to be good
+    except OSError as error:
+        raise UserError(f"--out {str(file)!r} cannot be written: {error.strerror or error}; name another") from error
+    finally:
+        new.unlink(missing_ok=True)
+    return found
+
+
+def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:
+    """The comparison, of a file that is the same model."""
+    if compared["texts"]:
+        text, here, there = compared["texts"][0]
         raise UserError(
-            f"llama.cpp computes other figures from {str(file)!r} than torch from {str(folder)!r} (log-probabilities differ by "
-            f"{compared['logprob_difference']:.3g}), so the file was removed; use the model's folder as it is"
+            f"llama.cpp splits {text!r} into {there} tokens and the tokenizer of {str(folder)!r} into {here}; no file was "
+            "written: use the model's folder as it is"
         )
-    return {**found, **compared}
+    if compared["logprob_difference"] > LARGEST.get(kind, math.inf):
+        raise UserError(
+            f"llama.cpp computes other figures than torch from {str(folder)!r} (log-probabilities differ by "
+            f"{compared['logprob_difference']:.3g}); no file was written: use the model's folder as it is"
+        )
+    return {key: value for key, value in compared.items() if key != "texts"}
 
 
 def folder_of(given: str | Path) -> Path:
@@ -104,13 +127,19 @@ def _compared(folder: Path, file: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
     ran = run(file, prompts, _TOKENS, _TOP, threads=torch.get_num_threads())
+    here, there = [len(tokenizer(text)["input_ids"]) for text in _MORE], run(file, _MORE, 1).read
+    texts = [each for each in zip(_MORE, here, there, strict=True) if each[1] != each[2]]
     model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, _GIVEN).eval()
+    # of its own: a folder's may ask for penalties
+    ends = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, **ends)
     same, worst = 0, 0.0
     for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
         ids = torch.tensor([prompt])
-        goes_on = model.generate(ids, do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS)[0, len(prompt) :]
+        goes_on = model.generate(ids, generation_config=greedy)[0, len(prompt) :]
         equal = [mine == theirs for mine, theirs in zip(goes_on.tolist(), tokens, strict=False)]
         same += equal.index(False) if False in equal else len(equal)
         expected = model(ids).logits[0, -1].log_softmax(-1)
         worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
-    return {"tokens_same": same, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
+    figures = {"tokens_same": same, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
+    return {**figures, "texts": texts}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from transformers import PreTrainedConfig
 from slimtune.errors import UserError, nearest
 from slimtune.export import gguf_vocab
 from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, layout_of, padded, tensors
-from slimtune.models.load import load_config
+from slimtune.models.load import check_weights, load_config
 from slimtune.sections import ModelConfig
 
 KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7}
@@ -62,24 +63,25 @@ def write(folder: Path, file: Path, kind: str = "", name: str = "") -> dict[str,
     widths = widths_of(config)
     partial = file.with_name(f".{file.name}.partial")
     with ExitStack() as stack:
-        weights = _Weights(folder, stack)
+        weights = _Weights(folder, stack, bool(config.tie_word_embeddings))
         layout = layout_of(family, widths, config.hidden_size, head_of(config), weights.files)
-        _check_arithmetic(config)
-        widths = padded(widths, layout)
+        _check_arithmetic(config, layout)
         kind = check_kind(kind) if kind else weights.kind
         vocabulary = gguf_vocab.read(folder, weights.shape("model.embed_tokens.weight")[0], _special(config))
         writer = gguf.GGUFWriter(None, layout.arch)
-        _describe(writer, config, layout, widths, KINDS[kind], name or folder.name)
+        _describe(writer, config, layout, padded(widths, layout), KINDS[kind], name or folder.name)
         _tell_tokens(writer, vocabulary)
         kept = _write(writer, partial, lambda: _all(weights, config, widths, layout), kind)
     os.replace(partial, file)
     return {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
 
 
-def _check_arithmetic(config: Any) -> None:
+def _check_arithmetic(config: Any, layout: Layout) -> None:
     """Raise UserError where llama.cpp would compute something else and say nothing."""
     if (act := getattr(config, "hidden_act", "silu")) != "silu":
         raise UserError(f"hidden_act={act!r}: llama.cpp computes these blocks with silu; {ELSEWHERE}")
+    if layout.arch == "qwen2" and _scaling(config)["rope_type"] == "llama3":
+        raise UserError(f"rope_type 'llama3': llama.cpp's 'qwen2' has no place for it; {ELSEWHERE}")
     share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if share != 1:
         raise UserError(f"partial_rotary_factor={share}: llama.cpp turns whole heads in these blocks; {ELSEWHERE}")
@@ -103,15 +105,25 @@ def _package() -> Any:
 class _Weights:
     """Tensors of a model folder by name, read one at a time."""
 
-    def __init__(self, folder: Path, stack: ExitStack):
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{str(folder)!r} has no *.safetensors; save the model with save_pretrained")
-        opened = [stack.enter_context(safe_open(each, "pt")) for each in files]
-        self.files = {name: each for each in opened for name in each.keys()}  # noqa: SIM118
+    def __init__(self, folder: Path, stack: ExitStack, tied: bool):
+        check_weights(ModelConfig(path=str(folder)))
+        index = folder / "model.safetensors.index.json"
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+        if absent := [name for name in names if not (folder / name).is_file()]:
+            raise UserError(
+                f"{str(folder)!r} has no {absent[0]}; GGUF is written from safetensors: save_pretrained writes them"
+            )
+        opened = [stack.enter_context(safe_open(folder / name, "pt")) for name in names]
+        self.files = {name: each for each in opened for name in each.keys() if not name.endswith("rotary_emb.inv_freq")}  # noqa: SIM118
         self.read = set[str]()
+        if tied:  # some files hold it twice
+            self.files.pop("lm_head.weight", None)
+        if "model.norm.weight" not in self.files:
+            raise UserError(f"{str(folder)!r} has no tensor 'model.norm.weight': these are not the weights of a causal LM")
 
     def get(self, name: str) -> Tensor:
+        if name not in self.files:
+            raise UserError(f"the model's files lack the tensor {name!r}, which its config asks for; fetch or save them again")
         self.read.add(name)
         tensor: Tensor = self.files[name].get_tensor(name)
         return tensor
@@ -122,7 +134,7 @@ class _Weights:
     @property
     def kind(self) -> str:
         kinds = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-        return kinds[self.get("model.norm.weight").dtype]
+        return kinds.get(self.get("model.norm.weight").dtype, "f32")
 
 
 def _all(weights: _Weights, config: PreTrainedConfig, widths: Sequence[Widths], layout: Layout) -> Any:
@@ -130,7 +142,7 @@ def _all(weights: _Weights, config: PreTrainedConfig, widths: Sequence[Widths], 
     if left := sorted(set(weights.files) - weights.read):
         raise UserError(f"llama.cpp's {layout.arch!r} has no place for {left[0]!r} of this model; {ELSEWHERE}")
     scaling = _scaling(config)
-    if scaling.get("rope_type") == "llama3":
+    if scaling["rope_type"] == "llama3":
         yield "rope_freqs.weight", _llama3(scaling, config)
 
 
@@ -141,7 +153,7 @@ def head_of(config: PreTrainedConfig) -> int:
 
 def _special(config: PreTrainedConfig) -> dict[str, int]:
     ids = {short: getattr(config, f"{short}_token_id", None) for short in ("bos", "eos", "pad")}
-    found = {short: value[0] if isinstance(value, list) else value for short, value in ids.items()}
+    found = {short: next(iter(value), None) if isinstance(value, list) else value for short, value in ids.items()}
     return {short: value for short, value in found.items() if value is not None}
 
 

@@ -120,8 +120,8 @@ def tensors(
     yield "output_norm.weight", get("model.norm.weight")
     if "lm_head.weight" in names:
         yield "output.weight", get("lm_head.weight")
-    for index, width in enumerate(widths):
-        layer = _Layer(get, names, f"model.layers.{index}.", width, head, layout.paired)
+    for index, (own, width) in enumerate(zip(widths, padded(widths, layout), strict=True)):
+        layer = _Layer(get, names, f"model.layers.{index}.", own, width, head, layout.paired)
         for name, tensor in _block(layer, layout):
             yield f"blk.{index}.{name}", tensor
 
@@ -140,6 +140,7 @@ class _Layer:
     get: Get
     names: Mapping[str, Any]
     prefix: str
+    given: Widths
     width: Widths
     head: int
     paired: bool
@@ -167,7 +168,7 @@ def _block(layer: _Layer, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     yield from _attention(layer, layout)
     hidden = layer.tensor("input_layernorm.weight").shape[0]
     for name, source in _MLP.items():
-        if layer.there(f"{source}.weight"):
+        if layer.given.mlp:
             yield f"{name}.weight", layer.tensor(f"{source}.weight")
         elif layer.width.mlp:
             yield (
@@ -179,7 +180,7 @@ def _block(layer: _Layer, layout: Layout) -> Iterator[tuple[str, Tensor]]:
 def _attention(layer: _Layer, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     if not layer.width.heads:
         return
-    if not layer.there("self_attn.q_proj.weight"):
+    if not layer.given.heads:
         yield from _no_attention(layer, layout)
         return
     heads = {"q": layer.width.heads, "k": layer.width.kv_heads}

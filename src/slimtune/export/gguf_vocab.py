@@ -73,7 +73,7 @@ def read(folder: Path, rows: int, special: Mapping[str, int]) -> Vocabulary:
     file = folder / "tokenizer.json"
     if not file.is_file():
         raise UserError(f"{str(folder)!r} has no tokenizer.json, which a GGUF file is made of; add it, or {ELSEWHERE}")
-    raw = json.loads(file.read_text(encoding="utf-8"))
+    raw = _parsed(file)
     model = raw["model"]
     if model.get("type") != "BPE":
         raise UserError(f"{str(file)!r} is a {model.get('type')} tokenizer; GGUF is written for BPE alone; {ELSEWHERE}")
@@ -84,6 +84,7 @@ def read(folder: Path, rows: int, special: Mapping[str, int]) -> Vocabulary:
         short: ids[text] for short in ("bos", "eos", "pad", "unk") if (text := _text(settings.get(f"{short}_token"))) in ids
     }
     sentencepiece = bool(model.get("byte_fallback"))
+    spaced = _prepends_space(raw, kinds.count(BYTE), file) if sentencepiece else False
     return Vocabulary(
         model="llama" if sentencepiece else "gpt2",
         pre="default" if sentencepiece else splitter(raw, file),
@@ -93,7 +94,7 @@ def read(folder: Path, rows: int, special: Mapping[str, int]) -> Vocabulary:
         scores=_scores(model, tokens) if sentencepiece else [],
         special={**special, **named},
         adds_bos=_adds_bos(raw, tokens, {**special, **named}.get("bos")),
-        space_prefix=sentencepiece and _prepends_space(raw),
+        space_prefix=spaced,
         template=settings.get("chat_template") if isinstance(settings.get("chat_template"), str) else _template(folder),
     )
 
@@ -169,14 +170,36 @@ def _adds_bos(raw: Mapping[str, Any], tokens: Sequence[str], bos: int | None) ->
     return bos is not None and any(part.get("SpecialToken", {}).get("id") == tokens[bos] for part in first)
 
 
-def _prepends_space(raw: Mapping[str, Any]) -> bool:
-    text = json.dumps([raw.get("normalizer"), raw.get("pre_tokenizer")])
-    return '"Prepend"' in text or '"prepend_scheme": "first"' in text or '"prepend_scheme": "always"' in text
+_MARK = "\u2581"
+"""A space, in tokens of the SentencePiece kind."""
+
+
+def _prepends_space(raw: Mapping[str, Any], byte_tokens: int, file: Path) -> bool:
+    """Whether a text gets a space in front. Raises UserError where more is done to it, or a byte has no token of its own."""
+    rules = raw.get("normalizer") or {}
+    normalizer = [step["type"] for step in (rules["normalizers"] if rules.get("type") == "Sequence" else [rules]) if step]
+    steps = _sequence(raw.get("pre_tokenizer"))
+    known = normalizer in ([], ["Replace"], ["Prepend", "Replace"]) and all(step["type"] == "Metaspace" for step in steps)
+    if not known or bool(normalizer) == bool(steps) or byte_tokens < 256:
+        raise UserError(
+            f"{str(file)!r} treats spaces, text or bytes in a way that is not known to be llama.cpp's (a space mark put by its "
+            f"normalizer or a Metaspace, 256 byte tokens); {ELSEWHERE}"
+        )
+    if steps:
+        return bool(steps[0].get("replacement", _MARK) == _MARK and steps[0].get("prepend_scheme", "always") != "never")
+    return "Prepend" in normalizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
     file = folder / "tokenizer_config.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return _parsed(file) if file.is_file() else {}
+
+
+def _parsed(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{str(file)!r} is not JSON ({error}); fetch or save the tokenizer again") from error
     return found
 
 
