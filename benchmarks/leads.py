@@ -93,6 +93,17 @@ def again(rows: list[Row], other: list[Row]) -> list[str]:
     return lines
 
 
+def moved(rows: list[Row], other: list[Row]) -> list[str]:
+    """A line for each text: the other's perplexity minus the first's, in the mean over the runs that are not the same."""
+    first = {key_of(row): row for row in rows if row["metric"] == PPL}
+    found: dict[str, list[float]] = {}
+    for row in other:
+        same = first.get(key_of(row)) if row["metric"] == PPL else None
+        if same and same["value"] != row["value"]:
+            found.setdefault(row["domain"], []).append(row["value"] - same["value"])
+    return [f"{domain}: {statistics.mean(apart):+.3f} over {len(apart)} runs" for domain, apart in found.items()]
+
+
 def main() -> None:
     """Print all of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -106,7 +117,7 @@ def main() -> None:
         print("\n".join(["", "atp minus the rival in what dense LoRA learned, seed by seed", *scores]))
     for file in given.others:
         other = read(file)
-        print("\n".join(["", f"{file} against {given.rows}", *again(rows, other)]))
+        print("\n".join(["", f"{file} against {given.rows}", *again(rows, other), "", *moved(rows, other)]))
         print("\n".join(["", f"atp of {file} against the rivals of {given.rows}", *crossed(rows, other)]))
 
 

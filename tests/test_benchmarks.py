@@ -247,6 +247,7 @@ def test_leads_are_counted_over_all_budgets_and_tested_together() -> None:
         "-       p 0.4392, bound 0.0500  words 0.5 wanda",
     ]
     assert leads.again(rows, [{**rows[0], "value": 10.5, "plan": "b"}]) == ["words 0.6 atp seed 0: +0.500, other units"]
+    assert leads.moved(rows, [{**rows[0], "value": 10.5}, {**rows[1], "value": 10.1}, rows[2]]) == ["words: +0.300 over 2 runs"]
     better = [{**row, "value": row["value"] - 1 - row["seed"]} for row in rows if row["method"] == "atp"]
     before, after = ([float(line.split()[3]) for line in leads.crossed(rows, other)] for other in (rows, better))
     assert after == pytest.approx([lead + 2 for lead in before])  # seeds 0, 1, 2: 2 in the mean
