@@ -73,21 +73,21 @@ def export_model(
     folder = folder_of(run_or_model).resolve()
     file = Path(out) if out else folder.parent / f"{folder.name}{'-' + quantize.lower() if quantize else ''}.gguf"
     _check_file(file)
-    new = file.with_name(f".{file.name}.new")
+    compared: dict[str, Any] = {}
+
+    def run_there(new: Path, kind: str) -> None:
+        say("running it in llama.cpp, and the folder in torch ...")
+        compared.update(_checked(_compared(folder, new), kind, folder))
+
+    there = importlib.util.find_spec("xllamacpp") is not None
+    say(f"writing {file} ...")
     try:
-        say(f"writing {file} ...")
-        found = {"file": str(file), **gguf.write(folder, new, quantize)}
-        if check and importlib.util.find_spec("xllamacpp") is None:
-            say("not run: the package xllamacpp is not installed (pip install 'slimtune[gguf]')")
-        elif check:
-            say("running it in llama.cpp, and the folder in torch ...")
-            found |= _checked(_compared(folder, new), found["kind"], folder)
-        new.replace(file)  # what was there before goes when this is known to be good
+        written = gguf.write(folder, file, quantize, *([run_there] if check and there else []))
     except OSError as error:
         raise UserError(f"--out {str(file)!r} cannot be written: {error.strerror or error}; name another") from error
-    finally:
-        new.unlink(missing_ok=True)
-    return found
+    if check and not there:
+        say("not run: the package xllamacpp is not installed (pip install 'slimtune[gguf]')")
+    return {"file": str(file), **written, **compared}
 
 
 def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, layout_of, pa
 from slimtune.models.load import check_weights, load_config
 from slimtune.sections import ModelConfig
 
+Check = Callable[[Path, str], None]
 KINDS = {"f32": 0, "f16": 1, "bf16": 32, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q8_0": 7}
 """What weights can be written as -> ``general.file_type``."""
 _BY_LLAMA_CPP = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq")
@@ -42,13 +43,13 @@ def check_kind(kind: str) -> str:
     raise UserError(f"--quantize {kind} is not known.{nearest(small, KINDS)} Kinds: {', '.join(KINDS)}")
 
 
-def write(folder: Path, file: Path, kind: str = "", name: str = "") -> dict[str, Any]:
+def write(folder: Path, file: Path, kind: str = "", check: Check = lambda file, kind: None) -> dict[str, Any]:
     """Write the model of ``folder`` as ``file``, whole or not at all.
 
     Args:
         folder: a Hugging Face model folder, pruned or not, with ``tokenizer.json``.
         kind: one of ``KINDS``; default: as the weights are.
-        name: what the file calls the model; default: the folder's name.
+        check: called with the written file and its kind before it takes the place of ``file``; what it raises stops that.
 
     Returns:
         ``architecture``, ``kind``, ``bytes``, and ``kept``: {tensor: kind} of those whose rows no block of ``kind`` fits.
@@ -69,10 +70,12 @@ def write(folder: Path, file: Path, kind: str = "", name: str = "") -> dict[str,
         kind = check_kind(kind) if kind else weights.kind
         vocabulary = gguf_vocab.read(folder, weights.shape("model.embed_tokens.weight")[0], _special(config))
         writer = gguf.GGUFWriter(None, layout.arch)
-        _describe(writer, config, layout, padded(widths, layout), KINDS[kind], name or folder.name)
+        _describe(writer, config, layout, padded(widths, layout), KINDS[kind], folder.name)
         _tell_tokens(writer, vocabulary)
+        stack.callback(partial.unlink, missing_ok=True)
         kept = _write(writer, partial, lambda: _all(weights, config, widths, layout), kind)
-    os.replace(partial, file)
+        check(partial, kind)
+        os.replace(partial, file)
     return {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
 
 
@@ -236,11 +239,8 @@ def _write(writer: Any, file: Path, every: Any, kind: str) -> dict[str, str]:
         writer.write_ti_data_to_file()
         for name, tensor in every():
             writer.write_tensor_data(_encoded(tensor, kind_of(name, tuple(tensor.shape), kind)))
+    finally:
         writer.close()
-    except BaseException:
-        writer.close()
-        file.unlink(missing_ok=True)
-        raise
     return kept
 
 
