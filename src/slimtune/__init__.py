@@ -1,8 +1,8 @@
 """slimtune: tune and prune a language model in one stage.
 
-Public names: ``tune``, ``evaluate_model``, ``compare``, ``export_model``, ``Recipe``, ``load_recipe``, ``Plan``, ``UserError``.
-They are imported on first use, so that ``import slimtune`` costs microseconds; it also teaches transformers to load per-layer
-models (see ``registration``).
+Public names: ``tune``, ``evaluate_model``, ``compare``, ``export_model``, ``verify_export``, ``Recipe``, ``load_recipe``,
+``Plan``, ``UserError``. They are imported on first use, so that ``import slimtune`` costs microseconds; it also teaches
+transformers to load per-layer models (see ``registration``).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,25 @@ if TYPE_CHECKING:
     from slimtune.comparison.run import compare
     from slimtune.errors import UserError
     from slimtune.evaluate.command import evaluate_model
+    from slimtune.export.again import verify_export
     from slimtune.export.command import export_model
     from slimtune.pipeline import tune
     from slimtune.recipe import Recipe
     from slimtune.recipe import load as load_recipe
     from slimtune.structure.plan import Plan
 
-__all__ = ["Plan", "Recipe", "UserError", "__version__", "compare", "evaluate_model", "export_model", "load_recipe", "tune"]
+__all__ = [
+    "Plan",
+    "Recipe",
+    "UserError",
+    "__version__",
+    "compare",
+    "evaluate_model",
+    "export_model",
+    "load_recipe",
+    "tune",
+    "verify_export",
+]
 
 _HOMES = {
     "Plan": ("slimtune.structure.plan", "Plan"),
@@ -31,6 +43,7 @@ _HOMES = {
     "export_model": ("slimtune.export.command", "export_model"),
     "load_recipe": ("slimtune.recipe", "load"),
     "tune": ("slimtune.pipeline", "tune"),
+    "verify_export": ("slimtune.export.again", "verify_export"),
 }
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from slimtune.cli_evaluate import evaluate
-from slimtune.cli_export import export
+from slimtune.cli_export import export, verify
 from slimtune.comparison.command import compare
 from slimtune.errors import UserError, nearest
 from slimtune.version import __version__
@@ -119,6 +119,7 @@ def tune(
 app.command()(evaluate)
 app.command()(compare)
 app.command()(export)
+app.command()(verify)
 
 
 @app.command()

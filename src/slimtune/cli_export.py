@@ -1,4 +1,4 @@
-"""The command ``slimtune export``."""
+"""The commands ``slimtune export`` and ``slimtune verify``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,13 @@ Quantize = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The file.", show_default="beside the model")]
 Check = Annotated[bool, typer.Option("--check/--no-check", help="Run it in llama.cpp and compare with torch.")]
+Export = Annotated[
+    str, typer.Argument(metavar="EXPORT", help="Folder of a run or of a model, or a GGUF file.", show_default=False)
+]
+Against = Annotated[
+    str,
+    typer.Option("--against", metavar="RUN", help="The run or model that it should equal.", show_default="what was recorded"),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -43,6 +50,46 @@ def export(
         return
     for name, value in _told(found).items():
         typer.echo(f"{name:14s} {value}")
+
+
+def verify(export: Export, against: Against = "", as_json: Json = False) -> None:
+    """Load an export again, in a fresh process, and compare what it computes.
+
+    A folder is held to what tune recorded in it (verify.json), a GGUF file to the folder beside it that it was made from.
+    Exits 1 where it computes something else.
+    """
+    from slimtune.export.again import verify_export
+    from slimtune.runtime import quiet_libraries
+
+    quiet_libraries()
+    found = verify_export(export, against=against or None, say=_say)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        for name, value in _verified(found).items():
+            typer.echo(f"{name:14s} {value}")
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def _verified(found: dict[str, Any]) -> dict[str, str]:
+    size = f"{found['bytes'] / 1e6:,.1f} MB"
+    limit = f" (limit {found['limit']:g})" if found["limit"] else ""
+    return {
+        "export": found["export"],
+        "model": found["class"] + (f", {found['parameters']:,} parameters" if found["parameters"] else ""),
+        "size": f"{size}, loads in {found['load_s']:.2f} s",
+        "runtime": found["runtime"],
+        "next tokens": f"{found['tokens_same']} of {found['tokens']} as expected",
+        "difference": f"{found['logprob_difference']:.2g} in log-probabilities{limit}",
+        "verdict": _verdict(found),
+    }
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    if not found["ok"]:
+        return "NOT the same model"
+    return "the same model" if found["limit"] else "it runs, and splits texts alike; the difference is what fewer bits cost"
 
 
 def _told(found: dict[str, Any]) -> dict[str, str]:

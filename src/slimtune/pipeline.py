@@ -20,7 +20,7 @@ from slimtune.evaluate.figures import Measure
 from slimtune.evaluate.perplexity import Influences
 from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
-from slimtune.export.verify import verify
+from slimtune.export.verify import sample, verify
 from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
 from slimtune.models.identity import fingerprint, weight_bytes
@@ -285,7 +285,7 @@ class _Run:
 
     @torch.no_grad()
     def _verify(self, model: nn.Module, target: Path) -> float:
-        ids = self.splits.test.collate([0])["input_ids"][:, :64]
+        ids = sample(self.splits.test.collate([0])["input_ids"][:, :64], self.config.vocab_size)
         with self.figures.eager():
             expected = model(input_ids=ids, use_cache=False).logits
         difference = verify(target, ids, expected)

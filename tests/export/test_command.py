@@ -12,7 +12,7 @@ import slimtune
 from cuts import UNEVEN, write_folder
 from slimtune.cli import app
 from slimtune.errors import UserError
-from slimtune.export import command, gguf_vocab
+from slimtune.export import gguf_compared, gguf_vocab
 
 run = CliRunner().invoke
 
@@ -43,7 +43,7 @@ def test_the_table_tells_what_stays_wide(tuned: Path) -> None:
 
 
 def test_a_file_that_runs_otherwise_does_not_take_the_place_of_another(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "LARGEST", {"f32": 1e-9})
+    monkeypatch.setattr(gguf_compared, "LARGEST", {"f32": 1e-9})
     (tuned / "mine.gguf").write_text("precious")
     with pytest.raises(UserError, match=r"llama.cpp computes other figures .* no file was written"):
         slimtune.export_model(tuned, quantize="f32", out=tuned / "mine.gguf")

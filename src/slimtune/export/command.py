@@ -8,30 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer, GenerationConfig
-
 from slimtune.errors import UserError, nearest
-from slimtune.export import gguf
-from slimtune.export.gguf_run import run
-from slimtune.models.load import BUILTIN, locate, pretrained
-from slimtune.sections import ModelConfig
+from slimtune.export import gguf, gguf_compared
+from slimtune.models.load import BUILTIN, locate
 
 TARGETS = ("gguf",)
-LARGEST = {"f32": 0.01, "f16": 0.1, "bf16": 0.3}
-"""Difference of log-probabilities from which on a file is another model; with fewer bits it may be as large as it likes."""
-_TEXTS = ("The first section describes", "In the case of a patient who", "    return [item for item in")
-_MORE = (
-    *_TEXTS,
-    "  two  spaces",
-    "\ttab\n\n\nlines ",
-    "1234567 x1y2 3.14",
-    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642",
-    "I'LL don't",
-)
-"""Texts whose splitting is compared."""
-_TOKENS = 32
-_TOP = 50
 _GIVEN = "RUN"
 Say = Callable[[str], None]
 
@@ -77,7 +58,7 @@ def export_model(
 
     def run_there(new: Path, kind: str) -> None:
         say("running it in llama.cpp, and the folder in torch ...")
-        compared.update(_checked(_compared(folder, new), kind, folder))
+        compared.update(_checked(gguf_compared.compared(folder, new), kind, folder))
 
     there = importlib.util.find_spec("xllamacpp") is not None
     say(f"writing {file} ...")
@@ -98,7 +79,7 @@ def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any
             f"llama.cpp splits {text!r} into {there} tokens and the tokenizer of {str(folder)!r} into {here}; no file was "
             "written: use the model's folder as it is"
         )
-    if compared["logprob_difference"] > LARGEST.get(kind, math.inf):
+    if compared["logprob_difference"] > gguf_compared.LARGEST.get(kind, math.inf):
         raise UserError(
             f"llama.cpp computes other figures than torch from {str(folder)!r} (log-probabilities differ by "
             f"{compared['logprob_difference']:.3g}); no file was written: use the model's folder as it is"
@@ -120,26 +101,3 @@ def _check_file(file: Path) -> None:
         raise UserError(f"--out {str(file)!r} is a folder; name a file, e.g. {str(file / 'model.gguf')!r}")
     if not file.parent.is_dir():
         raise UserError(f"--out {str(file)!r}: there is no folder {str(file.parent)!r}; make it, or name another")
-
-
-@torch.no_grad()
-def _compared(folder: Path, file: Path) -> dict[str, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    prompts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
-    ran = run(file, prompts, _TOKENS, _TOP, threads=torch.get_num_threads())
-    here, there = [len(tokenizer(text)["input_ids"]) for text in _MORE], run(file, _MORE, 1).read
-    texts = [each for each in zip(_MORE, here, there, strict=True) if each[1] != each[2]]
-    model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, _GIVEN).eval()
-    # of its own: a folder's may ask for penalties
-    ends = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, **ends)
-    same, worst = 0, 0.0
-    for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
-        ids = torch.tensor([prompt])
-        goes_on = model.generate(ids, generation_config=greedy)[0, len(prompt) :]
-        equal = [mine == theirs for mine, theirs in zip(goes_on.tolist(), tokens, strict=False)]
-        same += equal.index(False) if False in equal else len(equal)
-        expected = model(ids).logits[0, -1].log_softmax(-1)
-        worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
-    figures = {"tokens_same": same, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
-    return {**figures, "texts": texts}

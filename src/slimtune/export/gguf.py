@@ -97,6 +97,16 @@ def widths_of(config: PreTrainedConfig) -> list[Widths]:
     return [Widths(each.num_attention_heads, each.num_key_value_heads, each.intermediate_size) for each in own]
 
 
+def kind_in(file: Path) -> str:
+    """The kind that ``file`` says its weights are; else ``other``. Raises UserError for no GGUF file."""
+    try:
+        field = _package().GGUFReader(file).get_field("general.file_type")
+    except (OSError, ValueError, IndexError, KeyError) as error:
+        raise UserError(f"{str(file)!r} cannot be read as a GGUF file ({error}); fetch or export it again") from error
+    number = field.contents() if field else None
+    return next((kind for kind, each in KINDS.items() if each == number), "other")
+
+
 def _package() -> Any:
     try:
         import gguf

@@ -1,4 +1,4 @@
-"""Reload an exported folder in a fresh process, without slimtune, and compare logits."""
+"""Reload an exported folder in a fresh process, without slimtune, and compare what it computes."""
 
 from __future__ import annotations
 
@@ -8,41 +8,58 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from slimtune.errors import UserError
+from slimtune.export import record
 
 _CHILD = Path(__file__).with_name("verify_child.py")
 _TAIL_LINES = 15
 
 
+def sample(text_ids: Tensor, vocabulary: int) -> Tensor:
+    """``text_ids`` [1, T] and, below, T drawn ones: [2, T]. The second row is what ``verify`` records."""
+    return torch.cat([text_ids.cpu(), record.drawn(vocabulary, text_ids.shape[1])])
+
+
 def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
     """The largest absolute difference between the folder's logits (fp32, CPU, fresh process, offline) and ``expected``.
 
+    What is expected of the last row is put into the folder (``verify.json``), for ``slimtune verify``.
+
     Args:
         folder: an exported model.
-        input_ids: [B, T].
+        input_ids: [B, T], e.g. of ``sample``.
         expected: logits [B, T, V] of the model in memory, computed in fp32 from weights rounded as they were written.
 
     Raises:
         UserError: the folder does not load, or the difference is not a number; with the end of the child's stderr.
     """
+    difference = float(reloaded(folder, {"input_ids": input_ids, "expected": expected})["difference"])
+    record.write(folder, record.of(input_ids[-1], expected[-1]))
+    return difference
+
+
+def reloaded(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What ``verify_child`` says of ``folder``. Raises UserError as ``verify`` does."""
     with tempfile.TemporaryDirectory(prefix="slimtune-verify-") as scratch:
-        sample = Path(scratch) / "sample.safetensors"
-        tensors = {"input_ids": input_ids, "expected": expected}
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, sample)
+        file = Path(scratch) / "sample.safetensors"
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
         # HF_MODULES_CACHE: code from the folder must leave no copy in the user's cache
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_MODULES_CACHE": scratch}
         # -P: without it Python would look for modules beside the script first
-        command = [sys.executable, "-P", str(_CHILD), str(Path(folder).resolve()), str(sample)]
+        command = [sys.executable, "-P", str(_CHILD), str(Path(folder).resolve()), str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         tail = "\n".join(done.stderr.strip().splitlines()[-_TAIL_LINES:])
         raise UserError(f"the export {str(folder)!r} fails in a fresh process (exit {done.returncode}):\n{tail}")
-    difference = float(json.loads(done.stdout.strip().splitlines()[-1])["difference"])
-    if not math.isfinite(difference):
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    if not math.isfinite(found["difference"]):
         raise UserError(f"the export {str(folder)!r} gives logits that are not finite; check the trained weights")
-    return difference
+    return found

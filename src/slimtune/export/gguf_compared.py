@@ -1,0 +1,61 @@
+"""A GGUF file in llama.cpp against the folder that it was made from in torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig
+
+from slimtune.export.gguf_run import run
+from slimtune.models.load import pretrained
+from slimtune.sections import ModelConfig
+
+LARGEST = {"f32": 0.01, "f16": 0.1, "bf16": 0.3}
+"""Difference of log-probabilities from which on a file is another model; with fewer bits it may be as large as it likes."""
+_TEXTS = ("The first section describes", "In the case of a patient who", "    return [item for item in")
+_MORE = (
+    *_TEXTS,
+    "  two  spaces",
+    "\ttab\n\n\nlines ",
+    "1234567 x1y2 3.14",
+    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642",
+    "I'LL don't",
+)
+"""Texts whose splitting is compared."""
+_TOKENS = 32
+_TOP = 50
+
+
+@torch.no_grad()
+def compared(folder: Path, file: Path) -> dict[str, Any]:
+    """llama.cpp on ``file`` and torch on ``folder`` (fp32), from the same tokens.
+
+    Returns:
+        ``tokens_same`` of ``tokens``: greedy ones of all texts, each up to the first that differs; ``logprob_difference``: the
+        largest among the likeliest first tokens; ``load_s`` in llama.cpp; ``texts``: those that are split into another number
+        of tokens, as (text, by the folder's tokenizer, by llama.cpp).
+
+    Raises:
+        UserError: one of them does not run.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
+    ran = run(file, prompts, _TOKENS, _TOP, threads=torch.get_num_threads())
+    here, there = [len(tokenizer(text)["input_ids"]) for text in _MORE], run(file, _MORE, 1).read
+    texts = [each for each in zip(_MORE, here, there, strict=True) if each[1] != each[2]]
+    model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, "RUN").eval()
+    # of its own: a folder's may ask for penalties
+    ends = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, **ends)
+    same, worst = 0, 0.0
+    for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
+        ids = torch.tensor([prompt])
+        goes_on = model.generate(ids, generation_config=greedy)[0, len(prompt) :]
+        equal = [mine == theirs for mine, theirs in zip(goes_on.tolist(), tokens, strict=False)]
+        same += equal.index(False) if False in equal else len(equal)
+        expected = model(ids).logits[0, -1].log_softmax(-1)
+        worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
+    figures = {"tokens_same": same, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
+    return {**figures, "texts": texts}
