@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or of a model, pruned or not.", show_default=False)]
-To = Annotated[str, typer.Option("--to", metavar="gguf", help="For which runtime.")]
+To = Annotated[str, typer.Option("--to", metavar="gguf|onnx", help="For which runtime.")]
 Quantize = Annotated[
     str,
     typer.Option(
@@ -20,10 +20,15 @@ Quantize = Annotated[
         show_default="as the weights",
     ),
 ]
-Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="The file.", show_default="beside the model")]
-Check = Annotated[bool, typer.Option("--check/--no-check", help="Run it in llama.cpp and compare with torch.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="The file, or (onnx) the folder.", show_default="beside the model")
+]
+Check = Annotated[bool, typer.Option("--check/--no-check", help="Run it there and compare with torch.")]
 Export = Annotated[
-    str, typer.Argument(metavar="EXPORT", help="Folder of a run or of a model, or a GGUF file.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="EXPORT", help="Folder of a run, of a model or of an ONNX graph, or a GGUF file.", show_default=False
+    ),
 ]
 Against = Annotated[
     str,
@@ -37,6 +42,7 @@ def export(
 ) -> None:
     """Write a model for another runtime, and run it there.
 
+    onnx: all families; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
     gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings),
     for llama.cpp and what is built on it.
     """
@@ -74,14 +80,14 @@ def verify(export: Export, against: Against = "", as_json: Json = False) -> None
 
 def _verified(found: dict[str, Any]) -> dict[str, str]:
     size = f"{found['bytes'] / 1e6:,.1f} MB"
-    limit = f" (limit {found['limit']:g})" if found["limit"] else ""
+    limit = f" (limit {found['limit']:.2g})" if found["limit"] else ""
     return {
         "export": found["export"],
         "model": found["class"] + (f", {found['parameters']:,} parameters" if found["parameters"] else ""),
         "size": f"{size}, loads in {found['load_s']:.2f} s",
         "runtime": found["runtime"],
         "next tokens": f"{found['tokens_same']} of {found['tokens']} as expected",
-        "difference": f"{found['logprob_difference']:.2g} in log-probabilities{limit}",
+        "difference": f"{_difference(found)}{limit}",
         "verdict": _verdict(found),
     }
 
@@ -93,19 +99,25 @@ def _verdict(found: dict[str, Any]) -> str:
 
 
 def _told(found: dict[str, Any]) -> dict[str, str]:
-    lines = {
-        "file": found["file"],
-        "size": f"{found['bytes'] / 1e6:,.1f} MB, {found['kind']}",
-        "architecture": f"{found['architecture']} of llama.cpp",
-    }
-    if found["kept"]:
+    kind = found.get("kind", "fp32")
+    lines = {"file": found["file"], "size": f"{found['bytes'] / 1e6:,.1f} MB, {kind}"}
+    if "architecture" in found:
+        lines["architecture"] = f"{found['architecture']} of llama.cpp"
+    if found.get("kept"):
         lines["wider"] = f"{len(found['kept'])} tensors stay in 16 bits: their rows are no multiple of 32"
     if "tokens" in found:
-        lines["in llama.cpp"] = (
+        where = "llama.cpp" if "architecture" in found else "onnxruntime"
+        lines[f"in {where}"] = (
             f"{found['tokens_same']} of {found['tokens']} greedy tokens as in torch (up to the first other one of each text), "
-            f"log-probabilities within {found['logprob_difference']:.2g}; loads in {found['load_s']:.2f} s"
+            f"{_difference(found)}; loads in {found['load_s']:.2f} s"
         )
     return lines
+
+
+def _difference(found: dict[str, Any]) -> str:
+    if "logit_difference" in found:
+        return f"logits within {found['logit_difference']:.2g}"
+    return f"log-probabilities within {found['logprob_difference']:.2g}"
 
 
 def _say(line: str) -> None:

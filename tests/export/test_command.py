@@ -81,7 +81,7 @@ BAD = {
     "no model": (["{run}/.."], "has no config.json"),
     "no folder": (["{run}", "--out", "{run}/no/x.gguf"], "there is no folder"),
     "folder": (["{run}", "--out", "{run}"], "is a folder; name a file"),
-    "package": (["builtin:base-10m"], "lies in the package; say where the file goes: --out model.gguf"),
+    "package": (["builtin:base-10m"], "lies in the package; say where it goes: --out model.gguf"),
     "hub": (["org/name"], "is no folder here; fetch it (hf download org/name) and give the folder"),
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import UserError
-from slimtune.export import gguf, gguf_compared, record
+from slimtune.export import gguf, gguf_compared, onnx, record
 from slimtune.export.command import folder_of
 from slimtune.export.verify import reloaded
 from slimtune.models.identity import weight_bytes
@@ -28,14 +28,15 @@ def verify_export(export: str | Path, *, against: str | Path | None = None, say:
     """Load an export in a fresh process and compare what it computes, in fp32 on the CPU.
 
     Args:
-        export: folder of a run or of a model, or a GGUF file.
+        export: folder of a run or of a model, a GGUF file, or the folder of an ONNX graph.
         against: the run or model that it should equal. Default: of a folder, what was recorded in it when it was written
-            (``verify.json``); of a file, the folder beside it that ``slimtune export`` made it from.
+            (``verify.json``); of a file or a graph, the folder beside it that ``slimtune export`` made it from.
         say: takes a line for what is done.
 
     Returns:
         ``export``, ``runtime``, ``class``, ``parameters`` (None of a file), ``bytes``, ``load_s``, ``tokens_same`` of
-        ``tokens`` (likeliest next tokens; of a file greedy ones), ``logprob_difference`` (the largest), ``limit``, ``ok``.
+        ``tokens`` (likeliest next ones; of a file or a graph greedy ones), ``logprob_difference`` (the largest; of a graph
+        ``logit_difference``), ``limit``, ``ok``.
 
     Raises:
         UserError: it does not load, or there is nothing to compare it with.
@@ -43,6 +44,8 @@ def verify_export(export: str | Path, *, against: str | Path | None = None, say:
     if (file := Path(export).expanduser()).suffix == ".gguf":
         return _of_file(file, against, say)
     folder = folder_of(export)
+    if (folder / onnx.FILE).is_file():
+        return _of_graph(folder, against, say)
     expected = _recorded(folder) if against is None else _computed(folder, folder_of(against), say)
     say(f"loading {folder} in a fresh process ...")
     rows = {"input_ids": torch.tensor([expected.input_ids]), "tokens": torch.tensor([expected.tokens])}
@@ -99,6 +102,30 @@ def _of_file(file: Path, against: str | Path | None, say: Say) -> dict[str, Any]
         "bytes": file.stat().st_size,
         "load_s": found["load_s"],
         **judged,
+    }
+
+
+def _of_graph(target: Path, against: str | Path | None, say: Say) -> dict[str, Any]:
+    beside = target.resolve().with_name(target.resolve().name.removesuffix("-onnx"))
+    if against is None and (beside == target.resolve() or not (beside / "config.json").is_file()):
+        raise UserError(
+            f"no model's folder lies beside {str(target)!r}; say what it was made from: --against RUN (or a model's folder)"
+        )
+    folder = folder_of(against) if against else beside
+    say(f"running {target} in onnxruntime, and {folder} in torch ...")
+    found = onnx.compared(folder, target)
+    return {
+        "export": str(target),
+        "runtime": f"onnxruntime {versions(['onnxruntime'])['onnxruntime']}, against {folder}",
+        "class": "ONNX graph",
+        "parameters": None,
+        "bytes": onnx.size_of(target),
+        "load_s": found["load_s"],
+        "tokens_same": found["tokens_same"],
+        "tokens": found["tokens"],
+        "logit_difference": found["logit_difference"],
+        "limit": found["limit"],
+        "ok": found["logit_difference"] <= found["limit"],
     }
 
 

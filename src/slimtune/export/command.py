@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import UserError, nearest
-from slimtune.export import gguf, gguf_compared
+from slimtune.export import gguf, gguf_compared, onnx
+from slimtune.export.folder import check_target
 from slimtune.models.load import BUILTIN, locate
 
-TARGETS = ("gguf",)
+TARGETS = ("gguf", "onnx")
 _GIVEN = "RUN"
 Say = Callable[[str], None]
 
@@ -30,29 +31,38 @@ def export_model(
 
     Args:
         run_or_model: folder of a run, or of a model.
-        to: ``gguf``.
-        quantize: kind of the weights; default: as they are.
-        out: the file; default: beside the model's folder, named after both.
-        check: let llama.cpp go on from three texts, and torch from the same.
+        to: ``gguf`` or ``onnx``.
+        quantize: kind of the weights of a GGUF file; default: as they are.
+        out: the file (GGUF) or the folder (ONNX); default: beside the model's folder, named after both.
+        check: let that runtime go on from a few texts or tokens, and torch from the same.
         say: takes a line for what is done.
 
     Returns:
-        ``file``, ``architecture``, ``kind``, ``bytes``, ``kept`` (see :func:`slimtune.export.gguf.write`), and, checked:
-        ``tokens_same``, ``tokens`` (greedy ones, up to the first that differs, of how many), ``logprob_difference`` (largest
-        among the likeliest first tokens).
+        ``file``, ``bytes``, and, checked: ``tokens_same``, ``tokens`` (greedy ones, up to the first that differs, of how many),
+        ``load_s``. GGUF: ``architecture``, ``kind``, ``kept`` (see :func:`slimtune.export.gguf.write`), ``logprob_difference``
+        (largest among the likeliest first tokens). ONNX: ``logit_difference`` (the largest) and its ``limit``.
 
     Raises:
-        UserError: anything the user can mend; a file that does not run as torch does is not left behind, and what was there
-            before stays.
+        UserError: anything the user can mend; what does not run as torch does is not left behind, and what was there before
+            stays.
     """
     if to not in TARGETS:
         raise UserError(f"--to {to!r} is not known.{nearest(to, TARGETS)} Targets: {', '.join(TARGETS)}")
+    if quantize and to != "gguf":
+        raise UserError(f"--quantize {quantize} is for --to gguf; {to} is written in fp32: leave it out")
     if quantize:
         gguf.check_kind(quantize)
     if not out and str(run_or_model).startswith(BUILTIN):
-        raise UserError(f"{run_or_model} lies in the package; say where the file goes: --out model.gguf")
+        name = "model.gguf" if to == "gguf" else f"model-{to}"
+        raise UserError(f"{run_or_model} lies in the package; say where it goes: --out {name}")
     folder = folder_of(run_or_model).resolve()
+    if to == "onnx":
+        return _to_onnx(folder, Path(out) if out else folder.with_name(f"{folder.name}-onnx"), check, say)
     file = Path(out) if out else folder.parent / f"{folder.name}{'-' + quantize.lower() if quantize else ''}.gguf"
+    return _to_gguf(folder, file, quantize, check, say)
+
+
+def _to_gguf(folder: Path, file: Path, quantize: str, check: bool, say: Say) -> dict[str, Any]:
     _check_file(file)
     compared: dict[str, Any] = {}
 
@@ -69,6 +79,26 @@ def export_model(
     if check and not there:
         say("not run: the package xllamacpp is not installed (pip install 'slimtune[gguf]')")
     return {"file": str(file), **written, **compared}
+
+
+def _to_onnx(folder: Path, target: Path, check: bool, say: Say) -> dict[str, Any]:
+    if target.resolve() == folder:
+        raise UserError(f"--out {str(target)!r} is the model's own folder; name another")
+    check_target(target)
+    compared: dict[str, Any] = {}
+
+    def run_there(written: Path) -> None:
+        say("running it in onnxruntime, and the folder in torch ...")
+        compared.update(onnx.compared(folder, written))
+        if not compared["logit_difference"] <= compared["limit"]:
+            raise UserError(
+                f"onnxruntime computes other figures than torch from {str(folder)!r} (logits differ by "
+                f"{compared['logit_difference']:.3g}); nothing was written: use the model's folder as it is"
+            )
+
+    say(f"writing {target} ...")
+    written = onnx.write(folder, target, *([run_there] if check else []))
+    return {"file": str(target), **written, **compared}
 
 
 def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any]:

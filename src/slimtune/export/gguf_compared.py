@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from slimtune.export.gguf_run import run
+from slimtune.export.greedy import continued, same
 from slimtune.models.load import pretrained
 from slimtune.sections import ModelConfig
 
@@ -46,16 +47,10 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
     here, there = [len(tokenizer(text)["input_ids"]) for text in _MORE], run(file, _MORE, 1).read
     texts = [each for each in zip(_MORE, here, there, strict=True) if each[1] != each[2]]
     model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, "RUN").eval()
-    # of its own: a folder's may ask for penalties
-    ends = {key: getattr(model.generation_config, key) for key in ("eos_token_id", "pad_token_id")}
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=_TOKENS, min_new_tokens=_TOKENS, **ends)
-    same, worst = 0, 0.0
+    alike, worst = 0, 0.0
     for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
-        ids = torch.tensor([prompt])
-        goes_on = model.generate(ids, generation_config=greedy)[0, len(prompt) :]
-        equal = [mine == theirs for mine, theirs in zip(goes_on.tolist(), tokens, strict=False)]
-        same += equal.index(False) if False in equal else len(equal)
-        expected = model(ids).logits[0, -1].log_softmax(-1)
+        alike += same(continued(model, prompt, _TOKENS), tokens)
+        expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
-    figures = {"tokens_same": same, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
+    figures = {"tokens_same": alike, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
     return {**figures, "texts": texts}
