@@ -43,10 +43,10 @@ def verify_export(export: str | Path, *, against: str | Path | None = None, say:
     """
     if (file := Path(export).expanduser()).suffix == ".gguf":
         return _of_file(file, against, say)
-    folder = folder_of(export)
+    folder = folder_of(export, "EXPORT")
     if (folder / onnx.FILE).is_file():
         return _of_graph(folder, against, say)
-    expected = _recorded(folder) if against is None else _computed(folder, folder_of(against), say)
+    expected = _recorded(folder) if against is None else _computed(folder, folder_of(against, "--against"), say)
     say(f"loading {folder} in a fresh process ...")
     rows = {"input_ids": torch.tensor([expected.input_ids]), "tokens": torch.tensor([expected.tokens])}
     found = reloaded(folder, {**rows, "logprobs": torch.tensor([expected.logprobs])})
@@ -87,7 +87,7 @@ def _of_file(file: Path, against: str | Path | None, say: Say) -> dict[str, Any]
     if not file.is_file():
         raise UserError(f"EXPORT={str(file)!r} is no file here; give a GGUF file, or the folder of a run or a model")
     kind = gguf.kind_in(file)
-    folder = folder_of(against) if against else _beside(file, kind)
+    folder = folder_of(against, "--against") if against else _beside(file, kind)
     say(f"running {file} in llama.cpp, and {folder} in torch ...")
     found = gguf_compared.compared(folder, file)
     judged = _judged(
@@ -111,7 +111,7 @@ def _of_graph(target: Path, against: str | Path | None, say: Say) -> dict[str, A
         raise UserError(
             f"no model's folder lies beside {str(target)!r}; say what it was made from: --against RUN (or a model's folder)"
         )
-    folder = folder_of(against) if against else beside
+    folder = folder_of(against, "--against") if against else beside
     say(f"running {target} in onnxruntime, and {folder} in torch ...")
     found = onnx.compared(folder, target)
     return {

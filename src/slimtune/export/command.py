@@ -14,7 +14,6 @@ from slimtune.export.folder import check_target
 from slimtune.models.load import BUILTIN, locate
 
 TARGETS = ("gguf", "onnx")
-_GIVEN = "RUN"
 Say = Callable[[str], None]
 
 
@@ -117,12 +116,12 @@ def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any
     return {key: value for key, value in compared.items() if key != "texts"}
 
 
-def folder_of(given: str | Path) -> Path:
-    """The model's folder of a run, or a model's folder itself. Raises UserError for anything else."""
+def folder_of(given: str | Path, what: str = "RUN") -> Path:
+    """The model's folder of a run, or a model's folder itself. Raises UserError for anything else, naming ``what``."""
     inside = Path(given).expanduser() / "model"
-    location, local = locate(str(inside if (inside / "config.json").is_file() else given), _GIVEN)
+    location, local = locate(str(inside if (inside / "config.json").is_file() else given), what)
     if not local:
-        raise UserError(f"{_GIVEN}={location!r} is no folder here; fetch it (hf download {location}) and give the folder")
+        raise UserError(f"{what}={location!r} is no folder here; fetch it (hf download {location}) and give the folder")
     return Path(location)
 
 
