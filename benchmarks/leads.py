@@ -4,8 +4,9 @@
 
 Of the first file: each rival over all texts and budgets, in pairs of the same seed, which leads stand when all tests are
 held to 5% together (one-sided paired t-tests, Holm 1979), and what leads there are in the tasks that dense LoRA learned. Of the
-others: what they have of the same method, budget and seed, minus the first file's figure, and the leads of their ATP on the
-first file's rivals; names are compared, not what a method's words were. Needs scipy (``slimtune[eval]`` brings it).
+others: what they have of the same method, budget and seed, minus the first file's figure, the leads of their ATP on the first
+file's rivals, and, where they have other seeds, ATP's leads over the seeds of both; names are compared, not what a method's
+words were. Needs scipy (``slimtune[eval]`` brings it).
 """
 
 from __future__ import annotations
@@ -93,6 +94,21 @@ def again(rows: list[Row], other: list[Row]) -> list[str]:
     return lines
 
 
+def pooled(rows: list[Row], other: list[Row]) -> list[str]:
+    """A line for each rival of which ``other`` has seeds that ``rows`` lacks: ATP's lead over the seeds of both."""
+    had = {key_of(row) for row in rows}
+    fresh = [row for row in other if key_of(row) not in had]
+    before = {(board.domain, method, keep): board.lead(method, keep) for board in boards(rows) for method, keep in board.seeds}
+    lines = []
+    for board in boards([*rows, *fresh]):
+        for method, keep in board.seeds:
+            lead = list(board.lead(method, keep).values())
+            if method != OURS and len(lead) > max(1, len(before.get((board.domain, method, keep), {}))):
+                figures = f"{statistics.mean(lead):+.3f} ± {statistics.stdev(lead):.3f}"
+                lines.append(f"{board.domain} {keep:g} {method}: {figures} over {len(lead)} seeds")
+    return lines
+
+
 def moved(rows: list[Row], other: list[Row]) -> list[str]:
     """A line for each text: the other's perplexity minus the first's, in the mean over the runs that are not the same."""
     first = {key_of(row): row for row in rows if row["metric"] == PPL}
@@ -118,6 +134,8 @@ def main() -> None:
     for file in given.others:
         other = read(file)
         print("\n".join(["", f"{file} against {given.rows}", *again(rows, other), "", *moved(rows, other)]))
+        if lines := pooled(rows, other):
+            print("\n".join(["", f"what atp is ahead by on the seeds of both, {given.rows} and {file}", *lines]))
         print("\n".join(["", f"atp of {file} against the rivals of {given.rows}", *crossed(rows, other)]))
 
 

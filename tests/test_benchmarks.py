@@ -252,6 +252,10 @@ def test_leads_are_counted_over_all_budgets_and_tested_together() -> None:
     before, after = ([float(line.split()[3]) for line in leads.crossed(rows, other)] for other in (rows, better))
     assert after == pytest.approx([lead + 2 for lead in before])  # seeds 0, 1, 2: 2 in the mean
     assert leads.learned(rows) == []
+    assert leads.pooled(rows, rows) == []
+    more = [{**row, "seed": row["seed"] + 10, "value": row["value"] + 100 * (row["method"] != "atp")} for row in rows]
+    assert len(lines := leads.pooled(rows, more)) == len(leads.crossed(rows, rows))
+    assert all(float(line.split()[3]) > 40 and line.endswith(" seeds") for line in lines)
     scores = [
         {**row, "metric": "rqe.accuracy", "value": value + row["seed"] / 100, "low": 0.6, "high": 0.9, "majority": 0.5}
         for row in rows
