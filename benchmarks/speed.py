@@ -1,0 +1,151 @@
+"""Speed at a model's true shape, with random weights: the dense one, and cuts of it with aligned and unaligned widths.
+
+    python benchmarks/speed.py llama-3-8b --rows docs/results/speed.json    # on a GPU
+    python benchmarks/speed.py --rows docs/results/speed.json               # only print the tables
+
+The cuts are what ``budget.keep`` makes of random scores: ``aligned`` (widths by layer, MLPs in multiples of 128, the default),
+``uniform`` (equal widths, a stock class) and ``unaligned`` (widths by layer, to the channel). All are timed by turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from slimtune.bench.measure import Rates, Settings, Subject, compared, measured
+from slimtune.bench.torch_runs import Runs
+from slimtune.bench.work import Work
+from slimtune.export.huggingface import config_for
+from slimtune.models.load import meta_shapes, structure_of
+from slimtune.models.surgery import cut
+from slimtune.prune.solve import solve
+from slimtune.runtime import machine
+from slimtune.sections import BudgetConfig
+from slimtune.version import versions
+
+HERE = Path(__file__).parent
+CUTS: dict[str, dict[str, Any]] = {
+    "aligned": {"ffn_multiple": 128},
+    "uniform": {"ffn_multiple": 128, "layout": "uniform", "tolerance": 0.02},
+    "unaligned": {"ffn_multiple": 1},
+}
+
+
+def cut_config(base: PreTrainedConfig, keep: float, seed: int, **budget: Any) -> PreTrainedConfig:
+    """The config of ``base`` cut to ``keep`` by scores that differ by layer and by unit."""
+    structure = structure_of(base)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {}
+    for layer, axis in structure.sites():
+        units = structure.layers[layer].units[axis]
+        scores[layer, axis] = 0.5 * torch.randn(1, generator=generator) + torch.randn(units, generator=generator)
+    plan, _ = solve(scores, structure, BudgetConfig(keep=keep, **budget))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base)
+    cut(model, structure, plan)
+    return config_for(base, plan, {name: tuple(each.shape) for name, each in model.named_parameters()})
+
+
+def subjects(
+    shape: str, keep: float, seed: int, names: list[str], device: torch.device, dtype: torch.dtype
+) -> Iterator[Subject]:
+    """The dense shape and its cuts, weights drawn on ``device``."""
+    keys = dict(json.loads((HERE / "shapes.json").read_text())[shape])
+    base = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    for name in ["dense", *names]:
+        config = base if name == "dense" else cut_config(base, keep, seed, **CUTS[name])
+        with torch.device(device):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        print(f"{name}: {type(model).__name__}, {sum(map(torch.numel, model.parameters())):,} parameters", flush=True)
+        yield Subject(name, Runs(model), Work.of(model))
+
+
+def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure everything; a row for each model, measurement and way to run it, with what it was taken on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    taken = list(subjects(args.shape, args.keep, args.seed, args.cuts, device, dtype))
+    sizes = {subject.name: subject.work for subject in taken}
+    batches, fuller = tuple(args.batches), [subject for subject in taken if subject.name != "unaligned"]
+    head = {"shape": args.shape, "keep": args.keep, "seed": args.seed, "machine": machine(device), "dtype": str(dtype)[6:]}
+    head |= {"prompt": args.prompt, "context": args.context, **Rates.of(device, dtype).told(), **versions()}
+    say = partial(print, flush=True)
+    found = measured(taken, Settings(batches, args.prompt, args.context, repeats=args.repeats), say)
+    if args.compile and device.type == "cuda":  # half a minute a model and batch
+        last = Settings(tuple(args.compile), args.prompt, args.context, 32, args.repeats, ("compiled graph",), prompts=False)
+        found += measured(fuller, last, say)
+    return [{**head, **row, "parameters": sizes[row["model"]].parameters, "seconds": _short(row["seconds"])} for row in found]
+
+
+def _short(seconds: list[float]) -> list[float]:
+    return [float(f"{value:.5g}") for value in seconds]
+
+
+def print_tables(rows: list[dict[str, Any]]) -> None:
+    """Per shape and machine: how much faster the cuts are, and what their sizes allow, as Markdown."""
+    for key in dict.fromkeys((row["shape"], row["machine"], row["keep"]) for row in rows):
+        mine = [row for row in rows if (row["shape"], row["machine"], row["keep"]) == key]
+        first, cuts = mine[0], [name for name in dict.fromkeys(row["model"] for row in mine) if name != "dense"]
+        sizes = ", ".join(f"{row['model']} {row['parameters']:,}" for row in {row["model"]: row for row in mine}.values())
+        rates = Rates(1e9 * first["copy_gb_s"], 1e12 * first["matmul_tflops_s"])
+        print(
+            f"\n{key[0]} shape, random weights, {first['dtype']}, {key[1]} (copies {first['copy_gb_s']:,.0f} GB/s, multiplies",
+            end=" ",
+        )
+        print(
+            f"{first['matmul_tflops_s']:,.0f} TFLOP/s); prompts of {first['prompt']} tokens, decode after {first['context']}."
+        )
+        print(
+            f"Parameters: {sizes}.\n\n| | batch | dense, ms | {' | '.join(cuts)} |\n| --- | --- | --- |{' --- |' * len(cuts)}"
+        )
+        found = {name: {_key(each): each for each in compared(mine, name, "dense", rates)} for name in cuts}
+        for row in (row for row in mine if row["model"] == "dense"):
+            cells = [_cell(found[name].get(_key(row))) for name in cuts]
+            how = "" if row["how"] == "eager" else f", {row['how']}"
+            print(f"| {row['what']}{how} | {row['batch']} | {row['ms']:,.2f} | {' | '.join(cells)} |")
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["what"], row["how"], row["batch"]
+
+
+def _cell(ratio: dict[str, Any] | None) -> str:
+    if ratio is None:
+        return ""
+    return (
+        f"{ratio['faster']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f}; {ratio['of_size']:.2f}, {ratio['of_saved']:.2f})"
+    )
+
+
+def main() -> None:
+    """Measure and put the rows in place of earlier ones of the same shape and machine, or only print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shape", nargs="?", choices=sorted(json.loads((HERE / "shapes.json").read_text())))
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--seed", type=int, default=0, help="of the random scores")
+    parser.add_argument("--cuts", nargs="+", default=list(CUTS), choices=list(CUTS))
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--compile", nargs="*", type=int, default=[1, 32], help="batches whose decode is compiled, too")
+    parser.add_argument("--rows", type=Path, required=True)
+    args = parser.parse_args()
+    rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
+    if args.shape:
+        new = rows_of(args)
+        same = ("shape", "keep", "machine")
+        rows = [row for row in rows if any(row[key] != new[0][key] for key in same)] + new
+        args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
+    print_tables(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Run as a script in a fresh process by ``llama_runs``: llama.cpp's own clocks for one prompt and the tokens after it.
+
+Never import this. It imports nothing of slimtune or torch: threads of another library would disturb the clocks.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import time
+
+
+def main(file: str, asked: str) -> None:
+    """Print ``{"prompt_s": x, "step_s": x, "load_s": x, "memory_bytes": n}``; ``asked``: prompt, tokens, threads."""
+    import xllamacpp  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    words = json.loads(asked)
+    params = xllamacpp.CommonParams()
+    params.model.path = file
+    params.n_ctx = words["prompt"] + words["tokens"] + 8
+    params.n_parallel = 1
+    params.n_gpu_layers = 0
+    params.cpuparams.n_threads = words["threads"]
+    params.cpuparams_batch.n_threads = words["threads"]
+    params.fit_params = False
+    started = time.perf_counter()
+    server = xllamacpp.Server(params)
+    load_s = time.perf_counter() - started
+    drawn = random.Random(0)
+    prompt = [drawn.randrange(3, 250) for _ in range(words["prompt"])]
+    request = {"prompt": prompt, "max_tokens": words["tokens"], "temperature": 0.0, "top_k": 1, "ignore_eos": True}
+    answer = server.handle_completions({**request, "cache_prompt": False, "timings_per_token": True})
+    if "choices" not in answer:
+        raise RuntimeError(f"llama.cpp answers {json.dumps(answer)[:400]}")
+    timings = answer["timings"]
+    found = {
+        "prompt_s": timings["prompt_ms"] / 1e3 * words["prompt"] / timings["prompt_n"],
+        "step_s": timings["predicted_per_token_ms"] / 1e3,
+        "load_s": load_s,
+        "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

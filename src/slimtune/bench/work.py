@@ -1,0 +1,83 @@
+"""What a forward pass must read and compute, counted from the model itself: the measure that times are held to.
+
+B rows, T tokens of a prompt, C tokens of context in the cache. A decode step of B rows reads every weight but an untied
+embedding (of which it reads B rows) and keys and values of B C tokens; a token computes 2 operations a weight of the blocks'
+linears and of the head, and 4 a query channel and token of context (scores, and their sum of values). A prompt of T tokens
+is T times the blocks, the head once, and T (T + 1) / 2 pairs of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Work:
+    """Counts of one model; ``flops`` are multiplications and additions.
+
+    Attributes:
+        parameters: all, tied ones once.
+        weight_bytes: of all of them.
+        step_bytes: of those that a decode step reads.
+        kv_bytes: keys and values of one token of one row, in all layers.
+        block_flops: of a token, in the linears of all blocks.
+        head_flops: of a token's logits.
+        pair_flops: of a token with one token of context, in all layers.
+    """
+
+    parameters: int
+    weight_bytes: int
+    step_bytes: int
+    kv_bytes: int
+    block_flops: int
+    head_flops: int
+    pair_flops: int
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: Any) -> Work:
+        """Count ``model``, with one forward pass of one token, whose cache tells the widths of its keys."""
+        parameters = list(model.parameters())
+        head = model.get_output_embeddings()
+        embedding = model.get_input_embeddings().weight
+        weight_bytes = sum(each.numel() * each.element_size() for each in parameters)
+        unread = 0 if head.weight is embedding else embedding.numel() * embedding.element_size()
+        inside = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+        cache = cache_of(model(torch.zeros(1, 1, dtype=torch.long, device=embedding.device), use_cache=True))
+        keys = [layer.keys for layer in cache.layers]
+        group = model.config.num_attention_heads // (model.config.num_key_value_heads or model.config.num_attention_heads)
+        return cls(
+            parameters=sum(each.numel() for each in parameters),
+            weight_bytes=weight_bytes,
+            step_bytes=weight_bytes - unread,
+            kv_bytes=sum(2 * each.numel() * each.element_size() for each in keys),
+            block_flops=2 * sum(module.weight.numel() for module in inside),
+            head_flops=2 * head.weight.numel(),
+            pair_flops=4 * group * sum(each.numel() for each in keys),
+        )
+
+    def decode_bytes(self, batch: int, context: int) -> int:
+        """Least that one step reads."""
+        return self.step_bytes + batch * context * self.kv_bytes
+
+    def decode_flops(self, batch: int, context: int) -> int:
+        """Of one step."""
+        return batch * (self.block_flops + self.head_flops + context * self.pair_flops)
+
+    def prefill_flops(self, batch: int, tokens: int) -> int:
+        """Of prompts of ``tokens`` each, up to the logits of their last one."""
+        pairs = tokens * (tokens + 1) // 2
+        return batch * (tokens * self.block_flops + self.head_flops + pairs * self.pair_flops)
+
+    def facts(self) -> dict[str, int]:
+        """All counts by name."""
+        return asdict(self)
+
+
+def cache_of(outputs: Any) -> Any:
+    """Keys and values that a forward pass left; transformers renames them, and warns of the old name."""
+    return outputs["cache"] if "cache" in outputs else outputs["past_key_values"]
