@@ -4,7 +4,8 @@
     python benchmarks/speed.py --rows docs/results/speed.json               # only print the tables
 
 The cuts are what ``budget.keep`` makes of random scores: ``aligned`` (widths by layer, MLPs in multiples of 128, the default),
-``uniform`` (equal widths, a stock class) and ``unaligned`` (widths by layer, to the channel). All are timed by turns in one process.
+``uniform`` (equal widths, a stock class) and ``unaligned`` (widths by layer, to the channel). All are timed by turns in one
+process.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from slimtune.bench.measure import Rates, Settings, Subject, compared, measured
 from slimtune.bench.torch_runs import Runs
 from slimtune.bench.work import Work
 from slimtune.export.huggingface import config_for
-from slimtune.models.load import meta_shapes, structure_of
+from slimtune.models.load import structure_of
 from slimtune.models.surgery import cut
 from slimtune.prune.solve import solve
 from slimtune.runtime import machine
@@ -95,16 +96,10 @@ def print_tables(rows: list[dict[str, Any]]) -> None:
         first, cuts = mine[0], [name for name in dict.fromkeys(row["model"] for row in mine) if name != "dense"]
         sizes = ", ".join(f"{row['model']} {row['parameters']:,}" for row in {row["model"]: row for row in mine}.values())
         rates = Rates(1e9 * first["copy_gb_s"], 1e12 * first["matmul_tflops_s"])
-        print(
-            f"\n{key[0]} shape, random weights, {first['dtype']}, {key[1]} (copies {first['copy_gb_s']:,.0f} GB/s, multiplies",
-            end=" ",
-        )
-        print(
-            f"{first['matmul_tflops_s']:,.0f} TFLOP/s); prompts of {first['prompt']} tokens, decode after {first['context']}."
-        )
-        print(
-            f"Parameters: {sizes}.\n\n| | batch | dense, ms | {' | '.join(cuts)} |\n| --- | --- | --- |{' --- |' * len(cuts)}"
-        )
+        taken_on = f"{key[1]} (copies {first['copy_gb_s']:,.0f} GB/s, multiplies {first['matmul_tflops_s']:,.0f} TFLOP/s)"
+        print(f"\n{key[0]} shape, random weights, {first['dtype']}, {taken_on};", end=" ")
+        print(f"prompts of {first['prompt']} tokens, decode after {first['context']}. Parameters: {sizes}.\n")
+        print(f"| | batch | dense, ms | {' | '.join(cuts)} |\n| --- | --- | --- |{' --- |' * len(cuts)}")
         found = {name: {_key(each): each for each in compared(mine, name, "dense", rates)} for name in cuts}
         for row in (row for row in mine if row["model"] == "dense"):
             cells = [_cell(found[name].get(_key(row))) for name in cuts]
@@ -119,9 +114,8 @@ def _key(row: dict[str, Any]) -> tuple[Any, ...]:
 def _cell(ratio: dict[str, Any] | None) -> str:
     if ratio is None:
         return ""
-    return (
-        f"{ratio['faster']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f}; {ratio['of_size']:.2f}, {ratio['of_saved']:.2f})"
-    )
+    spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+    return f"{ratio['faster']:.2f}x ({spread}; {ratio['of_size']:.2f}, {ratio['of_saved']:.2f})"
 
 
 def main() -> None:

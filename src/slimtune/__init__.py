@@ -11,6 +11,7 @@ from slimtune.registration import install as _install
 from slimtune.version import __version__
 
 if TYPE_CHECKING:
+    from slimtune.bench.command import bench_model
     from slimtune.comparison.run import compare
     from slimtune.errors import UserError
     from slimtune.evaluate.command import evaluate_model
@@ -26,6 +27,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "bench_model",
     "compare",
     "evaluate_model",
     "export_model",
@@ -38,6 +40,7 @@ _HOMES = {
     "Plan": ("slimtune.structure.plan", "Plan"),
     "Recipe": ("slimtune.recipe", "Recipe"),
     "UserError": ("slimtune.errors", "UserError"),
+    "bench_model": ("slimtune.bench.command", "bench_model"),
     "compare": ("slimtune.comparison.run", "compare"),
     "evaluate_model": ("slimtune.evaluate.command", "evaluate_model"),
     "export_model": ("slimtune.export.command", "export_model"),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from slimtune.cli_bench import bench
 from slimtune.cli_evaluate import evaluate
 from slimtune.cli_export import export, verify
 from slimtune.comparison.command import compare
@@ -120,6 +121,7 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(export)
 app.command()(verify)
+app.command()(bench)
 
 
 @app.command()

@@ -79,6 +79,7 @@ class Runs:
         step()  # it makes its tensors in the first step
         if any(layer.is_sliding for layer in step.cache.layers):
             return None
+        step.fill()
         replay = step.capture(lambda: step.rewind(context), compiled)
 
         def timed() -> float:
@@ -104,12 +105,15 @@ class Step:
         logits = self.model(self.ids, **{self.key: self.cache}, use_cache=True).logits
         self.ids.copy_(logits[:, -1:].argmax(-1))
 
-    def rewind(self, length: int) -> None:
-        """Take the cache, of fixed size, to hold ``length`` tokens, drawn ones: on zeros a device may be faster."""
+    def fill(self) -> None:
+        """Draw keys and values of a cache of fixed size: on zeros a device may be faster."""
         for layer in self.cache.layers:
-            if not layer.cumulative_length:
-                layer.keys.normal_()
-                layer.values.normal_()
+            layer.keys.normal_()
+            layer.values.normal_()
+
+    def rewind(self, length: int) -> None:
+        """Take the cache, of fixed size, to hold ``length`` tokens."""
+        for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)
 
     def capture(self, rewind: Callable[[], None], compiled: bool) -> Callable[[], None]:

@@ -1,0 +1,43 @@
+"""What a model reads and computes is counted from its shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cuts import UNEVEN, cut_model
+from slimtune.bench.work import Work
+
+HIDDEN, HEAD, WORDS = 64, 16, 97
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_cut_llama_by_hand(tied: bool) -> None:
+    model, _ = cut_model("llama", UNEVEN, tie_word_embeddings=tied)
+    work = Work.of(model)
+    groups, channels = (1, 2, 1), (40, 33, 96)
+    weights = sum(HIDDEN * HEAD * (2 + 1 + 1 + 2) * kept for kept in groups) + sum(3 * HIDDEN * wide for wide in channels)
+    table, norms = WORDS * HIDDEN, 7 * HIDDEN
+    assert work.parameters == weights + norms + (1 if tied else 2) * table
+    assert work.weight_bytes == 4 * work.parameters
+    assert work.step_bytes == 4 * (weights + norms + table)
+    assert work.kv_bytes == 2 * 4 * HEAD * sum(groups)
+    assert work.block_flops == 2 * weights
+    assert work.head_flops == 2 * table
+    assert work.pair_flops == 4 * HEAD * 2 * sum(groups)
+    assert work.decode_bytes(3, 50) == work.step_bytes + 3 * 50 * work.kv_bytes
+    assert work.decode_flops(3, 50) == 3 * (work.block_flops + work.head_flops + 50 * work.pair_flops)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi"])
+def test_operations_are_those_that_torch_counts(name: str) -> None:
+    model, _ = cut_model(name, UNEVEN)
+    model.set_attn_implementation("eager")
+    work, tokens = Work.of(model), 10
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, tokens, dtype=torch.long), use_cache=False, logits_to_keep=1)
+    heads = tokens * tokens - tokens * (tokens + 1) // 2  # eager attention computes the pairs that the mask hides, too
+    rotary = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] - 2 * tokens * tokens * work.pair_flops
+    assert 0 <= rotary < 0.01 * counter.get_total_flops()
+    assert counter.get_total_flops() - rotary - 2 * heads * work.pair_flops == work.prefill_flops(2, tokens)
