@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,8 @@ from slimtune.bench.work import Work
 from slimtune.runtime import forget_peak, peak_memory
 
 Row = dict[str, Any]
+_LAUNCHED = 16
+"""Steps of one measurement that Python launches one by one: they are slow, and as many as that are enough."""
 
 
 @dataclass(frozen=True)
@@ -95,49 +97,49 @@ class Measure:
 
 def measures(settings: Settings, cuda: bool) -> Iterator[Measure]:
     """Everything that is measured, in this order; graphs only with CUDA."""
-    prompt, context, steps = settings.prompt, settings.context, settings.steps
-
-    def prefill(batch: int) -> Measure:
-        return Measure(
-            "prefill",
-            "eager",
-            batch,
-            lambda subject: subject.runs.prefill(batch, prompt),
-            batch * prompt,
-            lambda work: work.prefill_flops(batch, prompt),
-            lambda work: work.step_bytes,
-        )
-
-    def decode(batch: int, how: str) -> Measure:
-        def start(subject: Subject) -> Timed | None:
-            if how == "eager":
-                return subject.runs.decode(batch, context, min(steps, 16))
-            return subject.runs.captured(batch, context, steps, how == "compiled graph")
-
-        middle = context + (min(steps, 16) if how == "eager" else steps) // 2
-        return Measure(
-            "decode",
-            how,
-            batch,
-            start,
-            batch,
-            lambda work: work.decode_flops(batch, middle),
-            lambda work: work.decode_bytes(batch, middle),
-        )
-
     if settings.prompts:
-        yield from map(prefill, settings.batches)
-        yield Measure(
-            "first token",
-            "eager",
-            1,
-            lambda subject: subject.runs.first_token(prompt),
-            prompt,
-            lambda work: work.prefill_flops(1, prompt),
-            lambda work: work.step_bytes,
-        )
+        yield from (_prefill(batch, settings.prompt) for batch in settings.batches)
+        yield _first_token(settings.prompt)
     for batch in settings.batches:
-        yield from (decode(batch, how) for how in settings.hows if cuda or how == "eager")
+        yield from (_decode(batch, how, settings) for how in settings.hows if cuda or how == "eager")
+
+
+def _prefill(batch: int, prompt: int) -> Measure:
+    return Measure(
+        "prefill",
+        "eager",
+        batch,
+        lambda subject: subject.runs.prefill(batch, prompt),
+        batch * prompt,
+        lambda work: work.prefill_flops(batch, prompt),
+        lambda work: work.step_bytes,
+    )
+
+
+def _first_token(prompt: int) -> Measure:
+    start = _prefill(1, prompt)
+    return replace(start, what="first token", start=lambda subject: subject.runs.first_token(prompt))
+
+
+def _decode(batch: int, how: str, settings: Settings) -> Measure:
+    context = settings.context
+    steps = min(settings.steps, _LAUNCHED) if how == "eager" else settings.steps
+
+    def start(subject: Subject) -> Timed | None:
+        if how == "eager":
+            return subject.runs.decode(batch, context, steps)
+        return subject.runs.captured(batch, context, steps, how == "compiled graph")
+
+    middle = context + steps // 2
+    return Measure(
+        "decode",
+        how,
+        batch,
+        start,
+        batch,
+        lambda work: work.decode_flops(batch, middle),
+        lambda work: work.decode_bytes(batch, middle),
+    )
 
 
 @torch.no_grad()
