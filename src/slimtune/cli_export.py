@@ -56,14 +56,14 @@ def export(
 ) -> None:
     """Write a model for another runtime, and run it there.
 
-    hf: all families; the model's folder anew for transformers, e.g. with weights of another type.
-    hf-uniform: the same in a stock class, which needs no code; layers are filled up with zeros to the widest one, so its memory
-    is that of equal widths (tuned with budget.layout=uniform a model has them without zeros).
+    hf: all families; the folder anew for transformers, with weights of another type.
+    hf-uniform: all families, a stock class, which needs no code: layers are filled up with zeros to the widest one
+    (a run with budget.layout=uniform needs none).
     gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings),
     for llama.cpp and what is built on it.
     onnx: all families; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
-    vllm: all families; a folder for vLLM, checked in transformers, not run in vLLM. --form deci: for a class of vLLM's own
-    (Llama, Mistral without windows, Qwen2), which may need zero heads: it is told how many.
+    vllm: all families; a folder for vLLM's Transformers backend, checked in transformers, not run in vLLM.
+    vllm, --form deci: Llama, Mistral without windows and Qwen2; for vLLM's own kernels, with zeros for removed heads.
     """
     from slimtune.export.command import export_model
     from slimtune.runtime import quiet_libraries

@@ -165,6 +165,9 @@ def test_a_fresh_process_loads_it_and_verify_takes_it(tmp_path: Path, monkeypatc
     assert "8,256 of them are zeros; without them 70,866" in told
     target = tmp_path / "model-vllm-deci"
     assert f"not run here; vllm serve {target} --trust-remote-code" in told
+    card = (target / "README.md").read_text()
+    assert "every layer has 4 query heads, and zeros stand for those" in card
+    assert "vllm serve folder --trust-remote-code" in card
     seen = {}
 
     def reloaded(folder: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
