@@ -241,6 +241,7 @@ def test_a_card_of_others_is_not_taken_over(tmp_path: Path) -> None:
     assert "their program" not in card
     assert "plan.json" not in card
     assert "| weights | float32 |" in card
+    assert "| parameters | 105,024 |" in card
 
 
 @pytest.mark.usefixtures("in_here")

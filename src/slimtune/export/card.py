@@ -68,8 +68,9 @@ A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with sl
 _LOADING = """\
 ## Loading
 {% if block_configs %}
-The folder is laid out for vLLM's `DeciLMForCausalLM`: every layer has {{ heads }} query heads, and zeros stand for those
-that were removed. For transformers it carries a small class (`modeling_slimtune_deci.py`):
+The folder is laid out for vLLM's `DeciLMForCausalLM`: every layer has {{ heads }} query heads
+{%- if zeros %}, and zeros stand for those
+that were removed{% endif %}. For transformers it carries a small class (`modeling_slimtune_deci.py`):
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -22,7 +22,7 @@ Written by slimtune {version} from {name}: the same model in another layout.
 
 | fact | value |
 | --- | --- |
-| parameters after | ? |
+| parameters | ? |
 | weights | ? |
 
 ## Loading
@@ -50,14 +50,14 @@ def write(source: Path, folder: Path, to: str, facts: Mapping[str, int]) -> None
         text = _SMALL.format(name=card.public(str(source)), version=__version__)
     zeros = facts["parameters"] - facts["parameters_before"]
     padding = f" ({zeros:,} of them zeros, for layers that are narrower than others)" if zeros else ""
-    text = _row(text, "parameters after", f"{facts['parameters']:,}{padding}")
+    text = _row(text, "parameters(?: after)?", f"{facts['parameters']:,}{padding}")
     text = _row(text, "weights", str(config.get("dtype")))
     section = card.loading(config, (folder / "plan.json").is_file(), to == "vllm", zeros)
     write_atomically(folder / "README.md", _section(text, section))
 
 
 def _row(text: str, label: str, value: str) -> str:
-    return re.sub(rf"^\| {label} \| .* \|$", lambda _: f"| {label} | {value} |", text, count=1, flags=re.MULTILINE)
+    return re.sub(rf"^\| ({label}) \| .* \|$", lambda found: f"| {found[1]} | {value} |", text, count=1, flags=re.MULTILINE)
 
 
 def _section(text: str, section: str) -> str:
