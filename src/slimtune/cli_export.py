@@ -9,21 +9,29 @@ from typing import Annotated, Any
 import typer
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or of a model, pruned or not.", show_default=False)]
-To = Annotated[str, typer.Option("--to", metavar="gguf|onnx", help="For which runtime.")]
+To = Annotated[str, typer.Option("--to", metavar="hf|hf-uniform|gguf|onnx|vllm", help="For which runtime.")]
 Quantize = Annotated[
     str,
     typer.Option(
         "--quantize",
         "-q",
         metavar="KIND",
-        help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1 or q4_0.",
+        help="f32, f16 or bf16 (not onnx); gguf: q8_0, q5_1, q5_0, q4_1 or q4_0 too.",
         show_default="as the weights",
     ),
 ]
-Out = Annotated[
-    Path | None, typer.Option("--out", metavar="FILE", help="The file, or (onnx) the folder.", show_default="beside the model")
+Form = Annotated[
+    str,
+    typer.Option(
+        "--form", metavar="transformers|deci", help="For which of vLLM's classes: its Transformers backend, or DeciLM."
+    ),
 ]
-Check = Annotated[bool, typer.Option("--check/--no-check", help="Run it there and compare with torch.")]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="FILE", help="The file (gguf) or the folder.", show_default="beside the model")
+]
+Check = Annotated[
+    bool, typer.Option("--check/--no-check", help="Run it there (hf, vllm: load it anew) and compare with torch.")
+]
 Export = Annotated[
     str,
     typer.Argument(
@@ -38,23 +46,34 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 
 def export(
-    run: Run, to: To = "gguf", quantize: Quantize = "", out: Out = None, check: Check = True, as_json: Json = False
+    run: Run,
+    to: To = "gguf",
+    quantize: Quantize = "",
+    form: Form = "transformers",
+    out: Out = None,
+    check: Check = True,
+    as_json: Json = False,
 ) -> None:
     """Write a model for another runtime, and run it there.
 
-    onnx: all families; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
+    hf: all families; the folder anew for transformers, with weights of another type.
+    hf-uniform: all families, a stock class, which needs no code: layers are filled up with zeros to the widest one
+    (a run with budget.layout=uniform needs none).
     gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings),
     for llama.cpp and what is built on it.
+    onnx: all families; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
+    vllm: all families; a folder for vLLM's Transformers backend, checked in transformers, not run in vLLM.
+    vllm, --form deci: Llama, Mistral without windows and Qwen2; for vLLM's own kernels, with zeros for removed heads.
     """
     from slimtune.export.command import export_model
     from slimtune.runtime import quiet_libraries
 
     quiet_libraries()
-    found = export_model(run, to, quantize=quantize, out=out, check=check, say=_say)
+    found = export_model(run, to, quantize=quantize, form=form, out=out, check=check, say=_say)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return
-    for name, value in _told(found).items():
+    for name, value in (_told_of_folder(found, to) if "class" in found else _told(found)).items():
         typer.echo(f"{name:14s} {value}")
 
 
@@ -111,6 +130,24 @@ def _told(found: dict[str, Any]) -> dict[str, str]:
             f"{found['tokens_same']} of {found['tokens']} greedy tokens as in torch (up to the first other one of each text), "
             f"{_difference(found)}; loads in {found['load_s']:.2f} s"
         )
+    return lines
+
+
+def _told_of_folder(found: dict[str, Any], to: str) -> dict[str, str]:
+    lines = {"folder": found["file"], "size": f"{found['bytes'] / 1e6:,.1f} MB, {found['kind']}"}
+    lines["model"] = f"{found['class']}, {found['parameters']:,} parameters"
+    if zeros := found["parameters"] - found["parameters_before"]:
+        lines["padding"] = f"{zeros:,} of them are zeros; without them {found['parameters_before']:,}"
+        if to == "hf-uniform":
+            lines["padding"] += "; a run with budget.layout=uniform has equal widths, and a stock class, without zeros"
+    if "tokens" in found:
+        lines["fresh process"] = (
+            f"{found['tokens_same']} of {found['tokens']} next tokens as in the model's folder, {_difference(found)}; "
+            f"loads in {found['load_s']:.2f} s"
+        )
+    if to == "vllm":
+        trust = " --trust-remote-code" if found["remote_code"] else ""
+        lines["in vLLM"] = f"not run here; vllm serve {found['file']}{trust}"
     return lines
 
 

@@ -74,7 +74,10 @@ def test_weights_that_are_not_there(tuned: Path, tmp_path: Path) -> None:
 
 
 BAD = {
-    "target": (["{run}", "--to", "ggml"], "--to 'ggml' is not known. Did you mean 'gguf'? Targets: gguf"),
+    "target": (
+        ["{run}", "--to", "ggml"],
+        "--to 'ggml' is not known. Did you mean 'gguf'? Targets: hf, hf-uniform, gguf, onnx, vllm",
+    ),
     "kind": (["{run}", "-q", "q8"], "--quantize q8 is not known. Did you mean 'q8_0'?"),
     "k-quant": (["{run}", "-q", "q4_K_M"], "K- and I-quants are made by llama.cpp alone"),
     "no run": (["{run}/nowhere"], "does not exist; give a model folder"),

@@ -95,7 +95,7 @@ def test_a_graph_that_runs_otherwise_does_not_take_the_place_of_another(
 
 
 BAD = {
-    "quantize": (["{run}", "--to", "onnx", "-q", "q8_0"], "--quantize q8_0 is for --to gguf"),
+    "quantize": (["{run}", "--to", "onnx", "-q", "q8_0"], "--quantize q8_0 is not for --to onnx"),
     "itself": (["{run}", "--to", "onnx", "--out", "{run}/model"], "is the model's own folder; name another"),
     "other files": (["{run}", "--to", "onnx", "--out", "{run}"], "holds other files than a model"),
     "builtin": (["builtin:base-10m", "--to", "onnx"], "say where it goes: --out model-onnx"),

@@ -19,7 +19,7 @@ from slimtune.structure.plan import Plan
 from slimtune.train.task_figures import names_of, told
 from slimtune.version import __version__
 
-_TEMPLATE = """\
+_HEAD = """\
 ---
 library_name: transformers
 pipeline_tag: text-generation
@@ -63,8 +63,22 @@ A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with sl
 {% endfor %}
 {%- endif %}
 
+"""
+
+_LOADING = """\
 ## Loading
-{% if per_layer %}
+{% if block_configs %}
+The folder is laid out for vLLM's `DeciLMForCausalLM`: every layer has {{ heads }} query heads
+{%- if zeros %}, and zeros stand for those
+that were removed{% endif %}. For transformers it carries a small class (`modeling_slimtune_deci.py`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+```
+{% elif per_layer %}
 Layers differ in width, so the model has its own small class. The folder carries it (`modeling_slimtune.py`):
 
 ```python
@@ -92,8 +106,20 @@ model = AutoModelForCausalLM.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 ```
 {% endif %}
-`plan.json` lists which units of the base were kept; replayed on the base it gives the same widths.
+{%- if vllm %}
+For vLLM, which this folder was written for and has not been run in:
 
+```sh
+vllm serve folder{{ " --trust-remote-code" if per_layer or block_configs }}
+```
+{% endif %}
+{%- if plan %}
+`plan.json` lists which units of the base were kept; replayed on the base it gives the same widths
+{%- if zeros %}, without the zeros{% endif %}.
+{% endif %}
+"""
+
+_REST = """\
 ## Widths
 
 | layer | query heads | KV heads | MLP |
@@ -179,7 +205,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     cut = any(len(kept[axis]) < full[axis] for kept, full in zip(plan.kept, plan.full, strict=True) for axis in kept)
     figures = {name: dict(values) for name, values in dict(known.get("figures", {})).items()}
     metrics = list(dict.fromkeys(metric for values in figures.values() for metric in values))
-    return _template().render(
+    return _template(_HEAD + _LOADING + _REST).render(
         title=known.get("title", "Pruned model" if cut else "Tuned model"),
         cut=cut,
         base=base,
@@ -191,15 +217,38 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         models=list(figures),
         figures=[(metric, [_text(row.get(metric, "")) for row in figures.values()]) for metric in metrics],
         data=[_text(source) for source in known.get("data", ())],
-        per_layer="per_layer_config" in config,
-        architecture=(config.get("architectures") or ["?"])[0],
         widths=_widths(plan),
+        **_how(config, True),
     )
 
 
+def loading(config: Mapping[str, Any], plan: bool, vllm: bool = False, zeros: int = 0) -> str:
+    """The card's section about loading a folder.
+
+    Args:
+        config: its config.json.
+        plan: the folder has a plan.json.
+        vllm: it was written for vLLM.
+        zeros: parameters that are padding.
+    """
+    return _template(_LOADING).render({**_how(config, plan), "vllm": vllm, "zeros": zeros})
+
+
+def _how(config: Mapping[str, Any], plan: bool) -> dict[str, Any]:
+    return {
+        "per_layer": "per_layer_config" in config,
+        "block_configs": "block_configs" in config,
+        "heads": config.get("num_attention_heads"),
+        "architecture": (config.get("architectures") or ["?"])[0],
+        "plan": plan,
+        "vllm": False,
+        "zeros": 0,
+    }
+
+
 @functools.cache
-def _template() -> Template:
-    return Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(_TEMPLATE)
+def _template(text: str) -> Template:
+    return Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False).from_string(text)
 
 
 def write(folder: Path, facts: Mapping[str, Any], plan: Plan) -> Path:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import UserError, nearest
-from slimtune.export import gguf, gguf_compared, onnx
+from slimtune.export import gguf, gguf_compared, onnx, rewrite
 from slimtune.export.folder import check_target
 from slimtune.models.load import BUILTIN, locate
 
-TARGETS = ("gguf", "onnx")
+TARGETS = ("hf", "hf-uniform", "gguf", "onnx", "vllm")
 Say = Callable[[str], None]
 
 
@@ -22,6 +22,7 @@ def export_model(
     to: str = "gguf",
     *,
     quantize: str = "",
+    form: str = "transformers",
     out: str | Path | None = None,
     check: bool = True,
     say: Say = lambda _: None,
@@ -30,35 +31,49 @@ def export_model(
 
     Args:
         run_or_model: folder of a run, or of a model.
-        to: ``gguf`` or ``onnx``.
-        quantize: kind of the weights of a GGUF file; default: as they are.
-        out: the file (GGUF) or the folder (ONNX); default: beside the model's folder, named after both.
-        check: let that runtime go on from a few texts or tokens, and torch from the same.
+        to: one of ``TARGETS``.
+        quantize: kind of the weights, not for ONNX; default: as they are.
+        form: of a folder for vLLM, ``transformers`` or ``deci``: for which of vLLM's classes.
+        out: the file (GGUF) or the folder; default: beside the model's folder, named after both.
+        check: let that runtime go on from a few texts or tokens, and torch from the same. A folder: load it in a fresh process.
         say: takes a line for what is done.
 
     Returns:
         ``file``, ``bytes``, and, checked: ``tokens_same``, ``tokens`` (greedy ones, up to the first that differs, of how many),
         ``load_s``. GGUF: ``architecture``, ``kind``, ``kept`` (see :func:`slimtune.export.gguf.write`), ``logprob_difference``
-        (largest among the likeliest first tokens). ONNX: ``logit_difference`` (the largest) and its ``limit``.
+        (largest among the likeliest first tokens). ONNX: ``logit_difference`` (the largest) and its ``limit``. A folder: see
+        :func:`slimtune.export.rewrite.rewrite`.
 
     Raises:
         UserError: anything the user can mend; what does not run as torch does is not left behind, and what was there before
             stays.
     """
-    if to not in TARGETS:
-        raise UserError(f"--to {to!r} is not known.{nearest(to, TARGETS)} Targets: {', '.join(TARGETS)}")
-    if quantize and to != "gguf":
-        raise UserError(f"--quantize {quantize} is for --to gguf; {to} is written in fp32: leave it out")
-    if quantize:
-        gguf.check_kind(quantize)
+    _check_words(to, quantize, form)
     if not out and str(run_or_model).startswith(BUILTIN):
         name = "model.gguf" if to == "gguf" else f"model-{to}"
         raise UserError(f"{run_or_model} lies in the package; say where it goes: --out {name}")
     folder = folder_of(run_or_model).resolve()
+    if to in rewrite.TARGETS:
+        target = Path(out) if out else rewrite.default_target(folder, to, form, quantize)
+        return rewrite.rewrite(folder, target, to, form, quantize, check, say)
     if to == "onnx":
         return _to_onnx(folder, Path(out) if out else folder.with_name(f"{folder.name}-onnx"), check, say)
     file = Path(out) if out else folder.parent / f"{folder.name}{'-' + quantize.lower() if quantize else ''}.gguf"
     return _to_gguf(folder, file, quantize, check, say)
+
+
+def _check_words(to: str, quantize: str, form: str) -> None:
+    if to not in TARGETS:
+        raise UserError(f"--to {to!r} is not known.{nearest(to, TARGETS)} Targets: {', '.join(TARGETS)}")
+    rewrite.check_form(form, to)
+    if not quantize:
+        return
+    if to == "onnx":
+        raise UserError(f"--quantize {quantize} is not for --to onnx, which is written in fp32: leave it out")
+    if to in rewrite.TARGETS:
+        rewrite.check_kind(quantize, to)
+    else:
+        gguf.check_kind(quantize)
 
 
 def _to_gguf(folder: Path, file: Path, quantize: str, check: bool, say: Say) -> dict[str, Any]:

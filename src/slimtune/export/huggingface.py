@@ -86,25 +86,46 @@ def save(
     weights = dict(model.named_parameters())  # tied ones once
     config = config_for(model.config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     config.dtype = dtype or model.dtype
+
+    def finish(partial: Path) -> None:
+        for file in carried:
+            copyfile(file, partial / file.name)
+        if not (partial / _GENERATION).exists():
+            model.generation_config.save_pretrained(partial)
+        (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        card.write(partial, {"parameters_after": sum(map(Tensor.numel, weights.values())), **facts}, plan)
+
+    return write(Path(folder), config, weights, dtype, finish, check)
+
+
+def write(
+    folder: Path,
+    config: PreTrainedConfig,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    finish: Callable[[Path], None],
+    check: Callable[[Path], None] | None = None,
+) -> Path:
+    """Write ``config`` (with the code it carries) and ``weights`` to ``folder``, whole or not at all.
+
+    Args:
+        weights: by name, tied ones once.
+        dtype: of the written weights; None: as they are, and as ``config.dtype`` says.
+        finish: puts the other files into the folder that is being written.
+        check: called with the finished folder before it takes the place of ``folder``; what it raises stops that.
+
+    Raises:
+        UserError: the disk is full, or the folder may not be replaced.
+    """
     size = torch.empty((), dtype=config.dtype).element_size()
-    needed = sum(tensor.numel() for tensor in weights.values()) * size + _SPARE_BYTES
-    with replacing(Path(folder), needed) as partial:
+    with replacing(folder, sum(tensor.numel() for tensor in weights.values()) * size + _SPARE_BYTES) as partial:
         config.save_pretrained(partial)
         converted = {name: _converted(tensor, dtype) for name, tensor in weights.items()}
         save_torch_state_dict(converted, partial, max_shard_size=MAX_SHARD, metadata={"format": "pt"})
-        _write_rest(partial, carried, model, plan)
-        card.write(partial, {"parameters_after": sum(map(Tensor.numel, weights.values())), **facts}, plan)
+        finish(partial)
         if check:
             check(partial)
-    return Path(folder)
-
-
-def _write_rest(partial: Path, carried: Iterable[Path], model: PreTrainedModel, plan: Plan) -> None:
-    for file in carried:
-        copyfile(file, partial / file.name)
-    if not (partial / _GENERATION).exists():
-        model.generation_config.save_pretrained(partial)
-    (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+    return folder
 
 
 def config_for(base: PreTrainedConfig, plan: Plan, shapes: Mapping[str, tuple[int, ...]]) -> PreTrainedConfig:
@@ -113,16 +134,26 @@ def config_for(base: PreTrainedConfig, plan: Plan, shapes: Mapping[str, tuple[in
     Raises:
         UserError: no class builds these shapes, so the model was not cut by ``plan`` (or still carries LoRA).
     """
-    difference = ""
-    for candidate in _candidates(base, plan):
+    found, difference = fitting(_candidates(base, plan), shapes)
+    if found is None:
+        raise UserError(f"the model does not fit its plan: {difference}; merge LoRA and cut it with this plan before saving")
+    return found
+
+
+def fitting(
+    candidates: Iterable[PreTrainedConfig], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[PreTrainedConfig | None, str]:
+    """The first config whose class builds exactly ``shapes``, with the class's name in it; else what differs in the last."""
+    difference = "no stock class takes these widths"
+    for candidate in candidates:
         with torch.device("meta"):
             shell = AutoModelForCausalLM.from_config(copy.deepcopy(candidate))
         built = {name: tuple(parameter.shape) for name, parameter in shell.named_parameters()}
         if built == dict(shapes):
             candidate.architectures = [type(shell).__name__]
-            return candidate
+            return candidate, ""
         difference = _first_difference(built, shapes)
-    raise UserError(f"the model does not fit its plan: {difference}; merge LoRA and cut it with this plan before saving")
+    return None, difference
 
 
 def _candidates(base: PreTrainedConfig, plan: Plan) -> Iterator[PreTrainedConfig]:
@@ -131,18 +162,25 @@ def _candidates(base: PreTrainedConfig, plan: Plan) -> Iterator[PreTrainedConfig
         uncut.use_cache = True
         yield uncut
         return
-    keys = {key: value for key, value in base.to_dict().items() if key not in _NOT_CARRIED}
-    keys["use_cache"] = True  # training switches it off; a model folder is for use
-    # after the cut hidden_size / heads no longer is the size of a head
-    keys["head_dim"] = keys.get("head_dim") or base.hidden_size // base.num_attention_heads
+    keys = keys_of(base)
     if plan.is_uniform:
-        yield from _stock(base.model_type, {**keys, **plan.widths(plan.layers[0])})
+        yield from stock(base.model_type, {**keys, **plan.widths(plan.layers[0])})
     per_layer.register()
     widths = {str(index): plan.widths(layer) for index, layer in enumerate(plan.layers)}
     yield per_layer.CONFIGS[base.model_type](**keys, per_layer_config=widths)
 
 
-def _stock(model_type: str, keys: Mapping[str, Any]) -> Iterator[PreTrainedConfig]:
+def keys_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config for other widths takes over, the size of a head among it."""
+    keys = {key: value for key, value in config.to_dict().items() if key not in _NOT_CARRIED}
+    keys["use_cache"] = True  # training switches it off; a model folder is for use
+    # after a cut hidden_size / heads no longer is the size of a head
+    keys["head_dim"] = keys.get("head_dim") or config.hidden_size // config.num_attention_heads
+    return keys
+
+
+def stock(model_type: str, keys: Mapping[str, Any]) -> Iterator[PreTrainedConfig]:
+    """Stock configs with ``keys``: the family's own, and one of the same arithmetic, as far as they take the widths."""
     options = [(model_type, dict(keys))]
     twin = _TWINS.get(model_type)
     if twin and not any(keys.get(key) for key in twin.without):

@@ -61,6 +61,8 @@ class Family:
     whole_heads: bool = False
     """The stock config refuses a number of query heads that does not divide the hidden size, ``head_dim`` or not. Llama's does
     too, but another stock class stands in for it unless there are biases (see ``export.huggingface``)."""
+    llama_block: bool = False
+    """A block computes what Llama's does, apart from biases and windows: two RMS norms, SiLU, nothing scaled."""
 
     def consumer(self, axis: str) -> Linear:
         """The linear whose *input* lies on ``axis``: the gate is placed before it."""

@@ -32,9 +32,9 @@ _BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES),
-        Family("mistral", _GATED, note="sliding window kept"),
-        Family("qwen2", _GATED, note="q/k/v biases"),
+        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES, llama_block=True),
+        Family("mistral", _GATED, note="sliding window kept", llama_block=True),
+        Family("qwen2", _GATED, note="q/k/v biases", llama_block=True),
         Family("qwen3", _GATED, note="per-head q/k norm"),
         Family("phi", _PLAIN, note="parallel block, LayerNorm, biases, partial rotary"),
         Family("gemma", _GATED, note="tied head; one KV head in 2B: only the MLP is cut there"),
