@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 import slimtune
 from cuts import UNEVEN, Kept, even
-from pieces import BYTES, CORPUS, MARK, PREPEND, added, metaspace, tokenizer_json, write_pieces
+from pieces import BYTES, CORPUS, DOUBLED, MARK, PREPEND, SPECIAL, added, metaspace, tokenizer_json, write_pieces
 from slimtune.cli import app
+from slimtune.cli_export import _told
 from slimtune.errors import UserError
 from slimtune.export import gguf_pieces, gguf_vocab
 from slimtune.export.gguf_run import run
@@ -26,20 +27,19 @@ from slimtune.export.gguf_run import run
 FIRST = "one space more before a text that begins with a space, and before whatever follows an added token"
 ALWAYS = "one space more before a text that begins with a space, and before one after an added token"
 FAST = "PreTrainedTokenizerFast"
+SPM = tokenizer_json(metaspace("always"), False, normalizer={"type": "Sequence", "normalizers": [PREPEND[1], DOUBLED]})
 STYLES: dict[str, tuple[str, Kept | None, dict[str, Any], str, dict[str, Any], bool, str]] = {
     # model, kept, tokenizer.json, its class, tokenizer_config.json, a space is put before a text, what is told
     "llama-2": ("llama", UNEVEN, tokenizer_json(PREPEND), FAST, {}, True, ""),
-    "mistral-0.1": ("mistral", None, tokenizer_json(PREPEND, False), "LlamaTokenizer", {"legacy": True}, True, ""),
+    "mistral-0.1": ("mistral", None, SPM, "LlamaTokenizer", {"legacy": True}, True, ""),
     "mistral-0.3": ("mistral", even([1], 64), tokenizer_json(metaspace("first")), FAST, {}, True, FIRST),
     "legacy": ("llama", None, tokenizer_json(PREPEND), "LlamaTokenizer", {"legacy": True}, True, ALWAYS),
     "no-prefix": ("llama", None, tokenizer_json(metaspace("never", True), False), FAST, {}, False, ""),
 }
 
 
-def drawn(count: int, seed: str) -> list[str]:
-    """Texts of all that a tokenizer may stumble on."""
-    rng = random.Random(seed)
-    odd = (
+ODD = (
+    *(
         " ",
         "  ",
         "     ",
@@ -47,6 +47,9 @@ def drawn(count: int, seed: str) -> list[str]:
         "\n\n",
         "\t",
         "\r\n",
+        "\u00a0",
+        MARK,
+        MARK * 2,
         "7",
         "1984",
         "Ü",
@@ -54,13 +57,18 @@ def drawn(count: int, seed: str) -> list[str]:
         "日本語",
         "语",
         "\U0001f642",
-        "e\u0301",
-        "\u00a0",
-    )
-    odd += (MARK, MARK * 2, "<0x0A>", "<0x", "</s>", "<s>", "[INST]", "<tool>", "[INST", "<", ">", "don't", "_x", "ZQ")
-    words = [*" ".join(CORPUS).split(" "), *odd]
+    ),
+    *("e\u0301", "<0x0A>", "<0x", "</s>", "<s>", "[INST]", "<tool>", "[INST", "<", ">", "don't", "_x", "ZQ"),
+)
+ADDED = ("</s>", "<s>", "[INST]", "<tool>")
+
+
+def drawn(count: int, seed: str) -> list[str]:
+    """Texts of words and of all that a tokenizer may stumble on, which also begin some."""
+    rng, words = random.Random(seed), (*" ".join(CORPUS).split(), *ODD, *ODD)
     return [
-        text for _ in range(count) if (text := "".join(rng.choice((*words, *odd)) + rng.choice(("", " ")) for _ in range(9)))
+        *(f"{odd}a b" for odd in ODD),
+        *("".join(rng.choice(words) + rng.choice(("", " ")) for _ in range(9)) for _ in range(count)),
     ]
 
 
@@ -82,13 +90,11 @@ def test_llama_cpp_reads_what_the_tokenizer_does(tmp_path: Path, style: str) -> 
     }
     assert said == {"model": "llama", "add_space_prefix": prefix, "add_bos_token": True, "add_eos_token": False}
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = drawn(80, style)
+    texts = drawn(60, style)
     there = [gguf_pieces.as_there(tokenizer, text) for text in texts]
-    assert all(text == other for text, other in zip(texts, there, strict=True)) == (not told)
-    inside = ("</s>", "<s>", "[INST]", "<tool>")
-    assert all(
-        text == other for text, other in zip(texts, there, strict=True) if text[0] != " " and not any(map(text.count, inside))
-    )
+    others = [text for text, other in zip(texts, there, strict=True) if text != other]
+    assert bool(others) == bool(told)
+    assert all(text[0] in (" ", MARK) or any(map(text.count, ADDED)) for text in others)
     ids = [tokenizer(text)["input_ids"] for text in there]
     ran = run(tmp_path / "x.gguf", [*texts, *ids], tokens=1, top=3)
     assert ran.read == [len(each) for each in (*ids, *ids)]
@@ -253,7 +259,7 @@ REFUSED: dict[str, tuple[Callable[[], dict[str, Any]], str]] = {
     "strip": (changed(added_tokens=[added("<s>", 1), added("</s>", 2, lstrip=True)]), r"added token '</s>' with lstrip, which"),
     "sought": (
         changed(added_tokens=[added("</s>", 2), added("<tool>", 700, special=False, normalized=True)]),
-        r"looks for the added token '<tool>' with a space before it \(\"normalized\": true\).*say false there, or use",
+        r"looks for the added token '<tool>' after it has written spaces \(\"normalized\": true\).*say false there, or use",
     ),
     "whole": (model_with(ignore_merges=True), r"joins pieces in a way that llama.cpp does not \(ignore_merges=True\)"),
     "chance": (model_with(dropout=0.5), r"joins pieces in a way that llama.cpp does not \(dropout=0.5\)"),
@@ -277,14 +283,12 @@ def test_what_llama_cpp_does_not_do_is_refused_by_name(folder: Path, make: Calla
         gguf_vocab.read(folder, 6144, {})
 
 
-def test_special_tokens_that_are_sought_after_a_space_are_told(folder: Path) -> None:
-    raw = tokenizer_json(
-        PREPEND, added_tokens=[added(text, index, normalized=True) for index, text in enumerate(("<unk>", "<s>", "</s>"))]
-    )
-    (folder / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-    assert gguf_vocab.read(folder, 6144, {}).note.startswith(
-        "llama.cpp finds '<unk>' in a text anywhere, this tokenizer only after"
-    )
+def test_special_tokens_that_are_looked_for_later_are_told(folder: Path) -> None:
+    later = [added(text, index, normalized=True) for index, text in enumerate(SPECIAL)]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(PREPEND, added_tokens=later)), encoding="utf-8")
+    found = slimtune.export_model(folder, out=folder.parent / "x.gguf")
+    assert found["note"].startswith("llama.cpp looks for '<unk>' in a text before it writes spaces, this tokenizer after")
+    assert _told(found)["note"] == found["note"]
 
 
 def test_an_end_that_nothing_names_is_refused(folder: Path) -> None:

@@ -39,12 +39,14 @@ def main(file: str, asked: str) -> None:
     load_s = time.perf_counter() - started
     tokens, read, logprobs = [], [], []
     for prompt in words["prompts"]:
-        request = {"prompt": prompt, "max_tokens": words["tokens"], "temperature": 0.0, "top_k": 1, "logprobs": words["top"]}
-        request |= {"return_tokens": True, "cache_prompt": False, "ignore_eos": True}
-        answer = _asked(server, request)
+        request = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
+        request |= {"ignore_eos": True, "max_tokens": 1}
+        answer, told = _first(server, request, words["top"])
+        if words["tokens"] > 1:  # asked apart: else it would tell the likeliest of every token, which takes long
+            answer = _asked(server, {**request, "max_tokens": words["tokens"]})
         tokens.append(answer["__verbose"]["tokens"])
         read.append(answer["usage"]["prompt_tokens"])
-        logprobs.append([[top["id"], top["logprob"]] for top in _first(server, request, answer)["top_logprobs"]])
+        logprobs.append([[top["id"], top["logprob"]] for top in told])
     print(json.dumps({"tokens": tokens, "read": read, "logprobs": logprobs, "load_s": load_s}))
 
 
@@ -55,19 +57,16 @@ def _asked(server: Any, request: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def _first(server: Any, request: dict[str, Any], answer: dict[str, Any]) -> Any:
-    """What llama.cpp tells of the first token: nothing where that is half a letter, so these are left out in turn."""
+def _first(server: Any, request: dict[str, Any], top: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The answer of one token, and the likeliest ``top``. Of half a letter llama.cpp tells none: these are left out in turn."""
+    found = answer = _asked(server, {**request, "logprobs": top})
     banned: list[list[Any]] = []
-    while True:
-        told = (answer["choices"][0]["logprobs"] or {}).get("content") or []
-        if told and len(told) == len(answer["__verbose"]["tokens"]):
-            return told[0]
+    while not (answer["choices"][0]["logprobs"] or {}).get("content"):
         if len(banned) > 256:
             raise RuntimeError("llama.cpp tells no log-probabilities of the first token")
-        if request["max_tokens"] == 1:
-            banned.append([answer["__verbose"]["tokens"][0], False])
-        request = {**request, "max_tokens": 1, "logit_bias": banned}
-        answer = _asked(server, request)
+        banned.append([answer["__verbose"]["tokens"][0], False])
+        answer = _asked(server, {**request, "logprobs": top, "logit_bias": banned})
+    return found, answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
 
 
 if __name__ == "__main__":

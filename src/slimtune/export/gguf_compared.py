@@ -58,7 +58,8 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
 
 def _split_otherwise(tokenizer: Any, file: Path) -> list[tuple[str, int, str]]:
     """Texts that llama.cpp splits into other tokens. It tells their number alone, so it also goes on from these tokens."""
-    texts = [*_MORE, *([f"one{tokenizer.eos_token}two"] if tokenizer.eos_token else [])]
+    end = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id)
+    texts = [*_MORE, *([f"one{end}two"] if end and not end.normalized else [])]
     ids = [list(tokenizer(as_there(tokenizer, text))["input_ids"]) for text in texts]
     ran = run(file, [*texts, *ids], 1, threads=torch.get_num_threads())
     found = []

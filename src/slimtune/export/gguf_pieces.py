@@ -1,19 +1,18 @@
 """A SentencePiece-like BPE (Llama 2, Mistral) as llama.cpp has it (``tokenizer.ggml.model`` = ``llama``), or why it has not.
 
 llama.cpp knows no merges here: of two neighbours it joins those whose text is the token of the highest score, whichever they
-are. See ``docs/decisions/0025-sentencepiece-in-gguf.md`` for when that is the same as merges by rank.
+are. See ``docs/decisions/0024-sentencepiece-in-gguf.md`` for when that is the same as merges by rank.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-
-from tokenizers.pre_tokenizers import Metaspace
 
 from slimtune.errors import UserError
 
@@ -24,6 +23,11 @@ BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 ELSEWHERE = "use the model's folder as it is"
 _MARKED = {"type": "Replace", "pattern": {"String": " "}, "content": MARK}
 _PREPENDED = {"type": "Prepend", "prepend": MARK}
+_DOUBLED = {"type": "Replace", "pattern": {"Regex": f"\\A{MARK}"}, "content": MARK * 2}
+"""Makes up for a Metaspace, which puts no space before one; transformers writes it from a SentencePiece model."""
+_MORE = "llama.cpp reads one space more before a text that begins with a space, and before"
+_TOLD = {"always": f"{_MORE} one after an added token", "first": f"{_MORE} whatever follows an added token"}
+"""What llama.cpp, which puts a space before every part of a text, reads otherwise."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Pieces:
         scores: by id.
         space_prefix: a space is put before a text, and after an added token.
         adds_bos, adds_eos: a beginning token is put before every text, an end after it.
-        note: texts that llama.cpp reads otherwise all the same; empty: none.
+        note: texts that llama.cpp reads otherwise all the same; empty: none. (The sign for a space counts as one.)
     """
 
     scores: Sequence[float]
@@ -106,13 +110,16 @@ def _last_pair(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, st
 
 def as_there(tokenizer: Any, text: str) -> str:
     """The text that ``tokenizer`` reads as llama.cpp reads ``text``: another one only where :attr:`Pieces.note` says so."""
-    rule = tokenizer.backend_tokenizer.pre_tokenizer
-    if not isinstance(rule, Metaspace) or rule.prepend_scheme == "never":
+    backend = tokenizer.backend_tokenizer
+    scheme = _scheme(
+        *(json.loads(part.__getstate__()) if part else None for part in (backend.normalizer, backend.pre_tokenizer))
+    )
+    if scheme not in _TOLD:
         return text
     added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     parts = re.split(f"({'|'.join(map(re.escape, added))})", text) if added else [text]
     for place, part in enumerate(parts):
-        if part and part not in added and (part.startswith(" ") or (rule.prepend_scheme == "first" and place)):
+        if part and part not in added and (part.startswith((" ", MARK)) or (scheme == "first" and place)):
             parts[place] = " " + part
     return "".join(parts)
 
@@ -129,23 +136,36 @@ def _check_model(model: Mapping[str, Any], tokens: Sequence[str], file: Path) ->
 
 def _spaces(raw: Mapping[str, Any], pieces: Sequence[str], file: Path) -> tuple[bool, str]:
     """Whether a space is put before a text, and where llama.cpp puts one that this tokenizer does not."""
-    rules = _steps(raw.get("normalizer"), "normalizers")
-    splits = _steps(raw.get("pre_tokenizer"), "pretokenizers")
-    if not splits and rules in ([_MARKED], [_PREPENDED, _MARKED]):
-        return len(rules) == 2, ""
-    if rules or [step["type"] for step in splits] != ["Metaspace"] or splits[0]["replacement"] != MARK:
+    rules, splits = _steps(raw.get("normalizer"), "normalizers"), _steps(raw.get("pre_tokenizer"), "pretokenizers")
+    scheme = _scheme(raw.get("normalizer"), raw.get("pre_tokenizer"))
+    if not scheme:
         raise UserError(
             f"{str(file)!r} prepares texts by {', '.join(step['type'] for step in (*rules, *splits)) or 'nothing'}; llama.cpp "
             f"only writes {MARK} for a space, and one before a text (Prepend and Replace, or Metaspace); {ELSEWHERE}"
         )
-    if splits[0]["split"] and (beyond := next((piece for piece in pieces if MARK in piece[1:]), None)):
+    words = any(step["split"] for step in splits)
+    if words and (beyond := next((piece for piece in pieces if MARK in piece[1:]), None)):
         raise UserError(
             f"{str(file)!r} splits texts at spaces and has the token {beyond!r}, which llama.cpp would use; {ELSEWHERE}"
         )
-    if splits[0]["prepend_scheme"] == "never":
-        return False, ""
-    after = "whatever follows an added token" if splits[0]["prepend_scheme"] == "first" else "one after an added token"
-    return True, f"llama.cpp reads one space more before a text that begins with a space, and before {after}"
+    return scheme != "never", _TOLD.get(scheme, "")
+
+
+def _scheme(normalizer: Mapping[str, Any] | None, pre_tokenizer: Mapping[str, Any] | None) -> str:
+    """Before what a tokenizer puts a space; empty: it does something else, or more.
+
+    ``never``; before ``every`` part of a text between added tokens; ``always``: before every one that does not begin with a
+    space; ``first``: before the beginning alone, if that does not.
+    """
+    rules, splits = _steps(normalizer, "normalizers"), _steps(pre_tokenizer, "pretokenizers")
+    if not splits and rules in ([_MARKED], [_PREPENDED, _MARKED]):
+        return "never" if rules == [_MARKED] else "every"
+    if [step["type"] for step in splits] != ["Metaspace"] or splits[0]["replacement"] != MARK:
+        return ""
+    scheme = str(splits[0]["prepend_scheme"])
+    if rules in ([], [_MARKED]):
+        return scheme
+    return "every" if rules == [_MARKED, _DOUBLED] and scheme == "always" else ""
 
 
 def _check_added(added: Sequence[Mapping[str, Any]], prepended: bool, file: Path) -> str:
@@ -159,12 +179,10 @@ def _check_added(added: Sequence[Mapping[str, Any]], prepended: bool, file: Path
         return ""
     if plain := next((token["content"] for token in sought if not token.get("special")), None):
         raise UserError(
-            f'{str(file)!r} looks for the added token {plain!r} with a space before it ("normalized": true), llama.cpp '
-            f"without; say false there, or {ELSEWHERE}"
+            f'{str(file)!r} looks for the added token {plain!r} after it has written spaces ("normalized": true), llama.cpp '
+            f"before; say false there, or {ELSEWHERE}"
         )
-    return (
-        f'llama.cpp finds {sought[0]["content"]!r} in a text anywhere, this tokenizer only after a space ("normalized": true)'
-    )
+    return f"llama.cpp looks for {sought[0]['content']!r} in a text before it writes spaces, this tokenizer after (normalized)"
 
 
 def _around(tokenizer: Any, file: Path) -> tuple[bool, bool]:
