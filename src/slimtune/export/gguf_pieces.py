@@ -110,7 +110,8 @@ def _last_pair(text: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, st
 
 def as_there(tokenizer: Any, text: str) -> str:
     """The text that ``tokenizer`` reads as llama.cpp reads ``text``: another one only where :attr:`Pieces.note` says so."""
-    backend = tokenizer.backend_tokenizer
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+        return text
     scheme = _scheme(
         *(json.loads(part.__getstate__()) if part else None for part in (backend.normalizer, backend.pre_tokenizer))
     )
