@@ -124,6 +124,8 @@ def _told(found: dict[str, Any]) -> dict[str, str]:
         lines["architecture"] = f"{found['architecture']} of llama.cpp"
     if found.get("kept"):
         lines["wider"] = f"{len(found['kept'])} tensors stay in 16 bits: their rows are no multiple of 32"
+    if "note" in found:
+        lines["note"] = found["note"]
     if "tokens" in found:
         where = "llama.cpp" if "architecture" in found else "onnxruntime"
         lines[f"in {where}"] = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -52,7 +53,8 @@ def write(folder: Path, file: Path, kind: str = "", check: Check = lambda file, 
         check: called with the written file and its kind before it takes the place of ``file``; what it raises stops that.
 
     Returns:
-        ``architecture``, ``kind``, ``bytes``, and ``kept``: {tensor: kind} of those whose rows no block of ``kind`` fits.
+        ``architecture``, ``kind``, ``bytes``, and ``kept``: {tensor: kind} of those whose rows no block of ``kind`` fits; where
+        llama.cpp reads some texts otherwise than the folder's tokenizer, ``note``.
 
     Raises:
         UserError: llama.cpp has no architecture for the model, or its tokenizer, rotary scaling or weights are not of a kind
@@ -76,7 +78,8 @@ def write(folder: Path, file: Path, kind: str = "", check: Check = lambda file, 
         kept = _write(writer, partial, lambda: _all(weights, config, widths, layout), kind)
         check(partial, kind)
         os.replace(partial, file)
-    return {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
+    found = {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
+    return {**found, **({"note": vocabulary.note} if vocabulary.note else {})}
 
 
 def _check_arithmetic(config: Any, layout: Layout) -> None:
@@ -175,7 +178,7 @@ def _describe(writer: Any, config: Any, layout: Layout, widths: Sequence[Widths]
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     values = [[each.mlp for each in widths], [each.heads for each in widths], [each.kv_heads for each in widths]]
     mlp, heads, kv_heads = values if layout.by_layer else [each[0] for each in values]
-    writer.add_name(name)
+    writer.add_name(re.sub("phi-?3", "phi", name, flags=re.IGNORECASE))  # so named, llama.cpp drops spaces after special tokens
     writer.add_file_type(file_type)
     writer.add_quantization_version(2)
     writer.add_vocab_size(config.vocab_size)
@@ -229,6 +232,7 @@ def _tell_tokens(writer: Any, vocabulary: gguf_vocab.Vocabulary) -> None:
     for short, index in vocabulary.special.items():
         getattr(writer, f"add_{short}_token_id")(index)
     writer.add_add_bos_token(vocabulary.adds_bos)
+    writer.add_add_eos_token(vocabulary.adds_eos)
     if vocabulary.template:
         writer.add_chat_template(vocabulary.template)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from typing import Any
 
 
 def main(file: str, asked: str) -> None:
@@ -22,7 +23,8 @@ def main(file: str, asked: str) -> None:
     words = json.loads(asked)
     params = xllamacpp.CommonParams()
     params.model.path = file
-    params.n_ctx = max(map(len, words["prompts"])) + words["tokens"] + 8
+    most = max(len(prompt.encode() if isinstance(prompt, str) else prompt) for prompt in words["prompts"])
+    params.n_ctx = most + words["tokens"] + 8  # a text may be a token for each byte
     params.n_parallel = 1
     params.n_gpu_layers = 0
     params.cpuparams.n_threads = words["threads"]
@@ -37,15 +39,34 @@ def main(file: str, asked: str) -> None:
     load_s = time.perf_counter() - started
     tokens, read, logprobs = [], [], []
     for prompt in words["prompts"]:
-        request = {"prompt": prompt, "max_tokens": words["tokens"], "temperature": 0.0, "top_k": 1, "logprobs": words["top"]}
-        answer = server.handle_completions({**request, "return_tokens": True, "cache_prompt": False, "ignore_eos": True})
-        if "choices" not in answer:
-            raise RuntimeError(f"llama.cpp answers {json.dumps(answer)[:400]}")
+        request = {"prompt": prompt, "temperature": 0.0, "top_k": 1, "return_tokens": True, "cache_prompt": False}
+        request |= {"ignore_eos": True, "max_tokens": 1}
+        answer, told = _first(server, request, words["top"])
+        if words["tokens"] > 1:  # asked apart: else it would tell the likeliest of every token, which takes long
+            answer = _asked(server, {**request, "max_tokens": words["tokens"]})
         tokens.append(answer["__verbose"]["tokens"])
         read.append(answer["usage"]["prompt_tokens"])
-        first = answer["choices"][0]["logprobs"]["content"][0]
-        logprobs.append([[top["id"], top["logprob"]] for top in first["top_logprobs"]])
+        logprobs.append([[top["id"], top["logprob"]] for top in told])
     print(json.dumps({"tokens": tokens, "read": read, "logprobs": logprobs, "load_s": load_s}))
+
+
+def _asked(server: Any, request: dict[str, Any]) -> dict[str, Any]:
+    answer: dict[str, Any] = server.handle_completions(request)
+    if "choices" not in answer:
+        raise RuntimeError(f"llama.cpp answers {json.dumps(answer)[:400]}")
+    return answer
+
+
+def _first(server: Any, request: dict[str, Any], top: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The answer of one token, and the likeliest ``top``. Of half a letter llama.cpp tells none: these are left out in turn."""
+    found = answer = _asked(server, {**request, "logprobs": top})
+    banned: list[list[Any]] = []
+    while not (answer["choices"][0]["logprobs"] or {}).get("content"):
+        if len(banned) > 256:
+            raise RuntimeError("llama.cpp tells no log-probabilities of the first token")
+        banned.append([answer["__verbose"]["tokens"][0], False])
+        answer = _asked(server, {**request, "logprobs": top, "logit_bias": banned})
+    return found, answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer
 
+from slimtune.export.gguf_pieces import as_there
 from slimtune.export.gguf_run import run
 from slimtune.export.greedy import continued, same
 from slimtune.models.load import pretrained
@@ -18,15 +19,16 @@ LARGEST = {"f32": 0.01, "f16": 0.1, "bf16": 0.3}
 _TEXTS = ("The first section describes", "In the case of a patient who", "    return [item for item in")
 _MORE = (
     *_TEXTS,
+    " one space",
     "  two  spaces",
     "\ttab\n\n\nlines ",
     "1234567 x1y2 3.14",
-    "na\u00efve caf\u00e9 \u65e5\u672c\u8a9e \U0001f642",
+    "na\u00efve caf\u00e9 Stra\u00dfe \u65e5\u672c\u8a9e \U0001f642",
     "I'LL don't",
 )
-"""Texts whose splitting is compared."""
+"""Texts whose splitting is compared, and one with the end of a text within."""
 _TOKENS = 32
-_TOP = 50
+_TOP, _FEW = 50, 5
 
 
 @torch.no_grad()
@@ -35,8 +37,8 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
 
     Returns:
         ``tokens_same`` of ``tokens``: greedy ones of all texts, each up to the first that differs; ``logprob_difference``: the
-        largest among the likeliest first tokens; ``load_s`` in llama.cpp; ``texts``: those that are split into another number
-        of tokens, as (text, by the folder's tokenizer, by llama.cpp).
+        largest among the likeliest first tokens; ``load_s`` in llama.cpp; ``texts``: those that are split otherwise, as (text,
+        number of tokens by the folder's tokenizer, by llama.cpp), but for what the export tells (``note``).
 
     Raises:
         UserError: one of them does not run.
@@ -44,8 +46,6 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
     ran = run(file, prompts, _TOKENS, _TOP, threads=torch.get_num_threads())
-    here, there = [len(tokenizer(text)["input_ids"]) for text in _MORE], run(file, _MORE, 1).read
-    texts = [each for each in zip(_MORE, here, there, strict=True) if each[1] != each[2]]
     model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, "RUN").eval()
     alike, worst = 0, 0.0
     for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
@@ -53,4 +53,20 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
     figures = {"tokens_same": alike, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
-    return {**figures, "texts": texts}
+    return {**figures, "texts": _split_otherwise(tokenizer, file)}
+
+
+def _split_otherwise(tokenizer: Any, file: Path) -> list[tuple[str, int, str]]:
+    """Texts that llama.cpp splits into other tokens. It tells their number alone, so it also goes on from these tokens."""
+    end = tokenizer.added_tokens_decoder.get(tokenizer.eos_token_id)
+    texts = [*_MORE, *([f"one{end}two"] if end and not end.normalized else [])]
+    ids = [list(tokenizer(as_there(tokenizer, text))["input_ids"]) for text in texts]
+    ran = run(file, [*texts, *ids], 1, _FEW, threads=torch.get_num_threads())
+    found = []
+    for text, mine, count, read, given in zip(texts, ids, ran.read, ran.logprobs, ran.logprobs[len(texts) :], strict=False):
+        both = read.keys() & given.keys()  # the last of the few may change places with the next
+        if count != len(mine):
+            found.append((text, len(mine), str(count)))
+        elif not both or any(abs(read[token] - given[token]) > 1e-3 for token in both):
+            found.append((text, len(mine), f"{count} other"))
+    return found

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import UserError
+from slimtune.export import gguf_pieces
+from slimtune.export.gguf_pieces import ELSEWHERE
+from slimtune.models.load import load_tokenizer
+from slimtune.sections import ModelConfig
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 """``llama_token_type`` of llama.cpp."""
-ELSEWHERE = "use the model's folder as it is"
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,7 +48,9 @@ class Vocabulary:
         scores: of ``llama``, by id.
         special: {``bos`` | ``eos`` | ``pad`` | ``unk``: id}.
         adds_bos: a beginning token is put before every text.
+        adds_eos: of ``llama``: an end is put after every text.
         space_prefix: of ``llama``: a space is put before a text.
+        note: texts that llama.cpp reads otherwise all the same; empty: none.
     """
 
     model: str
@@ -56,7 +61,9 @@ class Vocabulary:
     scores: Sequence[float]
     special: Mapping[str, int]
     adds_bos: bool
+    adds_eos: bool = False
     space_prefix: bool = False
+    note: str = ""
     template: str | None = None
 
 
@@ -77,25 +84,51 @@ def read(folder: Path, rows: int, special: Mapping[str, int]) -> Vocabulary:
     model = raw["model"]
     if model.get("type") != "BPE":
         raise UserError(f"{str(file)!r} is a {model.get('type')} tokenizer; GGUF is written for BPE alone; {ELSEWHERE}")
+    if model.get("byte_fallback"):
+        return _of_pieces(folder, rows, special, file)
     tokens, kinds = _tokens(raw, rows, file)
-    settings = _settings(folder)
-    ids = {text: index for index, text in enumerate(tokens)}
-    named = {
-        short: ids[text] for short in ("bos", "eos", "pad", "unk") if (text := _text(settings.get(f"{short}_token"))) in ids
-    }
-    sentencepiece = bool(model.get("byte_fallback"))
-    spaced = _prepends_space(raw, kinds.count(BYTE), file) if sentencepiece else False
+    settings, ids = _settings(folder), {text: index for index, text in enumerate(tokens)}
+    texts = {short: _text(settings.get(f"{short}_token")) for short in ("bos", "eos", "pad", "unk")}
+    named = {**special, **{short: ids[text] for short, text in texts.items() if text in ids}}
     return Vocabulary(
-        model="llama" if sentencepiece else "gpt2",
-        pre="default" if sentencepiece else splitter(raw, file),
+        model="gpt2",
+        pre=splitter(raw, file),
         tokens=tokens,
         kinds=kinds,
-        merges=[] if sentencepiece else [_merge(pair) for pair in model["merges"]],
-        scores=_scores(model, tokens) if sentencepiece else [],
-        special={**special, **named},
-        adds_bos=_adds_bos(raw, tokens, {**special, **named}.get("bos")),
-        space_prefix=spaced,
-        template=settings.get("chat_template") if isinstance(settings.get("chat_template"), str) else _template(folder),
+        merges=[_merge(pair) for pair in model["merges"]],
+        scores=[],
+        special=named,
+        adds_bos=_adds_bos(raw, tokens, named.get("bos")),
+        template=_template(folder),
+    )
+
+
+def _of_pieces(folder: Path, rows: int, special: Mapping[str, int], file: Path) -> Vocabulary:
+    """The vocabulary of a SentencePiece-like BPE."""
+    tokenizer = load_tokenizer(ModelConfig(path=str(folder)), "RUN")
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw["model"]["unk_token"] = raw["model"].get("unk_token") or tokenizer.unk_token
+    tokens, kinds = _tokens(raw, rows, file)
+    pieces = gguf_pieces.read(tokenizer, raw, tokens, file)
+    ids = {short: getattr(tokenizer, f"{short}_token_id") for short in ("bos", "eos", "pad", "unk")}
+    named = {**special, **{short: index for short, index in ids.items() if index is not None}}
+    if "eos" not in named:  # llama.cpp has one anyway
+        raise UserError(
+            f"{str(file)!r}: no eos_token is named, and llama.cpp takes token 2 for it; name one in tokenizer_config.json"
+        )
+    return Vocabulary(
+        model="llama",
+        pre="default",
+        tokens=tokens,
+        kinds=kinds,
+        merges=[],
+        scores=pieces.scores,
+        special=named,
+        adds_bos=pieces.adds_bos,
+        adds_eos=pieces.adds_eos,
+        space_prefix=pieces.space_prefix,
+        note=pieces.note,
+        template=_template(folder),
     )
 
 
@@ -136,9 +169,7 @@ def _tokens(raw: Mapping[str, Any], rows: int, file: Path) -> tuple[list[str], l
     ids = {index: text for text, index in raw["model"]["vocab"].items()}
     kinds = dict.fromkeys(ids, NORMAL)
     if raw["model"].get("byte_fallback"):
-        kinds |= {
-            index: BYTE for index, text in ids.items() if len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-        }
+        kinds |= {index: BYTE for index, text in ids.items() if text in gguf_pieces.BYTES}
     for token in raw.get("added_tokens", ()):
         ids[token["id"]] = token["content"]
         kinds[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
@@ -147,16 +178,6 @@ def _tokens(raw: Mapping[str, Any], rows: int, file: Path) -> tuple[list[str], l
     if max(ids) >= rows:
         raise UserError(f"{str(file)!r} has the id {max(ids)} and the embedding {rows} rows; give the tokenizer of this model")
     return [ids.get(index, f"[PAD{index}]") for index in range(rows)], [kinds.get(index, UNUSED) for index in range(rows)]
-
-
-def _scores(model: Mapping[str, Any], tokens: Sequence[str]) -> list[float]:
-    """Tokens that are merged earlier have a higher score, as in a SentencePiece model."""
-    rank: dict[str, int] = {}
-    for index, pair in enumerate(model["merges"]):
-        left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
-        rank.setdefault(left + right, index)
-    worst = -float(len(rank) + 1)
-    return [-float(rank[token]) if token in rank else worst for token in tokens]
 
 
 def _merge(pair: str | Sequence[str]) -> str:
@@ -168,26 +189,6 @@ def _adds_bos(raw: Mapping[str, Any], tokens: Sequence[str], bos: int | None) ->
     every = steps.get("processors", [steps]) if steps else []
     first = [step["single"][0] for step in every if step.get("type") == "TemplateProcessing" and step.get("single")]
     return bos is not None and any(part.get("SpecialToken", {}).get("id") == tokens[bos] for part in first)
-
-
-_MARK = "\u2581"
-"""A space, in tokens of the SentencePiece kind."""
-
-
-def _prepends_space(raw: Mapping[str, Any], byte_tokens: int, file: Path) -> bool:
-    """Whether a text gets a space in front. Raises UserError where more is done to it, or a byte has no token of its own."""
-    rules = raw.get("normalizer") or {}
-    normalizer = [step["type"] for step in (rules["normalizers"] if rules.get("type") == "Sequence" else [rules]) if step]
-    steps = _sequence(raw.get("pre_tokenizer"))
-    known = normalizer in ([], ["Replace"], ["Prepend", "Replace"]) and all(step["type"] == "Metaspace" for step in steps)
-    if not known or bool(normalizer) == bool(steps) or byte_tokens < 256:
-        raise UserError(
-            f"{str(file)!r} treats spaces, text or bytes in a way that is not known to be llama.cpp's (a space mark put by its "
-            f"normalizer or a Metaspace, 256 byte tokens); {ELSEWHERE}"
-        )
-    if steps:
-        return bool(steps[0].get("replacement", _MARK) == _MARK and steps[0].get("prepend_scheme", "always") != "never")
-    return "Prepend" in normalizer
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -204,6 +205,8 @@ def _parsed(file: Path) -> dict[str, Any]:
 
 
 def _template(folder: Path) -> str | None:
+    if isinstance(given := _settings(folder).get("chat_template"), str):
+        return given
     file = folder / "chat_template.jinja"
     return file.read_text(encoding="utf-8") if file.is_file() else None
 
