@@ -85,14 +85,19 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**head, **row, "parameters": sizes[row["model"]].parameters, "seconds": _short(row["seconds"])} for row in found]
 
 
-def _short(seconds: list[float]) -> list[float]:
-    return [float(f"{value:.5g}") for value in seconds]
+def _short(seconds: list[float]) -> str:
+    """Of all turns, as text: rows are flat."""
+    return " ".join(f"{value:.5g}" for value in seconds)
 
 
 def print_tables(rows: list[dict[str, Any]]) -> None:
     """Per shape and machine: how much faster the cuts are, and what their sizes allow, as Markdown."""
     for key in dict.fromkeys((row["shape"], row["machine"], row["keep"]) for row in rows):
-        mine = [row for row in rows if (row["shape"], row["machine"], row["keep"]) == key]
+        mine = [
+            {**row, "seconds": [float(each) for each in row["seconds"].split()]}
+            for row in rows
+            if (row["shape"], row["machine"], row["keep"]) == key
+        ]
         first, cuts = mine[0], [name for name in dict.fromkeys(row["model"] for row in mine) if name != "dense"]
         sizes = ", ".join(f"{row['model']} {row['parameters']:,}" for row in {row["model"]: row for row in mine}.values())
         rates = Rates(1e9 * first["copy_gb_s"], 1e12 * first["matmul_tflops_s"])
