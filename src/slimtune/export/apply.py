@@ -19,6 +19,7 @@ from slimtune.models.identity import weight_bytes
 from slimtune.models.load import check_weights, load_config, load_model, structure_of
 from slimtune.models.surgery import cut, merge_lora, put
 from slimtune.sections import ModelConfig
+from slimtune.structure.axes import Structure
 from slimtune.structure.plan import Plan, count
 
 Say = Callable[[str], None]
@@ -54,26 +55,15 @@ def apply_plan(
     file = _plan_file(Path(plan).expanduser())
     decided = Plan.from_json(file.read_text(encoding="utf-8"))
     origin = ModelConfig(path=str(base))
-    config = load_config(origin, "BASE")
-    structure = structure_of(config)
+    structure = structure_of(load_config(origin, "BASE"))
     decided.check(structure)
     found = _adapter_of(file, adapter_folder) if use_adapter else None
     target = Path(out).expanduser() if out else Path(f"{card.public(str(base)).replace('/', '-')}-{decided.digest[:8]}")
     check_target(target)
     check_weights(origin)
     record = _fitting(found, decided) if found else None
-    stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-    dtype = getattr(torch, record.dtype) if record else stored
-    say(f"loading {base} ...")
-    model: Any = load_model(origin, "cpu", getattr(torch, record.base_dtype) if record else stored)
-    cut(model, structure, decided)
-    if found:
-        say(f"merging {found} ...")
-        model = _merged(model, found, structure)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.float().to(dtype).float()
-    if record:
-        _check_same(model, dtype, record, base)
+    say(f"loading {base}{f', merging {found}' if found else ''} ...")
+    model, dtype = _built(origin, structure, decided, found, record)
     counts = count(structure, decided)
     decided = replace(decided, notes={**decided.notes, "base": card.public(str(base)), "total_ratio": counts.total_ratio})
     say(f"writing {target} ...")
@@ -88,6 +78,24 @@ def apply_plan(
         "dtype": str(dtype).removeprefix("torch."),
         "same": True if record else None,
     }
+
+
+def _built(
+    origin: ModelConfig, structure: Structure, plan: Plan, found: Path | None, record: adapter.Record | None
+) -> tuple[Any, torch.dtype]:
+    """The base cut by ``plan``, the adapter merged, rounded to the dtype that it is written in; and that."""
+    stored = load_config(origin, "BASE").dtype
+    own = stored if isinstance(stored, torch.dtype) else torch.float32
+    dtype = getattr(torch, record.dtype) if record else own
+    model: Any = load_model(origin, "cpu", getattr(torch, record.base_dtype) if record else own)
+    cut(model, structure, plan)
+    if found:
+        model = _merged(model, found, structure)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float().to(dtype).float()
+    if record:
+        _check_same(model, dtype, record, origin.path)
+    return model, dtype
 
 
 def _check_same(model: Any, dtype: torch.dtype, record: adapter.Record, base: str) -> None:
@@ -130,7 +138,7 @@ def _fitting(folder: Path, plan: Plan) -> adapter.Record:
     return record
 
 
-def _merged(model: Any, folder: Path, structure: Any) -> Any:
+def _merged(model: Any, folder: Path, structure: Structure) -> Any:
     changed = folder / adapter.CHANGED
     try:
         if changed.is_file():
