@@ -139,15 +139,18 @@ def write(file: Path, rows: list[dict[str, Any]]) -> None:
     file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def table(rows: list[dict[str, Any]]) -> str:
     """As Markdown."""
     first = rows[0]
-    print(f"{first['shape']} shape, {first['layers']} layers, {first['machine']}, microseconds a layer and step\n")
-    print("| way | batch | dense | cut | faster | by size |\n| --- | --- | --- | --- | --- | --- |")
+    lines = [f"{first['shape']} shape, {first['layers']} layers, {first['machine']}, microseconds a layer and step.", ""]
+    lines += ["| way | batch | dense | cut | faster | by size |", "| --- | --- | --- | --- | --- | --- |"]
     for row in rows:
         faster = row["dense_us"] / row["aligned_us"]
         size = f"{row['by_size']:.2f} ({faster / row['by_size']:.2f} of it)"
-        print(f"| {row['way']} | {row['batch']} | {row['dense_us']:.0f} | {row['aligned_us']:.0f} | {faster:.2f}x | {size} |")
+        lines.append(
+            f"| {row['way']} | {row['batch']} | {row['dense_us']:.0f} | {row['aligned_us']:.0f} | {faster:.2f}x | {size} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -162,7 +165,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.shape:
         rows_of(args)
-    print_table(json.loads(args.rows.read_text()))
+    print(table(json.loads(args.rows.read_text())))
 
 
 if __name__ == "__main__":

@@ -3,15 +3,20 @@
     python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
-PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them; what signs mean is said once
-in a document. ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
+PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or ``speed`` or ``ways``, as the
+scripts print them that make those rows; what signs mean is said once in a document. ``![...](X.svg)`` after
+``<!-- figure FILE -->`` is drawn anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
+
+import decode_ways
+import speed
 
 from slimtune.comparison.figure import draw
 from slimtune.comparison.rows import Row, read
@@ -23,6 +28,8 @@ START, END = "<!-- rows ", "<!-- /rows -->"
 TABLES = re.compile(rf"({START}(?P<file>\S+): (?P<parts>[a-z ]+) -->\n)(?:(?!{START}).)*?({END})", re.DOTALL)
 FIGURE = re.compile(r"<!-- figure (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>\S+\.svg)\)")
 PARTS = ("figures", "tasks", "means", "retention", "leads")
+OWN = {"speed": speed.tables, "ways": decode_ways.table}
+"""Parts of rows that are no runs, by the script that makes them."""
 
 
 def filled(text: str, folder: Path) -> str:
@@ -38,8 +45,11 @@ def filled(text: str, folder: Path) -> str:
 
     def tables(found: re.Match[str]) -> str:
         parts = found["parts"].split()
+        if len(parts) == 1 and parts[0] in OWN:
+            rows = json.loads((folder / found["file"]).read_text(encoding="utf-8"))
+            return f"{found[1]}{OWN[parts[0]](rows)}{found[4]}"
         if unknown := [part for part in parts if part not in PARTS]:
-            raise UserError(f"{found['file']}: there is no part {unknown[0]!r}; there are {', '.join(PARTS)}")
+            raise UserError(f"{found['file']}: there is no part {unknown[0]!r}; there are {', '.join((*PARTS, *OWN))}")
         shown = [sheet for sheet in sheets(_there(folder / found["file"])) if sheet.kind in parts]
         table = markdown(shown, said)
         said.update(legend_of(shown))

@@ -118,29 +118,30 @@ def _short(seconds: list[float]) -> str:
     return " ".join(f"{value:.5g}" for value in seconds)
 
 
-def print_tables(rows: list[dict[str, Any]]) -> None:
+def tables(rows: list[dict[str, Any]]) -> str:
     """Per shape and machine: how much faster the cuts are, and what their sizes allow, as Markdown."""
-    for key in dict.fromkeys((row["shape"], row["machine"], row["keep"]) for row in rows):
-        mine = [
-            {**row, "seconds": [float(each) for each in row["seconds"].split()]}
-            for row in rows
-            if (row["shape"], row["machine"], row["keep"]) == key
-        ]
-        first, cuts = mine[0], [name for name in dict.fromkeys(row["model"] for row in mine) if name != "dense"]
-        sizes = ", ".join(f"{row['model']} {row['parameters']:,}" for row in {row["model"]: row for row in mine}.values())
-        known = "copy_gb_s" in first
-        rates = Rates(1e9 * first["copy_gb_s"], 1e12 * first["matmul_tflops_s"]) if known else None
-        taken_on = key[1] + (
-            f" ({first['copy_gb_s']:,.0f} GB/s copied, {first['matmul_tflops_s']:,.0f} TFLOP/s)" if known else ""
-        )
-        print(f"\n{key[0]} shape, random weights, {first['dtype']}, {taken_on};", end=" ")
-        print(f"prompts of {first['prompt']} tokens, decode after {first['context']}. Parameters: {sizes}.\n")
-        print(f"| | batch | dense, ms | {' | '.join(cuts)} |\n| --- | --- | --- |{' --- |' * len(cuts)}")
-        found = {name: {_key(each): each for each in compared(mine, name, "dense", rates)} for name in cuts}
-        for row in (row for row in mine if row["model"] == "dense"):
-            cells = [_cell(found[name].get(_key(row))) for name in cuts]
-            how = "" if row["how"] in ("eager", "llama.cpp") else f", {row['how']}"
-            print(f"| {row['what']}{how} | {row['batch']} | {row['ms']:,.2f} | {' | '.join(cells)} |")
+    return "\n".join(_table(rows, key) for key in dict.fromkeys(map(_group, rows)))
+
+
+def _group(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["shape"], row["machine"], row["keep"]
+
+
+def _table(rows: list[dict[str, Any]], key: tuple[Any, ...]) -> str:
+    mine = [{**row, "seconds": [float(each) for each in row["seconds"].split()]} for row in rows if _group(row) == key]
+    first, cuts = mine[0], [name for name in dict.fromkeys(row["model"] for row in mine) if name != "dense"]
+    sizes = ", ".join(f"{row['model']} {row['parameters']:,}" for row in {row["model"]: row for row in mine}.values())
+    known = "copy_gb_s" in first
+    rates = Rates(1e9 * first["copy_gb_s"], 1e12 * first["matmul_tflops_s"]) if known else None
+    best = f" ({first['copy_gb_s']:,.0f} GB/s copied, {first['matmul_tflops_s']:,.0f} TFLOP/s)" if known else ""
+    lines = [f"{key[0]} shape, random weights, {first['dtype']}, {key[1]}{best}; parameters: {sizes}.", ""]
+    lines += [f"| | batch | dense, ms | {' | '.join(cuts)} |", f"| --- | --- | --- |{' --- |' * len(cuts)}"]
+    found = {name: {_key(each): each for each in compared(mine, name, "dense", rates)} for name in cuts}
+    for row in (row for row in mine if row["model"] == "dense"):
+        cells = [_cell(found[name].get(_key(row))) for name in cuts]
+        how = "" if row["how"] in ("eager", "llama.cpp") else f", {row['how']}"
+        lines.append(f"| {row['what']}{how} | {row['batch']} | {row['ms']:,.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -176,7 +177,7 @@ def main() -> None:
         same = ("shape", "keep", "machine")
         rows = [row for row in rows if any(row[key] != new[0][key] for key in same)] + new
         args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print_tables(rows)
+    print(tables(rows))
 
 
 if __name__ == "__main__":

@@ -67,8 +67,12 @@ def apply_plan(
     counts = count(structure, decided)
     decided = replace(decided, notes={**decided.notes, "base": card.public(str(base)), "total_ratio": counts.total_ratio})
     say(f"writing {target} ...")
-    facts = {"base": card.public(str(base)), "method": "plan and adapter" if found else "plan alone, not tuned"}
-    huggingface.save(model.eval(), origin, decided, target, dtype, {**facts, "parameters_before": structure.total_params})
+    facts: dict[str, Any] = {
+        "method": "plan and adapter" if found else "plan alone, not tuned",
+        "license": card.licence_of(str(base)),
+    }
+    facts |= {"base": card.public(str(base)), "parameters_before": structure.total_params}
+    huggingface.save(model.eval(), origin, decided, target, dtype, facts)
     return {
         "file": str(target),
         "bytes": weight_bytes(target),

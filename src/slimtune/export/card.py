@@ -165,7 +165,7 @@ def facts(
     names, tasks = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}, names_of(figures.values())
     return {
         "base": base if not drawn else f"random weights of the shape of {base}" if base else "random weights",
-        "license": "apache-2.0" if recipe.model.path.startswith(BUILTIN) and not drawn else None,
+        "license": None if drawn else licence_of(recipe.model.path),
         "method": f"twostage ({recipe.twostage.scores})" if recipe.method == "twostage" else recipe.method,
         "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.prunes else None,
         "parameters_before": before,
@@ -179,6 +179,11 @@ def facts(
         "data": [public(source.path) for source in recipe.data.train],
         "reload_difference": difference,
     }
+
+
+def licence_of(base: str) -> str | None:
+    """Of a base, where slimtune knows it: of its own."""
+    return "apache-2.0" if base.startswith(BUILTIN) else None
 
 
 def public(path: str) -> str:
