@@ -2,8 +2,8 @@
 
 It chooses a tokenizer's class by the folder's ``model_type`` and the ``tokenizer_class`` that the files name. For some model
 types the named class counts, for some their own, for some neither, and a class may put its own rules in place of those in
-tokenizer.json. So the same files beside another ``model_type`` may split texts otherwise. Which class is chosen when is not looked
-up, for it differs between versions, but tried; files that give the same tokenizer stay as they are, byte for byte.
+tokenizer.json. So the same files beside another ``model_type`` may split texts otherwise. Which class is chosen when differs
+between versions, so it is not looked up but tried; files that give the same tokenizer stay as they are, byte for byte.
 """
 
 from __future__ import annotations
