@@ -46,7 +46,7 @@ def test_the_card_of_the_base() -> None:
 
 @pytest.mark.timeout(240)
 def test_the_demo_keeps_its_promises_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("slimtune.pipeline.verify", verify_here)
+    monkeypatch.setattr("slimtune.delivery.verify", verify_here)
     short = ["search.steps=4", "search.batch=2", "recover.steps=8", "train.batch=4"]
     figures = [
         "evaluate.every=0",

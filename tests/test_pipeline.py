@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from bases import TINY, Bench, losses, metrics, sentences, write_base, write_rows
-from slimtune import pipeline, preflight
+from slimtune import delivery, pipeline, preflight
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import huggingface
@@ -77,6 +77,7 @@ def rendered(summary: dict[str, Any]) -> str:
 def test_the_folder_holds_everything_and_nothing_else(bench: Bench, finished: tuple[Path, dict[str, Any]]) -> None:
     out, _ = finished
     assert sorted(path.name for path in out.iterdir()) == [
+        "adapter",
         "checkpoint-dense_lora.pt",
         "checkpoint-main.pt",
         "metrics.jsonl",
@@ -663,7 +664,7 @@ def test_an_export_that_computes_something_else_replaces_nothing(
         seen.append(folder.name)
         return 0.1 * float(expected.abs().max())
 
-    monkeypatch.setattr(pipeline, "verify", verify)
+    monkeypatch.setattr(delivery, "verify", verify)
     with pytest.raises(UserError, match="computes something else"):
         tune(bench.recipe(tmp_path, export__verify=True))
     assert seen == [".model.partial"]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from slimtune.errors import UserError
     from slimtune.evaluate.command import evaluate_model
     from slimtune.export.again import verify_export
+    from slimtune.export.apply import apply_plan
     from slimtune.export.command import export_model
     from slimtune.pipeline import tune
     from slimtune.recipe import Recipe
@@ -27,6 +28,7 @@ __all__ = [
     "Recipe",
     "UserError",
     "__version__",
+    "apply_plan",
     "bench_model",
     "compare",
     "evaluate_model",
@@ -40,6 +42,7 @@ _HOMES = {
     "Plan": ("slimtune.structure.plan", "Plan"),
     "Recipe": ("slimtune.recipe", "Recipe"),
     "UserError": ("slimtune.errors", "UserError"),
+    "apply_plan": ("slimtune.export.apply", "apply_plan"),
     "bench_model": ("slimtune.bench.command", "bench_model"),
     "compare": ("slimtune.comparison.run", "compare"),
     "evaluate_model": ("slimtune.evaluate.command", "evaluate_model"),

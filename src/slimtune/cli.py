@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from slimtune.cli_bench import bench
 from slimtune.cli_evaluate import evaluate
-from slimtune.cli_export import export, verify
+from slimtune.cli_export import apply, export, verify
 from slimtune.comparison.command import compare
 from slimtune.errors import UserError, nearest
 from slimtune.version import __version__
@@ -121,6 +121,7 @@ app.command()(evaluate)
 app.command()(compare)
 app.command()(export)
 app.command()(verify)
+app.command()(apply)
 app.command()(bench)
 
 

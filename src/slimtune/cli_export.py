@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from slimtune.errors import UserError
+
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Folder of a run, or of a model, pruned or not.", show_default=False)]
 To = Annotated[str, typer.Option("--to", metavar="hf|hf-uniform|gguf|onnx|vllm", help="For which runtime.")]
 Quantize = Annotated[
@@ -41,6 +43,19 @@ Export = Annotated[
 Against = Annotated[
     str,
     typer.Option("--against", metavar="RUN", help="The run or model that it should equal.", show_default="what was recorded"),
+]
+PlanFile = Annotated[
+    str, typer.Argument(metavar="PLAN", help="plan.json, or the folder of a run or adapter that has it.", show_default=False)
+]
+Base = Annotated[
+    str, typer.Argument(metavar="BASE", help="Folder, hub id or builtin that the plan was made for.", show_default=False)
+]
+Adapter = Annotated[
+    str | None, typer.Option("--adapter", metavar="FOLDER", help="The adapter.", show_default="beside plan.json")
+]
+NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="Only cut by the plan: a smaller model that is not tuned.")]
+Applied = Annotated[
+    str | None, typer.Option("--out", metavar="FOLDER", help="The folder to write.", show_default="named after base and plan")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -95,6 +110,42 @@ def verify(export: Export, against: Against = "", as_json: Json = False) -> None
             typer.echo(f"{name:14s} {value}")
     if not found["ok"]:
         raise typer.Exit(1)
+
+
+def apply(
+    plan: PlanFile,
+    base: Base,
+    adapter: Adapter = None,
+    no_adapter: NoAdapter = False,
+    out: Applied = None,
+    as_json: Json = False,
+) -> None:
+    """Rebuild a run's model on its base from plan.json and the adapter beside it, bit for bit.
+
+    Both are small, and need no data and no training: send them instead of the model.
+    """
+    from slimtune.export.apply import apply_plan
+    from slimtune.runtime import quiet_libraries
+
+    if adapter and no_adapter:
+        raise UserError("--adapter and --no-adapter exclude each other; give one of them")
+    quiet_libraries()
+    found = apply_plan(plan, base, adapter_folder=adapter, use_adapter=not no_adapter, out=out or "", say=_say)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+        return
+    for name, value in _applied(found).items():
+        typer.echo(f"{name:14s} {value}")
+
+
+def _applied(found: dict[str, Any]) -> dict[str, str]:
+    count = f"{found['parameters']:,} parameters ({found['total_ratio']:.1%})"
+    return {
+        "model": found["file"],
+        "size": f"{count}, {found['bytes'] / 1e6:,.1f} MB, {found['dtype']}",
+        "adapter": found["adapter"] or "none: the base cut by the plan, not tuned",
+        **({"weights": "those of the run, bit for bit"} if found["same"] else {}),
+    }
 
 
 def _verified(found: dict[str, Any]) -> dict[str, str]:

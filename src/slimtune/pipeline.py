@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.markup import escape
-from torch import nn
-from transformers import AutoModelForCausalLM
 
 from slimtune import preflight
 from slimtune.data.batches import Splits
+from slimtune.delivery import Made, deliver
 from slimtune.errors import UserError
 from slimtune.evaluate.figures import Measure
-from slimtune.evaluate.perplexity import Influences
-from slimtune.export import card, huggingface
 from slimtune.export.folder import check_target
-from slimtune.export.verify import sample, verify
 from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
 from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
-    attention_of,
     check_attention,
     check_length,
     check_weights,
@@ -34,10 +28,8 @@ from slimtune.models.load import (
     load_tokenizer,
     locate,
     structure_of,
-    without_flash,
 )
 from slimtune.models.selfcheck import self_check
-from slimtune.models.surgery import merge_lora
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
 from slimtune.runtime import (
@@ -49,19 +41,14 @@ from slimtune.runtime import (
     pick_dtype,
     rank,
     seed_everything,
-    writing,
 )
 from slimtune.structure.axes import Structure
-from slimtune.structure.plan import count
 from slimtune.train import checkpoint
 from slimtune.train.claim import check_model, claim, open_folder, read_stages, same_input
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator
 from slimtune.version import __version__, versions
 
-RELOAD_LIMIT = 1e-4
-"""Largest allowed difference of the reloaded model's logits, relative to the largest logit. A tighter, absolute one would
-throw away long runs for the rounding of fp32 sums, which grows with the logits; what is above it absolutely is told."""
 METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run, "twostage": twostage.run}
 
 Summary = dict[str, Any]
@@ -166,7 +153,7 @@ class _Run:
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
         outcome, cost = self._train(METHODS[recipe.method], "main")
-        result, difference = self._export(outcome, {"base": base, "dense_lora": dense})
+        result, difference = deliver(self._made(), outcome, {"base": base, "dense_lora": dense})
         return {
             "version": __version__,
             "method": recipe.method,
@@ -217,6 +204,11 @@ class _Run:
             resume=self.resume,
         )
 
+    def _made(self) -> Made:
+        return Made(
+            self.recipe, self.config, self.structure, self.folder, self.splits, self.figures, self.accelerator, self.progress
+        )
+
     def _measure_base(self) -> Figures:
         self.progress.say("measuring the base model ...")
         device = str(self.accelerator.device)
@@ -233,67 +225,3 @@ class _Run:
         outcome, cost = self._train(finetune.run, "dense_lora")
         cost |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
         return {**self.figures.test(outcome.model), **cost, "tuning_tokens": sum(outcome.tokens.values())}
-
-    def _export(self, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
-        """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written."""
-        recipe, target, dtype = self.recipe, self.folder / "model", self._export_dtype()
-        counts = count(self.structure, outcome.plan)
-        notes = {"base": card.public(recipe.model.path), "seed": recipe.seed, "total_ratio": counts.total_ratio}
-        plan = replace(outcome.plan, notes=notes)
-        model: Any = merge_lora(outcome.model.float())
-        for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
-            parameter.data = parameter.data.to(dtype).float()
-        differences, influences = list[float](), Influences()
-        if rank() == 0:
-            self.progress.say(f"writing {escape(str(target))} ...")
-            model = without_flash(model.cpu()).eval()
-            check = (lambda written: differences.append(self._verify(model, written))) if recipe.export.verify else None
-            huggingface.save(model, recipe.model, plan, target, dtype, self._facts(counts.total, {}, None), check)
-        self.folder.write_text("plan.json", plan.to_json())
-        difference = differences[0] if differences else None
-        self.accelerator.wait_for_everyone()
-        measured = pick_dtype(recipe.model.dtype, str(self.accelerator.device))  # as the base was
-        how = attention_of(recipe.model, self.config)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
-        kind = type(loaded).__name__
-        if recipe.budget.layout == "uniform" and not type(loaded).__module__.startswith("transformers."):
-            self.progress.say(
-                f"[yellow]no stock class takes these equal widths, so the model is a {kind}, which the folder carries; "
-                "another budget.keep or a wider budget.tolerance may give head counts that one takes[/yellow]"
-            )
-        result = {
-            "class": kind,
-            **self.figures.test(loaded.to(self.accelerator.device), influences),
-            "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
-            "block_ratio": counts.block_ratio,
-            "bytes": weight_bytes(target),
-        }
-        self.folder.write_json("windows.json", asdict(influences))
-        if rank() == 0:
-            with writing(target / "README.md"):
-                card.write(target, self._facts(counts.total, {**figures, "result": result}, difference), plan)
-        return result, difference
-
-    def _facts(self, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:
-        return card.facts(self.recipe, self.structure.total_params, parameters, figures, difference)
-
-    def _export_dtype(self) -> torch.dtype:
-        if (name := self.recipe.export.dtype) != "auto":
-            return pick_dtype(name, "cpu")
-        stored = getattr(self.config, "dtype", None)
-        return stored if isinstance(stored, torch.dtype) and self.recipe.model.init == "pretrained" else torch.float32
-
-    @torch.no_grad()
-    def _verify(self, model: nn.Module, target: Path) -> float:
-        ids = sample(self.splits.test.collate([0])["input_ids"][:, :64], self.config.vocab_size)
-        with self.figures.eager():
-            expected = model(input_ids=ids, use_cache=False).logits
-        difference = verify(target, ids, expected)
-        if difference > RELOAD_LIMIT * float(expected.abs().max()):
-            raise UserError(
-                f"the written model computes something else than the one in memory: logits differ by {difference:.1e}; "
-                "nothing was replaced, and the trained weights are in the checkpoint (--resume writes them again)"
-            )
-        note = f"reload: logits of a fresh process differ by {difference:.1e}"
-        self.progress.say(note if difference <= RELOAD_LIMIT else f"[yellow]{note}[/yellow]")
-        return difference

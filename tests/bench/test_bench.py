@@ -59,7 +59,7 @@ def test_a_captured_step_goes_back_to_the_length_asked_for() -> None:
     step.rewind(8)
     assert [int(layer.cumulative_length) for layer in step.cache.layers] == [8, 8, 8]
     assert step.cache.layers[0].keys.abs().min() > 0
-    step.capture(lambda: step.rewind(8), compiled=False)()
+    step.capture(lambda: step.rewind(8), options=None)()
     assert int(step.cache.layers[2].cumulative_length) == 9
     sliding, _ = cut_model("gemma2", UNEVEN)
     assert Runs(sliding).captured(1, 8, 4) is None

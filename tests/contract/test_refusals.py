@@ -165,6 +165,21 @@ def test_a_plan_survives_its_file(name: str) -> None:
     again.check(structure)
 
 
+def test_wide_axes_are_bits_in_the_file() -> None:
+    full, kept = {"kv_group": 2, "ffn": 1001}, tuple(range(0, 1001, 3))
+    plan = Plan("llama", 2, (full,) * 32, ({"kv_group": (1,), "ffn": kept},) * 32)
+    text = plan.to_json()
+    assert Plan.from_json(text) == plan
+    assert len(text) < 10_000
+    raw = json.loads(text)
+    assert raw["plan"]["kept"][0]["kv_group"] == [1]
+    raw["plan"]["kept"] = [{"kv_group": [1], "ffn": list(kept)}] * 32  # as they were written before
+    assert Plan.from_json(json.dumps({**raw, "version": 1})) == plan
+    raw["plan"]["kept"][0]["ffn"] = "no base64"
+    with pytest.raises(UserError, match=r"not a plan\.json"):
+        Plan.from_json(json.dumps(raw))
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "[]", "3", "{}", '{"plan": 1}', '{"plan": {"model_type": "llama", "group": 2, "full": [1], "kept": [1]}}'],

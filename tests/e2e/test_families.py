@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import slimtune  # noqa: F401  (teaches transformers per-layer models)
 from bases import VOCABULARY, Bench, make_tokenizer, metrics
 from families import FAMILY_NAMES, tiny_config
-from slimtune import pipeline
+from slimtune import delivery
 from slimtune.pipeline import tune
 
 
@@ -24,13 +24,13 @@ def test_train_cut_export_reload(name: str, bench: Bench, tmp_path: Path, monkey
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     kept: list[Any] = []
-    real = pipeline.merge_lora
+    real = delivery.merge_lora
 
     def merge_lora(model: Any) -> Any:
         kept.append(real(model))
         return kept[-1]
 
-    monkeypatch.setattr(pipeline, "merge_lora", merge_lora)
+    monkeypatch.setattr(delivery, "merge_lora", merge_lora)
     recipe = bench.recipe(tmp_path / "run", model={"path": str(tmp_path / "base")}, search__steps=3, recover__steps=2)
     summary = tune(recipe)
     assert len([row for row in metrics(tmp_path / "run") if "adapt_loss" in row]) == 5

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import slimtune  # noqa: F401  (teaches transformers per-layer models)
 from bases import Bench, losses, metrics, plan_of, session_of, stored_shapes
-from slimtune import pipeline
+from slimtune import delivery
 from slimtune.errors import UserError
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.methods import atp
@@ -374,7 +374,7 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
     dtype: str, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected: dict[str, torch.Tensor] = {}
-    real = pipeline.merge_lora
+    real = delivery.merge_lora
 
     def spy(model: Any) -> Any:
         for name, module in model.base_model.model.named_modules():
@@ -384,7 +384,7 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
                 expected[f"{name}.weight"] = whole.to(getattr(torch, dtype))
         return real(model)
 
-    monkeypatch.setattr(pipeline, "merge_lora", spy)
+    monkeypatch.setattr(delivery, "merge_lora", spy)
     base = {"path": bench.base, "dtype": "bfloat16"}
     tune(bench.recipe(tmp_path, model=base, export__dtype=dtype, train__lr=2e-2))
     written = load_file(tmp_path / "model" / "model.safetensors")

@@ -72,7 +72,7 @@ def test_more_widths_than_dynamo_would_compile_by_itself() -> None:
 
 def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
-    monkeypatch.setattr("slimtune.pipeline.verify", verify_here)
+    monkeypatch.setattr("slimtune.delivery.verify", verify_here)
     tune(bench.recipe(tmp_path / "eager"))
     assert graphs() == 0
     monkeypatch.setattr(atp, "compile_blocks", partial(compile_blocks, backend="eager"))

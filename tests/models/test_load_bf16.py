@@ -26,7 +26,7 @@ def test_buffers_are_those_of_an_fp32_load(tmp_path: Path, family: str) -> None:
 def test_a_gemma_tuned_in_bf16_is_written_as_it_was_tuned(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("slimtune.pipeline.verify", verify_here)
+    monkeypatch.setattr("slimtune.delivery.verify", verify_here)
     base = str(write_base(tmp_path / "base", "gemma", hidden_size=80, head_dim=16))
     summary = tune(
         bench.recipe(tmp_path / "run", model={"path": base, "dtype": "bfloat16"}, export__verify=True, export__dtype="float32")

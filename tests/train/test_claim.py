@@ -50,6 +50,12 @@ def test_what_no_run_writes_may_lie_beside_and_stays(tmp_path: Path) -> None:
     assert names(tmp_path) == sorted([*others, "recipe.yaml"])
 
 
+def test_an_adapter_of_others_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    with pytest.raises(UserError, match=r"holds adapter, which a run would replace; choose another out"):
+        open_folder(parse({"out": str(tmp_path)}), False, True)
+
+
 def test_replacing_a_run_removes_its_files_and_no_others(tmp_path: Path) -> None:
     recipe = parse({"out": str(tmp_path)})
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -62,6 +68,8 @@ def test_replacing_a_run_removes_its_files_and_no_others(tmp_path: Path) -> None
         "x.partial",
     ):
         (tmp_path / name).write_text("x")
+    (tmp_path / "adapter").mkdir()  # it would not fit the new run's plan
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     claim(open_folder(recipe, False, True), recipe, False)
     assert names(tmp_path) == ["checkpoint-500.pt", "recipe.yaml", "x.partial"]
 
@@ -73,6 +81,7 @@ OTHER: dict[str, Any] = {
     "evaluate.batch": 5,
     "export.verify": False,
     "export.dtype": "bfloat16",
+    "export.adapter": False,
 }
 
 

@@ -128,7 +128,7 @@ def _decode(batch: int, how: str, settings: Settings) -> Measure:
     def start(subject: Subject) -> Timed | None:
         if how == "eager":
             return subject.runs.decode(batch, context, steps)
-        return subject.runs.captured(batch, context, steps, how == "compiled graph")
+        return subject.runs.captured(batch, context, steps, {} if how == "compiled graph" else None)
 
     middle = context + steps // 2
     return Measure(

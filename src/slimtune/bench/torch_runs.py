@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -65,12 +65,12 @@ class Runs:
 
         return timed
 
-    def captured(self, batch: int, context: int, steps: int, compiled: bool = False) -> Timed | None:
+    def captured(self, batch: int, context: int, steps: int, options: Mapping[str, bool] | None = None) -> Timed | None:
         """The same with a cache of fixed size, captured once as a CUDA graph and replayed: no launches from Python.
 
         Args:
             batch, context, steps: as for ``decode``.
-            compiled: through ``torch.compile`` first, which fuses what stands between the matmuls.
+            options: of inductor: through ``torch.compile`` first, which fuses what stands between the matmuls; None: not.
 
         Returns:
             None where the cache of this model counts in Python (sliding windows), which a graph cannot.
@@ -80,7 +80,7 @@ class Runs:
         if any(layer.is_sliding for layer in step.cache.layers):
             return None
         step.fill()
-        replay = step.capture(lambda: step.rewind(context), compiled)
+        replay = step.capture(lambda: step.rewind(context), options)
 
         def timed() -> float:
             step.rewind(context)
@@ -116,15 +116,15 @@ class Step:
         for layer in self.cache.layers:
             layer.cumulative_length.fill_(length)
 
-    def capture(self, rewind: Callable[[], None], compiled: bool) -> Callable[[], None]:
+    def capture(self, rewind: Callable[[], None], options: Mapping[str, bool] | None) -> Callable[[], None]:
         """A replay of one step, whose cache ``rewind`` takes back first. Without CUDA the step itself."""
         step: Callable[[], None] = self
-        if compiled:
+        if options is not None:
             import torch._dynamo.config as dynamo_config  # costs a second
 
             # one graph a model and batch, all of them calls of one function
             dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 64)
-            step = torch.compile(self.__call__, fullgraph=True, dynamic=False)
+            step = torch.compile(self.__call__, fullgraph=True, dynamic=False, options=dict(options))
         if self.ids.device.type != "cuda":
             return step
         side = torch.cuda.Stream()

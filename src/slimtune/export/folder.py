@@ -17,21 +17,22 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def replacing(folder: Path, needed_bytes: int) -> Iterator[Path]:
+def replacing(folder: Path, needed_bytes: int, marker: str = "config.json") -> Iterator[Path]:
     """Give an empty sibling folder to write into; when the block ends well, it takes the place of ``folder``.
 
     Whatever goes wrong, ``folder`` stays as it was and nothing half-written is left.
 
     Args:
-        folder: the target; absent, empty, or an earlier model (a folder with config.json), which is then replaced.
+        folder: the target; absent, empty, or an earlier model (a folder with ``marker``), which is then replaced.
         needed_bytes: space to ask the disk for beforehand.
+        marker: the file by which a folder is one of the kind that is written.
 
     Raises:
         UserError: the target holds something that is no model, cannot be written, or the disk is (or becomes) full.
     """
     partial = folder.with_name(f".{folder.name}.partial")
     _restore(folder)
-    check_target(folder)
+    check_target(folder, marker)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -55,12 +56,12 @@ def replacing(folder: Path, needed_bytes: int) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(folder: Path) -> None:
+def check_target(folder: Path, marker: str = "config.json") -> None:
     """Raise UserError where ``folder`` is or holds something that may not be replaced by a model."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"model folder {str(folder)!r} is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise UserError(f"{str(folder)!r} holds other files than a model (no config.json) and is not replaced; choose another")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+        raise UserError(f"{str(folder)!r} holds other files than a model (no {marker}) and is not replaced; choose another")
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:

@@ -94,7 +94,7 @@ def load_config(config: ModelConfig, what: str = "model.path") -> PreTrainedConf
         keys = dict(config.config)
         model_type = family_of(str(keys.pop("model_type"))).model_type
         return _configured(AutoConfig.for_model(model_type), keys, lambda: AutoConfig.for_model(model_type, **keys))
-    location, local = locate(config.path)
+    location, local = locate(config.path, what)
     if local and config.revision:
         raise UserError(
             f"model.revision={config.revision!r} is for a hub id; model.path={config.path!r} is a folder: leave it out"
@@ -234,7 +234,7 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
 
 def pretrained(config: ModelConfig, kwargs: Mapping[str, Any], what: str = "model.path") -> PreTrainedModel:
     """Weights from files. transformers would draw absent tensors at random with no more than a warning."""
-    location, local = locate(config.path)
+    location, local = locate(config.path, what)
     # ignore_mismatched_sizes: so that such tensors are told by name below
     asked = {**kwargs, "output_loading_info": True, "ignore_mismatched_sizes": True}
     bad = (*_BAD_FILES, SafetensorError)

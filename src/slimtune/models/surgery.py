@@ -12,6 +12,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from slimtune.errors import UserError
 from slimtune.structure.axes import Linear, Structure
 from slimtune.structure.families import check_biases
 from slimtune.structure.plan import Plan
@@ -187,9 +188,62 @@ def quiet(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+@torch.no_grad()
 def merge_lora(model: nn.Module) -> nn.Module:
-    """Fold LoRA into the base weights and return the plain transformers model."""
-    return model.merge_and_unload() if isinstance(model, PeftModel) else model
+    """Fold LoRA into the base weights and return the plain transformers model: the same bits on every machine.
+
+    A matrix product is summed in an order that differs between devices and their numbers of threads. Here the products of
+    two fp32 factors, exact in fp64, are added one rank after another, and the sum is rounded once.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.active_adapters:
+                _add_product(
+                    module.get_base_layer().weight,
+                    module.lora_B[name].weight,
+                    module.lora_A[name].weight,
+                    float(module.scaling[name]),
+                )
+    plain: nn.Module = model.unload()
+    return plain
+
+
+def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """``weight`` [out, in] += scale * left [out, r] @ right [r, in], in place, by blocks of rows that stay in a CPU's cache."""
+    right = right.double()
+    rows = max(1, (1 << 17) // right.shape[1]) if weight.device.type == "cpu" else len(weight)
+    for start in range(0, len(weight), rows):
+        part = left[start : start + rows].double()
+        total = torch.zeros(len(part), right.shape[1], dtype=torch.float64, device=weight.device)
+        for rank in range(len(right)):
+            total.addcmul_(part[:, rank : rank + 1], right[rank : rank + 1])
+        block = weight[start : start + rows]
+        block.copy_(block.double() + total.mul_(scale))
+
+
+@torch.no_grad()
+def put(model: nn.Module, structure: Structure, tensors: Mapping[str, Tensor]) -> None:
+    """Give parameters of a cut model other values, and biases to linears that have none.
+
+    Raises:
+        UserError: a name or a shape is not the model's.
+    """
+    base: Any = model
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        try:
+            owner: Any = base.get_submodule(path)
+            old = getattr(owner, leaf)
+        except AttributeError:
+            old, owner = False, None
+        if old is False or (old is not None and old.shape != tensor.shape):
+            raise UserError(f"the adapter changes {name!r} {tuple(tensor.shape)}, which this base does not have; give its own")
+        setattr(owner, leaf, nn.Parameter(tensor, requires_grad=False))
+    for part, key in structure.family.bias_keys.items():
+        if any(f".{part}." in name and name.endswith(".bias") for name in tensors):
+            setattr(base.config, key, True)
 
 
 @dataclass(frozen=True)

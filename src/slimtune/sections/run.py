@@ -273,3 +273,6 @@ class ExportConfig(Section):
     """Of the written weights. ``auto``: that of the base checkpoint."""
     verify: bool = True
     """Reload in a fresh process and compare logits before the run says it is done."""
+    adapter: bool = True
+    """Also write ``adapter/``: LoRA, and what compensation changed, from which ``slimtune apply`` rebuilds the model on the
+    base, bit for bit. The base is loaded once more for it, on the CPU."""

@@ -5,6 +5,7 @@ JSON, hashable, replayable on the base checkpoint without training code.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,8 @@ from slimtune.errors import UserError
 from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
 
 Keep = Mapping[str, tuple[int, ...]]
+_LISTED = 512
+"""Units of an axis up to which plan.json lists those that stay: of 14,336 channels a list would take 50 times as many bytes."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,14 @@ class Plan:
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def to_json(self) -> str:
-        """The file plan.json: version, digest, notes, plan."""
-        return json.dumps({"version": 1, "digest": self.digest, "notes": dict(self.notes), "plan": json.loads(self._body())})
+        """The file plan.json: version, digest, notes, plan.
+
+        Kept indices are lists, of an axis with many units bits in base64: the first unit is the first byte's highest bit.
+        """
+        body = json.loads(self._body())
+        for layer, full in zip(body["kept"], self.full, strict=True):
+            layer.update({axis: _bits(layer[axis], full[axis]) for axis in AXES if full[axis] > _LISTED})
+        return json.dumps({"version": 2, "digest": self.digest, "notes": dict(self.notes), "plan": body})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -112,10 +121,10 @@ class Plan:
         try:
             raw = json.loads(text)
             body = raw["plan"]
-            kept = tuple({axis: tuple(layer[axis]) for axis in AXES} for layer in body["kept"])
+            kept = tuple({axis: _indices(layer[axis]) for axis in AXES} for layer in body["kept"])
             full = tuple(dict(layer) for layer in body["full"])
             plan = cls(body["model_type"], body["group"], full, kept, raw.get("notes", {}))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
         if raw.get("digest") != plan.digest:
             raise UserError("plan.json was changed by hand: its digest does not match; write it anew with Plan.to_json()")
@@ -142,6 +151,21 @@ def count(structure: Structure, plan: Plan) -> Counts:
     gone = sum(layer.fixed_params for index, layer in enumerate(structure.layers) if index not in plan.layers)
     total = structure.constant_params + block - gone
     return Counts(total, block, total / structure.total_params, block / structure.prunable_params)
+
+
+def _bits(indices: Sequence[int], units: int) -> str:
+    packed = bytearray(-(-units // 8))
+    for index in indices:
+        packed[index // 8] |= 0x80 >> index % 8
+    return base64.b64encode(packed).decode()
+
+
+def _indices(given: str | Sequence[int]) -> tuple[int, ...]:
+    """Of a list, or of what ``_bits`` gave."""
+    if not isinstance(given, str):
+        return tuple(given)
+    packed = base64.b64decode(given, validate=True)
+    return tuple(8 * place + bit for place, byte in enumerate(packed) for bit in range(8) if byte & 0x80 >> bit)
 
 
 def _brief(widths: Sequence[Mapping[str, int]]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, rank
 
 _RECIPE = "recipe.yaml"
+_ADAPTER = "adapter"
 _FILES = (
     "summary.json",
     "windows.json",
@@ -26,7 +28,16 @@ _FILES = (
 """What a run leaves beside ``recipe.yaml`` and ``model``. By full name: a pattern would catch the files of others."""
 
 FREE_ON_RESUME = frozenset(
-    {"out", "trackers", "train.checkpoint_every", "train.threads", "evaluate.batch", "export.verify", "export.dtype"}
+    {
+        "out",
+        "trackers",
+        "train.checkpoint_every",
+        "train.threads",
+        "evaluate.batch",
+        "export.verify",
+        "export.dtype",
+        "export.adapter",
+    }
 )
 """Keys that may be others on a resume: none of them changes what is learned (other threads: but for the last bits)."""
 
@@ -45,6 +56,7 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
         foreign = [path.name for path in _of_one_run(folder) if path.name != f"{_RECIPE}.partial"]
         if (folder / _RECIPE).exists():
             foreign.append(_RECIPE)
+        foreign += [_ADAPTER] if (folder / _ADAPTER).exists() else []
         _refuse(recipe, foreign)
     elif resume:
         _same_recipe(stored, recipe)
@@ -100,6 +112,8 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     if not resumed:
         for path in _of_one_run(folder.path):
             path.unlink()
+        if (folder / _ADAPTER).is_dir():
+            shutil.rmtree(folder / _ADAPTER)
 
 
 def read_stages(file: Path) -> dict[str, Any]:

@@ -1,0 +1,141 @@
+"""What a run hands over: the merged model's folder, reloaded and measured, the plan, and the adapter that rebuilds it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from rich.markup import escape
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from slimtune.data.batches import Splits
+from slimtune.errors import UserError
+from slimtune.evaluate.figures import Measure
+from slimtune.evaluate.perplexity import Influences
+from slimtune.export import adapter, card, huggingface
+from slimtune.export.verify import sample, verify
+from slimtune.methods.outcome import Outcome
+from slimtune.models.identity import weight_bytes
+from slimtune.models.load import attention_of, without_flash
+from slimtune.models.surgery import merge_lora
+from slimtune.recipe import Recipe
+from slimtune.runtime import RunFolder, pick_dtype, rank, writing
+from slimtune.structure.axes import Structure
+from slimtune.structure.plan import Plan, count
+from slimtune.train.progress import Progress
+from slimtune.train.session import Figures
+
+RELOAD_LIMIT = 1e-4
+"""Largest allowed difference of the reloaded model's logits, relative to the largest logit. A tighter, absolute one would
+throw away long runs for the rounding of fp32 sums, which grows with the logits; what is above it absolutely is told."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """The parts of a run that its export needs."""
+
+    recipe: Recipe
+    config: PreTrainedConfig
+    structure: Structure
+    folder: RunFolder
+    splits: Splits
+    figures: Measure
+    accelerator: Accelerator
+    progress: Progress
+
+
+def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
+    """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written.
+
+    Args:
+        figures: of the base and the dense reference, for the card.
+
+    Returns:
+        Figures of the written model, and by how much its logits differ after a reload (None: not checked).
+    """
+    recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
+    total = count(run.structure, outcome.plan).total
+    plan = _noted(run, outcome.plan)
+    bound = None
+    if rank() == 0 and recipe.export.adapter and isinstance(outcome.model, PeftModel):
+        bound = adapter.taken(outcome.model, recipe.model, run.structure, plan)
+    model: Any = merge_lora(outcome.model.float())
+    for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
+        parameter.data = parameter.data.to(dtype).float()
+    differences = list[float]()
+    if rank() == 0:
+        run.progress.say(f"writing {escape(str(target))} ...")
+        model = without_flash(model.cpu()).eval()
+        check = (lambda written: differences.append(_verify(run, model, written))) if recipe.export.verify else None
+        huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check)
+        if bound:
+            adapter.write(run.folder / adapter.FOLDER, bound, adapter.digest_of(model, dtype), dtype)
+    run.folder.write_text("plan.json", plan.to_json())
+    difference = differences[0] if differences else None
+    run.accelerator.wait_for_everyone()
+    result, influences = _measured(run, outcome.plan, target)
+    run.folder.write_json("windows.json", asdict(influences))
+    if rank() == 0:
+        with writing(target / "README.md"):
+            card.write(target, _facts(run, total, {**figures, "result": result}, difference), plan)
+    return result, difference
+
+
+def export_dtype(recipe: Recipe, config: PreTrainedConfig) -> torch.dtype:
+    """Of the written weights."""
+    if (name := recipe.export.dtype) != "auto":
+        found: torch.dtype = pick_dtype(name, "cpu")
+        return found
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) and recipe.model.init == "pretrained" else torch.float32
+
+
+def _noted(run: Made, plan: Plan) -> Plan:
+    ratio = count(run.structure, plan).total_ratio
+    return replace(plan, notes={"base": card.public(run.recipe.model.path), "seed": run.recipe.seed, "total_ratio": ratio})
+
+
+def _measured(run: Made, plan: Plan, target: Path) -> tuple[Figures, Influences]:
+    recipe, influences = run.recipe, Influences()
+    measured = pick_dtype(recipe.model.dtype, str(run.accelerator.device))  # as the base was
+    how = attention_of(recipe.model, run.config)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
+    kind = type(loaded).__name__
+    if recipe.budget.layout == "uniform" and not type(loaded).__module__.startswith("transformers."):
+        run.progress.say(
+            f"[yellow]no stock class takes these equal widths, so the model is a {kind}, which the folder carries; "
+            "another budget.keep or a wider budget.tolerance may give head counts that one takes[/yellow]"
+        )
+    figures = {
+        "class": kind,
+        **run.figures.test(loaded.to(run.accelerator.device), influences),
+        "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
+        "block_ratio": count(run.structure, plan).block_ratio,
+        "bytes": weight_bytes(target),
+    }
+    return figures, influences
+
+
+def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:
+    return card.facts(run.recipe, run.structure.total_params, parameters, figures, difference)
+
+
+@torch.no_grad()
+def _verify(run: Made, model: nn.Module, target: Path) -> float:
+    ids = sample(run.splits.test.collate([0])["input_ids"][:, :64], run.config.vocab_size)
+    with run.figures.eager():
+        expected = model(input_ids=ids, use_cache=False).logits
+    difference = verify(target, ids, expected)
+    if difference > RELOAD_LIMIT * float(expected.abs().max()):
+        raise UserError(
+            f"the written model computes something else than the one in memory: logits differ by {difference:.1e}; "
+            "nothing was replaced, and the trained weights are in the checkpoint (--resume writes them again)"
+        )
+    note = f"reload: logits of a fresh process differ by {difference:.1e}"
+    run.progress.say(note if difference <= RELOAD_LIMIT else f"[yellow]{note}[/yellow]")
+    return difference

@@ -1,0 +1,150 @@
+"""``slimtune apply``: a run's model rebuilt from its base, a plan and an adapter, without data and without training code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from slimtune.errors import UserError
+from slimtune.export import adapter, card, huggingface
+from slimtune.export.folder import check_target
+from slimtune.models.identity import weight_bytes
+from slimtune.models.load import check_weights, load_config, load_model, structure_of
+from slimtune.models.surgery import cut, merge_lora, put
+from slimtune.sections import ModelConfig
+from slimtune.structure.axes import Structure
+from slimtune.structure.plan import Plan, count
+
+Say = Callable[[str], None]
+
+
+def apply_plan(
+    plan: str | Path,
+    base: str,
+    *,
+    adapter_folder: str | Path | None = None,
+    use_adapter: bool = True,
+    out: str | Path = "",
+    say: Say = lambda _: None,
+) -> dict[str, Any]:
+    """Cut ``base`` by a plan, merge an adapter, and write the folder that the run wrote: the same weights, bit for bit.
+
+    Args:
+        plan: plan.json, or a folder that has it: of a run, of its adapter, or of a pruned model.
+        base: folder, hub id or builtin of the model that the plan was made for.
+        adapter_folder: default: ``adapter`` beside plan.json, or the folder of plan.json itself.
+        use_adapter: False: the plan alone, so an untuned model.
+        out: the folder to write; default: named after base and plan, here.
+        say: takes a line for what is done.
+
+    Returns:
+        ``file``, ``bytes``, ``parameters``, ``total_ratio``, ``adapter`` (its folder, or None), ``dtype`` and ``same``: whether
+        the weights are those of the run (None: there is no adapter that tells).
+
+    Raises:
+        UserError: the plan or the adapter are of another base, or what comes out is not what the run wrote; nothing is
+            left then.
+    """
+    file = _plan_file(Path(plan).expanduser())
+    decided = Plan.from_json(file.read_text(encoding="utf-8"))
+    origin = ModelConfig(path=str(base))
+    structure = structure_of(load_config(origin, "BASE"))
+    decided.check(structure)
+    found = _adapter_of(file, adapter_folder) if use_adapter else None
+    target = Path(out).expanduser() if out else Path(f"{card.public(str(base)).replace('/', '-')}-{decided.digest[:8]}")
+    check_target(target)
+    check_weights(origin)
+    record = _fitting(found, decided) if found else None
+    say(f"loading {base}{f', merging {found}' if found else ''} ...")
+    model, dtype = _built(origin, structure, decided, found, record)
+    counts = count(structure, decided)
+    decided = replace(decided, notes={**decided.notes, "base": card.public(str(base)), "total_ratio": counts.total_ratio})
+    say(f"writing {target} ...")
+    facts = {"base": card.public(str(base)), "method": "plan and adapter" if found else "plan alone, not tuned"}
+    huggingface.save(model.eval(), origin, decided, target, dtype, {**facts, "parameters_before": structure.total_params})
+    return {
+        "file": str(target),
+        "bytes": weight_bytes(target),
+        "parameters": counts.total,
+        "total_ratio": counts.total_ratio,
+        "adapter": str(found) if found else None,
+        "dtype": str(dtype).removeprefix("torch."),
+        "same": True if record else None,
+    }
+
+
+def _built(
+    origin: ModelConfig, structure: Structure, plan: Plan, found: Path | None, record: adapter.Record | None
+) -> tuple[Any, torch.dtype]:
+    """The base cut by ``plan``, the adapter merged, rounded to the dtype that it is written in; and that."""
+    stored = load_config(origin, "BASE").dtype
+    own = stored if isinstance(stored, torch.dtype) else torch.float32
+    dtype = getattr(torch, record.dtype) if record else own
+    model: Any = load_model(origin, "cpu", getattr(torch, record.base_dtype) if record else own)
+    cut(model, structure, plan)
+    if found:
+        model = _merged(model, found, structure)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.float().to(dtype).float()
+    if record:
+        _check_same(model, dtype, record, origin.path)
+    return model, dtype
+
+
+def _check_same(model: Any, dtype: torch.dtype, record: adapter.Record, base: str) -> None:
+    if adapter.digest_of(model, dtype) != record.weights:
+        raise UserError(
+            f"BASE={base!r} gives other weights than the run wrote, so it is not the {record.base!r} that was tuned, or "
+            "another revision of it; give that one, or --no-adapter. Nothing was written"
+        )
+
+
+def _plan_file(given: Path) -> Path:
+    file = given / adapter.PLAN if given.is_dir() else given
+    if not file.is_file():
+        raise UserError(f"PLAN={str(given)!r} is no plan.json and no folder that has one; a run writes it beside its model")
+    return file
+
+
+def _adapter_of(plan: Path, given: str | Path | None) -> Path:
+    here = plan.resolve().parent
+    if given is not None:
+        return Path(given).expanduser()
+    for folder in (here / adapter.FOLDER, here, here.parent / adapter.FOLDER):
+        if (folder / adapter.CONFIG).is_file():
+            return folder
+    raise UserError(
+        f"no adapter lies beside {str(plan)!r}; give it with --adapter FOLDER (a run writes it unless export.adapter=false), "
+        "or cut the base by the plan alone, untuned: --no-adapter"
+    )
+
+
+def _fitting(folder: Path, plan: Plan) -> adapter.Record:
+    """The record of an adapter that was made with ``plan``."""
+    record = adapter.read_record(folder)
+    own = Plan.from_json(_plan_file(folder).read_text(encoding="utf-8"))
+    if own.digest != plan.digest:
+        raise UserError(
+            f"--adapter {str(folder)!r} was trained under another plan ({own.digest[:8]}, not {plan.digest[:8]}); give the one "
+            "of the same run"
+        )
+    return record
+
+
+def _merged(model: Any, folder: Path, structure: Structure) -> Any:
+    changed = folder / adapter.CHANGED
+    try:
+        if changed.is_file():
+            put(model, structure, load_file(changed))
+        tuned = PeftModel.from_pretrained(model, str(folder))
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--adapter {str(folder)!r} cannot be loaded ({reason}); fetch it again") from error
+    return merge_lora(tuned.float())
