@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,3 +83,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from bases import Bench
 
     return Bench(tmp_path_factory.mktemp("bench"))
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Any]:
+    """Runs scripts in processes that have torch and transformers loaded already; see ``warm.Warm``."""
+    from warm import Warm
+
+    made = Warm()
+    yield made
+    made.close()

@@ -72,7 +72,7 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
         run.progress.say(f"writing {escape(str(target))} ...")
         model = without_flash(model.cpu()).eval()
         check = (lambda written: differences.append(_verify(run, model, written))) if recipe.export.verify else None
-        huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check)
+        huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say)
         if bound:
             adapter.write(run.folder / adapter.FOLDER, bound, adapter.digest_of(model, dtype), dtype)
     run.folder.write_text("plan.json", plan.to_json())

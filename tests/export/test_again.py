@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slimtune
@@ -17,9 +17,16 @@ from bases import Bench
 from cuts import UNEVEN, write_folder
 from slimtune.cli import app
 from slimtune.errors import UserError
-from slimtune.export import again, record
+from slimtune.export import record, verify
 
 run = CliRunner().invoke
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _quick(warm: Any) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "subprocess", warm)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +71,6 @@ def test_the_record_has_no_text_of_the_users(tuned: Path) -> None:
     assert kept.input_ids == record.drawn(vocabulary, len(kept.input_ids))[0].tolist()
 
 
-@pytest.fixture
-def in_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparison without its fresh process, which takes seconds: for what is compared, not for who loads."""
-
-    @torch.no_grad()
-    def reloaded(folder: Path, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-        logprobs = model(tensors["input_ids"]).logits.log_softmax(-1)
-        found = logprobs.gather(-1, tensors["tokens"][..., None])[..., 0]
-        told = {"class": type(model).__name__, "parameters": model.num_parameters(), "load_s": 0.1}
-        same, difference = logprobs.argmax(-1) == tensors["tokens"], (found - tensors["logprobs"]).abs().max().item()
-        return {"difference": difference, "same": int(same.sum()), "places": same.numel(), **told}
-
-    monkeypatch.setattr(again, "reloaded", reloaded)
-
-
-@pytest.mark.usefixtures("in_here")
 def test_other_weights_are_found(tuned: Path, tmp_path: Path) -> None:
     other = copied(tuned / "model", tmp_path / "model")
     damage(other, 3.0)
@@ -92,7 +82,6 @@ def test_other_weights_are_found(tuned: Path, tmp_path: Path) -> None:
     assert against["logprob_difference"] > 10 * against["limit"]
 
 
-@pytest.mark.usefixtures("in_here")
 def test_a_model_of_others_needs_something_to_equal(tmp_path: Path) -> None:
     write_folder(tmp_path / "model", "llama", UNEVEN)
     with pytest.raises(UserError, match=r"has no verify.json, .*; say what it should equal: --against RUN"):

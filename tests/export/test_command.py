@@ -24,16 +24,6 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_run_becomes_a_file_that_goes_on_as_torch_does(tuned: Path) -> None:
-    done = run(app, ["export", str(tuned), "--quantize", "F32", "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout)
-    assert found["file"] == str(tuned / "model-f32.gguf")
-    assert found["tokens_same"] == found["tokens"] == 96
-    assert found["logprob_difference"] < 1e-3
-    assert Path(found["file"]).stat().st_size == found["bytes"]
-
-
 def test_the_table_tells_what_stays_wide(tuned: Path) -> None:
     done = run(app, ["export", str(tuned / "model"), "-q", "q8_0", "--no-check", "--out", str(tuned / "small.gguf")])
     assert done.exit_code == 0, done.output

@@ -1,4 +1,4 @@
-"""Folders written anew for transformers and vLLM. A fresh process costs seconds: one test in test_deci.py has one."""
+"""Folders written anew for transformers and vLLM. Who loads them elsewhere: test_deci.py and e2e/test_targets.py."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def apply_plan(
         "license": card.licence_of(str(base)),
     }
     facts |= {"base": card.public(str(base)), "parameters_before": structure.total_params}
-    huggingface.save(model.eval(), origin, decided, target, dtype, facts)
+    huggingface.save(model.eval(), origin, decided, target, dtype, facts, say=say)
     return {
         "file": str(target),
         "bytes": weight_bytes(target),

@@ -20,10 +20,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimtune.errors import UserError
-from slimtune.export import card
+from slimtune.export import card, tokenizer
 from slimtune.export.folder import replacing
 from slimtune.models import per_layer
-from slimtune.models.load import TOKENIZER_FILES, locate
+from slimtune.models.load import TOKENIZER_FILES, load_tokenizer, locate
+from slimtune.runtime import log
 from slimtune.sections import ModelConfig
 from slimtune.structure.axes import AXES
 from slimtune.structure.plan import Plan
@@ -63,18 +64,21 @@ def save(
     dtype: torch.dtype | None,
     facts: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
+    say: Callable[[str], None] = log.warning,
 ) -> Path:
     """Write ``model`` to ``folder``, whole or not at all; an earlier model there is replaced at the very end.
 
     Args:
         model: a stock causal LM, cut by ``plan``, LoRA merged; ``model.config`` is still that of the base. Not changed.
-        origin: where the base and its tokenizer are; the tokenizer's files and the base's generation_config.json are
-            copied byte for byte. None: there is no tokenizer.
+        origin: where the base and its tokenizer are; the base's generation_config.json and the tokenizer's files are
+            copied byte for byte, as far as the latter make the same tokenizer here (``tokenizer.settle``). None: there is
+            no tokenizer.
         plan: the decision; also written, as plan.json.
         folder: the target; ``folder.replacing`` says what it may hold.
         dtype: of the written weights; None: as they are.
         facts: for the model card, see ``card.render``.
         check: called with the written folder before it takes the place of ``folder``; what it raises stops that.
+        say: takes a line about a tokenizer that is not the base's here.
 
     Raises:
         UserError: the model does not fit the plan, the disk is full, or the folder may not be replaced.
@@ -90,6 +94,8 @@ def save(
     def finish(partial: Path) -> None:
         for file in carried:
             copyfile(file, partial / file.name)
+        if origin:
+            tokenizer.settle(lambda: load_tokenizer(origin), partial, say)
         if not (partial / _GENERATION).exists():
             model.generation_config.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
@@ -209,8 +215,8 @@ def _carried_files(origin: ModelConfig | None) -> list[Path]:
     """The tokenizer's files, and the base's own word on generation."""
     if origin is None:
         return []
-    tokenizer, revision = origin.tokenizer_source
-    found = _files_of(tokenizer, "model.tokenizer", revision, TOKENIZER_FILES)
+    source, revision = origin.tokenizer_source
+    found = _files_of(source, "model.tokenizer", revision, TOKENIZER_FILES)
     return found + (_files_of(origin.path, "model.path", origin.revision, [_GENERATION]) if origin.path else [])
 
 

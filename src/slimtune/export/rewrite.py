@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimtune.errors import UserError, nearest
-from slimtune.export import card_again, deci, huggingface, record
+from slimtune.export import card_again, deci, huggingface, record, tokenizer
 from slimtune.export.folder import check_target
 from slimtune.export.gguf import head_of, widths_of
 from slimtune.export.gguf_layout import Widths
@@ -23,7 +23,7 @@ from slimtune.export.padding import padded
 from slimtune.export.verify import reloaded
 from slimtune.models import per_layer
 from slimtune.models.identity import weight_bytes
-from slimtune.models.load import TOKENIZER_FILES, load_config, pretrained
+from slimtune.models.load import TOKENIZER_FILES, load_config, load_tokenizer, pretrained
 from slimtune.sections import ModelConfig
 from slimtune.structure.families import family_of
 
@@ -103,6 +103,7 @@ def rewrite(
     def finish(partial: Path) -> None:
         for file in sorted({file for pattern in _CARRIED for file in folder.glob(pattern) if file.is_file()}):
             copyfile(file, partial / file.name)
+        tokenizer.settle(lambda: load_tokenizer(ModelConfig(path=str(folder)), "RUN"), partial, say)
         card_again.write(folder, partial, to, laid.facts)
 
     def run_there(partial: Path) -> None:
