@@ -109,6 +109,7 @@ def test_json_and_table(two: Path) -> None:
     table = done.stdout
     assert "run: SlimtuneLlamaForCausalLM" in table
     assert "by saved" in table
+    assert "a step of 2 reads " in table
     assert "prefill" in table
 
 

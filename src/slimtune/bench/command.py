@@ -15,7 +15,7 @@ from slimtune.bench.torch_runs import Runs
 from slimtune.bench.work import Work
 from slimtune.errors import UserError
 from slimtune.export.command import folder_of
-from slimtune.models.load import attention_of, pretrained
+from slimtune.models.load import BUILTIN, attention_of, pretrained
 from slimtune.runtime import machine, pick_device, pick_dtype
 from slimtune.sections import ModelConfig
 from slimtune.version import __version__, versions
@@ -85,7 +85,7 @@ def bench_model(
 
 def _names(given: Sequence[Path]) -> list[str]:
     """Short and different names: the folder's, with what is above it where that says more."""
-    resolved = [path.resolve() for path in given]
+    resolved = [Path(str(path).removeprefix(BUILTIN)).resolve() for path in given]
     names = [path.name if path.name != "model" else path.parent.name for path in resolved]
     return (
         names if len(set(names)) == len(names) else [f"{path.parent.name}/{path.name}" for path in resolved[:1]] + ["against"]

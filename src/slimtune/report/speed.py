@@ -10,6 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_HEAD = 10
+"""Letters of a model's name over its column: tables fit 80."""
 
 
 def render(found: dict[str, Any]) -> RenderableType:
@@ -18,12 +20,13 @@ def render(found: dict[str, Any]) -> RenderableType:
     lines = [_model(each) for each in models]
     kind = _SHORT.get(found["dtype"], found["dtype"]) + (", random weights" if found["random"] else "")
     title = Text.assemble(("\n".join(lines), "bold"), f"\n{found['machine']}, {found['runtime']}, {kind}, {_lengths(found)}")
-    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", title_style="", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     if found["ratios"]:
         _two(table, found)
     else:
         _one(table, found)
-    return Group(table, Text(_footer(found), style="dim"))
+    sizes = "\n".join(_sizes(found)) if found["ratios"] else ""
+    return Group(table, *([Text(sizes)] if sizes else []), Text(_footer(found), style="dim"))
 
 
 def _model(each: dict[str, Any]) -> str:
@@ -48,7 +51,7 @@ def _one(table: Table, found: dict[str, Any]) -> None:
 def _two(table: Table, found: dict[str, Any]) -> None:
     mine, other = (each["name"] for each in found["models"])
     saved = ["by saved"] if _rates(found) else []
-    _head(table, "batch", mine, other, "faster", "", "by size", *saved)
+    _head(table, "batch", *map(_clipped, (mine, other)), "faster", "", "by size", *saved)
     rows = {(row["model"], _key(row)): row for row in found["rows"]}
     for ratio in found["ratios"]:
         speeds = [_speed(rows[name, _key(ratio)]) for name in (mine, other)]
@@ -72,11 +75,30 @@ def _head(table: Table, *names: str) -> None:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return row["what"] if row["how"] in ("eager", "llama.cpp") else f"{row['what']}, {row['how']}"
+    return row["what"] if row["how"] in ("eager", "llama.cpp") else f"{row['what']}, {row['how'].removesuffix(' graph')}"
 
 
 def _key(row: dict[str, Any]) -> tuple[Any, ...]:
     return row["what"], row["how"], row["batch"]
+
+
+def _sizes(found: dict[str, Any]) -> list[str]:
+    """Of both models: what a decode step reads, by batch, and the most memory that anything took."""
+    mine, other = (each["name"] for each in found["models"])
+    read: dict[int, dict[str, int]] = {}
+    memory: dict[str, int] = {}
+    for row in found["rows"]:
+        if row["what"] == "decode":
+            read.setdefault(row["batch"], {})[row["model"]] = row["bytes"]
+        memory[row["model"]] = max(memory.get(row["model"], 0), row["memory_bytes"] or 0)
+    lines = [f"a step of {batch} reads {_bytes(each[mine])}, of {other} {_bytes(each[other])}" for batch, each in read.items()]
+    if all(memory.values()):
+        lines.append(f"most memory {_bytes(memory[mine])}, of {other} {_bytes(memory[other])}")
+    return lines
+
+
+def _clipped(name: str) -> str:
+    return name if len(name) <= _HEAD else f"{name[: _HEAD - 1]}…"
 
 
 def _spread(low: float, high: float) -> str:
