@@ -17,7 +17,7 @@ from slimtune.data.batches import Splits
 from slimtune.errors import UserError
 from slimtune.evaluate.figures import Measure
 from slimtune.evaluate.perplexity import Influences
-from slimtune.export import adapter, card, huggingface
+from slimtune.export import adapter, card, card_facts, huggingface
 from slimtune.export.verify import sample, verify
 from slimtune.methods.outcome import Outcome
 from slimtune.models.identity import weight_bytes
@@ -97,7 +97,9 @@ def export_dtype(recipe: Recipe, config: PreTrainedConfig) -> torch.dtype:
 
 def _noted(run: Made, plan: Plan) -> Plan:
     ratio = count(run.structure, plan).total_ratio
-    return replace(plan, notes={"base": card.public(run.recipe.model.path), "seed": run.recipe.seed, "total_ratio": ratio})
+    return replace(
+        plan, notes={"base": card_facts.public(run.recipe.model.path), "seed": run.recipe.seed, "total_ratio": ratio}
+    )
 
 
 def _measured(run: Made, plan: Plan, target: Path) -> tuple[Figures, Influences]:
@@ -122,7 +124,7 @@ def _measured(run: Made, plan: Plan, target: Path) -> tuple[Figures, Influences]
 
 
 def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:
-    return card.facts(run.recipe, run.structure.total_params, parameters, figures, difference)
+    return card_facts.facts(run.recipe, run.structure.total_params, parameters, figures, difference)
 
 
 @torch.no_grad()

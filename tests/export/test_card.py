@@ -8,7 +8,8 @@ import yaml
 
 import slimtune
 from cuts import UNEVEN, cut_model, even
-from slimtune.export.card import facts, render, write
+from slimtune.export.card import render, write
+from slimtune.export.card_facts import facts, licence_of
 from slimtune.export.huggingface import save
 from slimtune.recipe import parse
 
@@ -104,3 +105,27 @@ def test_the_card_can_be_written_again_with_more_facts(tmp_path: Path) -> None:
     assert f"{count:,}" in (folder / "README.md").read_text()
     write(folder, {"base": "org/base", "reload_difference": 2.5e-7}, plan)
     assert "2.5e-07" in (folder / "README.md").read_text()
+
+
+def test_the_recipe_is_told_without_places(tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "secret" / "notes.jsonl").write_text("{}")
+    raw = {"out": str(tmp_path / "run"), "data": {"train": str(tmp_path / "secret" / "notes.jsonl")}, "budget": {"keep": 0.7}}
+    known = facts(parse(raw), 10, 6, {"result": {"bytes": 12_200_000}}, None)
+    assert known["size"] == "12.2 MB"
+    text = render(known, plan_of(UNEVEN), {"dtype": "float32"})
+    assert "## Recipe" in text
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])["budget"] == {"keep": 0.7}
+    assert "notes.jsonl" in text
+    assert str(tmp_path) not in text
+
+
+def test_the_licence_is_that_of_the_base(tmp_path: Path) -> None:
+    assert licence_of("builtin:base-10m") == "apache-2.0"
+    assert licence_of(str(tmp_path)) is None
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# A model\n")
+    assert licence_of(str(tmp_path)) == "mit"
+    for broken in ("# no metadata\n", "---\n- a\n---\n", "---\nlicense: [a\n---\n"):
+        (tmp_path / "README.md").write_text(broken)
+        assert licence_of(str(tmp_path)) is None
+    assert licence_of("org/never-fetched") is None

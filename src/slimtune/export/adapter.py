@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from slimtune.errors import UserError
-from slimtune.export.card import public
+from slimtune.export.card_facts import public
 from slimtune.export.folder import replacing
 from slimtune.models.load import load_model
 from slimtune.models.surgery import cut

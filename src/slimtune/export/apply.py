@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from slimtune.errors import UserError
-from slimtune.export import adapter, card, huggingface
+from slimtune.export import adapter, card_facts, huggingface
 from slimtune.export.folder import check_target
 from slimtune.models.identity import weight_bytes
 from slimtune.models.load import check_weights, load_config, load_model, structure_of
@@ -58,20 +58,20 @@ def apply_plan(
     structure = structure_of(load_config(origin, "BASE"))
     decided.check(structure)
     found = _adapter_of(file, adapter_folder) if use_adapter else None
-    target = Path(out).expanduser() if out else Path(f"{card.public(str(base)).replace('/', '-')}-{decided.digest[:8]}")
+    target = Path(out).expanduser() if out else Path(f"{card_facts.public(str(base)).replace('/', '-')}-{decided.digest[:8]}")
     check_target(target)
     check_weights(origin)
     record = _fitting(found, decided) if found else None
     say(f"loading {base}{f', merging {found}' if found else ''} ...")
     model, dtype = _built(origin, structure, decided, found, record)
     counts = count(structure, decided)
-    decided = replace(decided, notes={**decided.notes, "base": card.public(str(base)), "total_ratio": counts.total_ratio})
+    decided = replace(decided, notes={**decided.notes, "base": card_facts.public(str(base)), "total_ratio": counts.total_ratio})
     say(f"writing {target} ...")
     facts: dict[str, Any] = {
         "method": "plan and adapter" if found else "plan alone, not tuned",
-        "license": card.licence_of(str(base)),
+        "license": card_facts.licence_of(str(base)),
     }
-    facts |= {"base": card.public(str(base)), "parameters_before": structure.total_params}
+    facts |= {"base": card_facts.public(str(base)), "parameters_before": structure.total_params}
     huggingface.save(model.eval(), origin, decided, target, dtype, facts, say=say)
     return {
         "file": str(target),

@@ -11,12 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from slimtune.models.load import BUILTIN
-from slimtune.recipe import Recipe
 from slimtune.runtime import write_atomically
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
-from slimtune.train.task_figures import names_of, told
 from slimtune.version import __version__
 
 _HEAD = """\
@@ -61,6 +58,15 @@ A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with sl
 {% for source in data -%}
 - {{ source }}
 {% endfor %}
+{%- endif %}
+{%- if recipe %}
+## Recipe
+
+For `slimtune tune`; paths are shortened to names, and what stands at its default is left out.
+
+```yaml
+{{ recipe }}
+```
 {%- endif %}
 
 """
@@ -143,52 +149,10 @@ _LABELS = {
     "budget": "budget",
     "parameters_before": "parameters before",
     "parameters_after": "parameters after",
+    "size": "weights on disk",
     "reload_difference": "largest logit difference after a reload in a fresh process",
 }
-_ELSEWHERE = ("title", "license", "figures", "data")
-_METRICS = {"ppl": "perplexity", "accuracy": "accuracy", "majority": "accuracy of the most frequent answer"}
-
-
-def facts(
-    recipe: Recipe, before: int, after: int, figures: Mapping[str, Mapping[str, float]], difference: float | None
-) -> dict[str, Any]:
-    """What the card of a run may say.
-
-    Args:
-        recipe: what was run.
-        before: parameters of the base.
-        after: parameters that stayed.
-        figures: of ``base``, ``dense_lora`` and ``result``, as far as they were taken.
-        difference: of the logits after a reload.
-    """
-    base, drawn = public(recipe.model.path), recipe.model.init == "config"
-    names, tasks = {"base": "base", "dense_lora": "dense LoRA", "result": "this model"}, names_of(figures.values())
-    return {
-        "base": base if not drawn else f"random weights of the shape of {base}" if base else "random weights",
-        "license": None if drawn else licence_of(recipe.model.path),
-        "method": f"twostage ({recipe.twostage.scores})" if recipe.method == "twostage" else recipe.method,
-        "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.prunes else None,
-        "parameters_before": before,
-        "parameters_after": after,
-        "figures": {
-            names[name]: {_METRICS[key]: round(values[key], 3) for key in _METRICS if key in values}
-            | {label: told(values, key) for key, label in tasks.items() if key in values}
-            for name, values in figures.items()
-            if values
-        },
-        "data": [public(source.path) for source in recipe.data.train],
-        "reload_difference": difference,
-    }
-
-
-def licence_of(base: str) -> str | None:
-    """Of a base, where slimtune knows it: of its own."""
-    return "apache-2.0" if base.startswith(BUILTIN) else None
-
-
-def public(path: str) -> str:
-    """What a path says to others: of a file or folder of the author's machine its name alone."""
-    return Path(path).expanduser().resolve().name if path and Path(path).expanduser().exists() else path
+_ELSEWHERE = ("title", "license", "figures", "data", "recipe")
 
 
 def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> str:
@@ -197,8 +161,8 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     Args:
         facts: all optional: ``title``, ``base``, ``license`` (of the base), ``method``, ``budget``,
             ``parameters_before``, ``parameters_after``, ``figures`` ({model: {metric: value}}), ``data`` (list of sources),
-            ``reload_difference``. Other keys become rows of the table under their own name. Absent facts (or None) are
-            not mentioned; only an unknown licence is said to be unknown.
+            ``recipe`` (YAML), ``reload_difference``. Other keys become rows of the table under their own name. Absent facts
+            (or None) are not mentioned; only an unknown licence is said to be unknown.
         plan: the decision, for the table of widths.
         config: config.json of the folder.
     """
@@ -222,6 +186,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         models=list(figures),
         figures=[(metric, [_text(row.get(metric, "")) for row in figures.values()]) for metric in metrics],
         data=[_text(source) for source in known.get("data", ())],
+        recipe=known.get("recipe"),
         widths=_widths(plan),
         **_how(config, True),
     )

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from slimtune.export import card
+from slimtune.export import card, card_facts
 from slimtune.runtime import write_atomically
 from slimtune.version import __version__
 
@@ -47,7 +47,7 @@ def write(source: Path, folder: Path, to: str, facts: Mapping[str, int]) -> None
     given = source / "README.md"
     text = given.read_text(encoding="utf-8") if given.is_file() else ""
     if "made with slimtune" not in text or "\n## Loading\n" not in text:
-        text = _SMALL.format(name=card.public(str(source)), version=__version__)
+        text = _SMALL.format(name=card_facts.public(str(source)), version=__version__)
     zeros = facts["parameters"] - facts["parameters_before"]
     padding = f" ({zeros:,} of them zeros, for layers that are narrower than others)" if zeros else ""
     text = _row(text, "parameters(?: after)?", f"{facts['parameters']:,}{padding}")
