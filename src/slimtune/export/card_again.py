@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from slimtune.export import card, card_facts
+from slimtune.models.identity import weight_bytes
 from slimtune.runtime import write_atomically
 from slimtune.version import __version__
 
@@ -52,6 +53,7 @@ def write(source: Path, folder: Path, to: str, facts: Mapping[str, int]) -> None
     padding = f" ({zeros:,} of them zeros, for layers that are narrower than others)" if zeros else ""
     text = _row(text, "parameters(?: after)?", f"{facts['parameters']:,}{padding}")
     text = _row(text, "weights", str(config.get("dtype")))
+    text = _row(text, "weights on disk", f"{weight_bytes(folder) / 1e6:,.1f} MB")
     section = card.loading(config, (folder / "plan.json").is_file(), to == "vllm", zeros)
     write_atomically(folder / "README.md", _section(text, section))
 
