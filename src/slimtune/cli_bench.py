@@ -88,8 +88,12 @@ def _target(as_json: str | None) -> Path | None:
     if as_json is None or as_json == "-":
         return None
     target = Path(as_json).expanduser()
-    if target.is_dir() or not target.parent.is_dir():
-        raise UserError(f"--json {as_json} is no file in an existing folder; name another, or - to print it")
+    try:
+        if as_json.endswith(("/", "\\")):
+            raise IsADirectoryError
+        target.open("a").close()
+    except OSError:
+        raise UserError(f"--json {as_json} cannot be written as a file there; name another, or - to print it") from None
     return target
 
 

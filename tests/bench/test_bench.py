@@ -140,6 +140,8 @@ def test_files_in_llama_cpp(two: Path) -> None:
     assert all(row["tokens_s"] > 0 for row in found["rows"])
     small, dense = found["models"]
     assert small["parameters"] == sum(each.numel() for each in cut_model("llama", UNEVEN, vocab_size=6144)[0].parameters())
+    memory = [row["memory_bytes"] for row in found["rows"]]
+    assert all(each is None or each < 200e6 for each in memory), "the parent, with torch in it, takes more"
     assert small["step_bytes"] < small["weight_bytes"] < dense["weight_bytes"]
     assert [ratio["by_size"] > 1 for ratio in found["ratios"]] == [True, True]
 
@@ -151,16 +153,19 @@ BAD = {
     "against": (["{two}/run", "--against", "{two}/nowhere"], "--against='{two}/nowhere' does not exist"),
     "kinds": (["{two}/run", "--against", "{two}/x.gguf"], "is no GGUF file and the other one is; give two of a kind"),
     "no file": (["{two}/x.gguf"], "is no file here; slimtune export RUN --to gguf writes one"),
+    "junk": (["{two}/junk.gguf"], "junk.gguf' is no whole GGUF file ("),
+    "torch's": (["{two}/junk.gguf", "--random"], "--random is for models in torch, and a GGUF file runs in llama.cpp"),
     "dtype": (["{two}/run", "--dtype", "int8"], "--dtype int8 is not known; choose auto, float32"),
     "device": (["{two}/run", "--device", "tpu"], "device='tpu' is not supported"),
     "compile": (["{two}/run", "--compile", "--device", "cpu"], "--compile is for CUDA graphs, and this is cpu; leave it out"),
     "long": (["{two}/run", "--prompt", "500"], "made for 128 positions, and --prompt 500"),
-    "json": (["{two}/run", "--json", "{two}/no/x.json"], "is no file in an existing folder; name another, or - to print it"),
+    "json": (["{two}/run", "--json", "{two}/no/x.json"], "cannot be written as a file there; name another, or - to print it"),
 }
 
 
 @pytest.mark.parametrize(("words", "told"), BAD.values(), ids=BAD)
 def test_bad_words_are_told_in_one_line(two: Path, words: list[str], told: str) -> None:
+    (two / "junk.gguf").write_bytes(b"GGUF\x03junk")
     done = run([word.replace("{two}", str(two)) for word in words])
     assert done.exit_code == 2, done.output
     assert told.replace("{two}", str(two)) in " ".join(done.stderr.split())

@@ -22,12 +22,24 @@ def test_a_cut_llama_by_hand(tied: bool) -> None:
     assert work.parameters == weights + norms + (1 if tied else 2) * table
     assert work.weight_bytes == 4 * work.parameters
     assert work.step_bytes == 4 * (weights + norms + table)
-    assert work.kv_bytes == 2 * 4 * HEAD * sum(groups)
+    assert work.kv_bytes == tuple(2 * 4 * HEAD * kept for kept in groups)
     assert work.block_flops == 2 * weights
     assert work.head_flops == 2 * table
-    assert work.pair_flops == 4 * HEAD * 2 * sum(groups)
-    assert work.decode_bytes(3, 50) == work.step_bytes + 3 * 50 * work.kv_bytes
-    assert work.decode_flops(3, 50) == 3 * (work.block_flops + work.head_flops + 50 * work.pair_flops)
+    assert work.pair_flops == tuple(4 * HEAD * 2 * kept for kept in groups)
+    assert work.decode_bytes(3, 50) == work.step_bytes + 3 * 50 * sum(work.kv_bytes)
+    assert work.decode_flops(3, 50) == 3 * (work.block_flops + work.head_flops + 50 * sum(work.pair_flops))
+    assert work.facts()["kv_bytes"] == sum(work.kv_bytes)
+
+
+def test_windows_are_not_looked_beyond() -> None:
+    model, _ = cut_model("gemma3_text", None)  # windows of 16 in the first and last of three layers
+    work = Work.of(model)
+    assert work.windows == (16, 0, 16)
+    layer = work.kv_bytes[0]
+    assert work.decode_bytes(1, 50) - work.step_bytes == layer * (16 + 50 + 16)
+    pairs = work.prefill_flops(1, 20) - 20 * work.block_flops - work.head_flops
+    assert pairs == work.pair_flops[0] * (2 * (16 * 17 // 2 + 4 * 16) + 20 * 21 // 2)
+    assert work.prefill_flops(1, 10) - 10 * work.block_flops - work.head_flops == 3 * work.pair_flops[0] * 55
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi"])
@@ -38,6 +50,6 @@ def test_operations_are_those_that_torch_counts(name: str) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(2, tokens, dtype=torch.long), use_cache=False, logits_to_keep=1)
     heads = tokens * tokens - tokens * (tokens + 1) // 2  # eager attention computes the pairs that the mask hides, too
-    rotary = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] - 2 * tokens * tokens * work.pair_flops
+    rotary = counter.get_flop_counts()["Global"][torch.ops.aten.bmm] - 2 * tokens * tokens * sum(work.pair_flops)
     assert 0 <= rotary < 0.01 * counter.get_total_flops()
-    assert counter.get_total_flops() - rotary - 2 * heads * work.pair_flops == work.prefill_flops(2, tokens)
+    assert counter.get_total_flops() - rotary - 2 * heads * sum(work.pair_flops) == work.prefill_flops(2, tokens)

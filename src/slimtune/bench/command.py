@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from slimtune.bench import llama_runs
 from slimtune.bench.measure import Rates, Settings, Subject, compared, measured
@@ -15,7 +15,7 @@ from slimtune.bench.torch_runs import Runs
 from slimtune.bench.work import Work
 from slimtune.errors import UserError
 from slimtune.export.command import folder_of
-from slimtune.models.load import BUILTIN, attention_of, pretrained
+from slimtune.models.load import BUILTIN, attention_of, load_config, pretrained
 from slimtune.runtime import machine, pick_device, pick_dtype
 from slimtune.sections import ModelConfig
 from slimtune.version import __version__, versions
@@ -56,13 +56,9 @@ def bench_model(
     given = [Path(each).expanduser() for each in (model, against) if each is not None]
     names = _names(given)
     if any(path.suffix == ".gguf" for path in given):
+        llama_runs.check(settings, device, dtype, random)
         return llama_runs.bench(dict(zip(names, given, strict=True)), settings, say)
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype} is not known; choose {', '.join(DTYPES)}")
-    where = torch.device(pick_device(device))
-    if "compiled graph" in settings.hows and where.type != "cuda":
-        raise UserError(f"--compile is for CUDA graphs, and this is {where.type}; leave it out")
-    kind = pick_dtype(dtype, where.type)
+    where, kind = _where(settings, device, dtype)
     folders = [folder_of(path, what) for path, what in zip(given, ("MODEL", "--against"), strict=False)]
     subjects = [_subject(name, folder, where, kind, random, say) for name, folder in zip(names, folders, strict=True)]
     _check_length(subjects, settings)
@@ -83,6 +79,16 @@ def bench_model(
     }
 
 
+def _where(settings: Settings, device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Device and type of the weights. Raises UserError for what is not there."""
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype} is not known; choose {', '.join(DTYPES)}")
+    where = torch.device(pick_device(device))
+    if "compiled graph" in settings.hows and where.type != "cuda":
+        raise UserError(f"--compile is for CUDA graphs, and this is {where.type}; leave it out")
+    return where, pick_dtype(dtype, where.type)
+
+
 def _names(given: Sequence[Path]) -> list[str]:
     """Short and different names: the folder's, with what is above it where that says more."""
     resolved = [Path(str(path).removeprefix(BUILTIN)).resolve() for path in given]
@@ -94,7 +100,7 @@ def _names(given: Sequence[Path]) -> list[str]:
 
 def _subject(name: str, folder: Path, device: torch.device, dtype: torch.dtype, random: bool, say: Say) -> Subject:
     say(f"{'drawing' if random else 'loading'} {folder} ...")
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(ModelConfig(path=str(folder)), "MODEL")
     how = {"dtype": dtype, **attention_of(ModelConfig(path=str(folder)), config)}
     model: Any
     if random:

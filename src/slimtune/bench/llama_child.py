@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import random
-import resource
+import re
 import sys
 import time
+from pathlib import Path
 
 
 def main(file: str, asked: str) -> None:
@@ -39,9 +40,18 @@ def main(file: str, asked: str) -> None:
         "prompt_s": timings["prompt_ms"] / 1e3 * words["prompt"] / timings["prompt_n"],
         "step_s": timings["predicted_per_token_ms"] / 1e3,
         "load_s": load_s,
-        "memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "memory_bytes": peak(),
     }
     print(json.dumps(found))
+
+
+def peak() -> int | None:
+    """Most bytes of this process in memory; None where the system does not tell (``ru_maxrss`` is also the parent's)."""
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) * 1024 if found else None
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from slimtune.errors import UserError
 from slimtune.version import __version__, versions
 
 _CHILD = Path(__file__).with_name("llama_child.py")
-_TAIL = 600
+_TAIL = 200
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class FileWork:
         """Read the file's table of tensors."""
         import gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
-        tensors = gguf.GGUFReader(file).tensors
+        try:
+            tensors = gguf.GGUFReader(file).tensors
+        except (ValueError, OSError, KeyError, IndexError) as error:
+            raise UserError(
+                f"{str(file)!r} is no whole GGUF file ({error}); write it again: slimtune export --to gguf"
+            ) from error
         tied = not any(each.name == "output.weight" for each in tensors)
         read = [each for each in tensors if tied or each.name != "token_embd.weight"]
         matrices = [each for each in read if len(each.shape) > 1]
@@ -54,6 +59,18 @@ class FileWork:
             step_bytes=sum(int(each.n_bytes) for each in read),
             token_flops=2 * sum(int(each.n_elements) for each in matrices),
         )
+
+
+def check(settings: Settings, device: str, dtype: str, random: bool) -> None:
+    """Raise UserError for what a GGUF file has no part in."""
+    asked = {
+        f"--device {device}": device not in ("auto", "cpu"),
+        f"--dtype {dtype}": dtype != "auto",
+        "--random": random,
+        "--compile": "compiled graph" in settings.hows,
+    }
+    if wrong := [name for name, given in asked.items() if given]:
+        raise UserError(f"{wrong[0]} is for models in torch, and a GGUF file runs in llama.cpp on the CPU; leave it out")
 
 
 def bench(files: Mapping[str, Path], settings: Settings, say: Callable[[str], None]) -> dict[str, Any]:
@@ -99,7 +116,7 @@ def _told(name: str, file: Path, work: FileWork, times: Sequence[Mapping[str, fl
 def _rows(name: str, work: FileWork, times: Sequence[Mapping[str, float]], settings: Settings) -> list[dict[str, Any]]:
     def of(what: str, key: str, tokens: int, flops: int) -> dict[str, Any]:
         head = {"model": name, "what": what, "how": "llama.cpp", "batch": 1}
-        memory = max(int(each["memory_bytes"]) for each in times)
+        memory = max((int(each["memory_bytes"]) for each in times if each["memory_bytes"]), default=None)
         seconds = [each[key] for each in times]
         return {**head, **figures(seconds, tokens, flops, work.step_bytes), "memory_bytes": memory, "seconds": seconds}
 
@@ -117,7 +134,10 @@ def _timed(file: Path, settings: Settings) -> dict[str, float]:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, env=environment)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        said = " ".join((done.stderr or done.stdout).split())[-_TAIL:]
-        raise UserError(f"llama.cpp does not run {str(file)!r} (exit {done.returncode}): {said}")
+        said = (done.stderr or done.stdout).strip().splitlines() or ["nothing is told"]
+        raise UserError(
+            f"llama.cpp does not run {str(file)!r} with prompts of {settings.prompt} tokens ({said[-1][-_TAIL:]}); write "
+            "the file again, or give a smaller --prompt"
+        )
     found: dict[str, float] = json.loads(lines[-1])
     return found

@@ -208,8 +208,8 @@ def compared(rows: Sequence[Row], model: str, against: str, rates: Rates | None 
     """How much faster ``model`` is than ``against``, by turns of the same measurement, and what its smaller size allows.
 
     A decode step is held to the bytes that it reads, a prompt to its operations. Two measures, for no step is all reading:
-    ``by_size`` is their quotient, what could be if nothing else took time; ``by_saved`` takes from the time of ``against``
-    what the saved bytes (operations) take at the rate measured on this device.
+    ``by_size`` is their quotient, the most there could be, if nothing else took time; ``by_saved``, the least to expect, takes
+    from the time of ``against`` what the saved bytes (operations) take at the best rate measured on this device.
 
     Returns:
         Rows ``what``, ``how``, ``batch``, ``faster`` (the median over turns, with ``low`` and ``high``), ``by_size``,
@@ -234,8 +234,9 @@ def _ratio(mine: Row, other: Row, rates: Rates | None) -> Row:
     if rates:
         before = other["ms"] / 1e3
         saved = (other[count] - mine[count]) / (rates.copy_bytes_s if count == "bytes" else rates.matmul_flops_s)
-        by_saved = before / (before - saved) if saved < before else float("inf")
-        found |= {"by_saved": by_saved, "of_saved": faster / by_saved}
+        if saved < before:  # else the counts say more than can be
+            by_saved = before / (before - saved)
+            found |= {"by_saved": by_saved, "of_saved": faster / by_saved}
     return found
 
 

@@ -23,19 +23,21 @@ class Work:
         parameters: all, tied ones once.
         weight_bytes: of all of them.
         step_bytes: of those that a decode step reads.
-        kv_bytes: keys and values of one token of one row, in all layers.
+        kv_bytes: keys and values of one token of one row, by layer.
         block_flops: of a token, in the linears of all blocks.
         head_flops: of a token's logits.
-        pair_flops: of a token with one token of context, in all layers.
+        pair_flops: of a token with one token of context, by layer.
+        windows: tokens that a layer looks back on, its own included, by layer; 0: all.
     """
 
     parameters: int
     weight_bytes: int
     step_bytes: int
-    kv_bytes: int
+    kv_bytes: tuple[int, ...]
     block_flops: int
     head_flops: int
-    pair_flops: int
+    pair_flops: tuple[int, ...]
+    windows: tuple[int, ...]
 
     @classmethod
     @torch.no_grad()
@@ -54,28 +56,39 @@ class Work:
             parameters=sum(each.numel() for each in parameters),
             weight_bytes=weight_bytes,
             step_bytes=weight_bytes - unread,
-            kv_bytes=sum(2 * each.numel() * each.element_size() for each in keys),
+            kv_bytes=tuple(2 * each.numel() * each.element_size() for each in keys),
             block_flops=2 * sum(module.weight.numel() for module in inside),
             head_flops=2 * head.weight.numel(),
-            pair_flops=4 * group * sum(each.numel() for each in keys),
+            pair_flops=tuple(4 * group * each.numel() for each in keys),
+            windows=tuple(int(getattr(layer, "sliding_window", 0) or 0) for layer in cache.layers),
         )
 
     def decode_bytes(self, batch: int, context: int) -> int:
         """Least that one step reads."""
-        return self.step_bytes + batch * context * self.kv_bytes
+        kept = sum(each * seen for each, seen in zip(self.kv_bytes, self._seen(context), strict=True))
+        return self.step_bytes + batch * kept
 
     def decode_flops(self, batch: int, context: int) -> int:
         """Of one step."""
-        return batch * (self.block_flops + self.head_flops + context * self.pair_flops)
+        pairs = sum(each * seen for each, seen in zip(self.pair_flops, self._seen(context), strict=True))
+        return batch * (self.block_flops + self.head_flops + pairs)
 
     def prefill_flops(self, batch: int, tokens: int) -> int:
         """Of prompts of ``tokens`` each, up to the logits of their last one."""
-        pairs = tokens * (tokens + 1) // 2
-        return batch * (tokens * self.block_flops + self.head_flops + pairs * self.pair_flops)
+        pairs = 0
+        for each, window in zip(self.pair_flops, self.windows, strict=True):
+            near = min(window or tokens, tokens)  # a word of the beginning sees what there is, a later one the window
+            pairs += each * (near * (near + 1) // 2 + (tokens - near) * near)
+        return batch * (tokens * self.block_flops + self.head_flops + pairs)
+
+    def _seen(self, context: int) -> list[int]:
+        return [min(window or context, context) for window in self.windows]
 
     def facts(self) -> dict[str, int]:
-        """All counts by name."""
-        return asdict(self)
+        """Counts by name, those by layer summed."""
+        return {
+            key: sum(value) if isinstance(value, tuple) else value for key, value in asdict(self).items() if key != "windows"
+        }
 
 
 def cache_of(outputs: Any) -> Any:

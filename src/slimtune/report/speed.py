@@ -55,7 +55,7 @@ def _two(table: Table, found: dict[str, Any]) -> None:
     rows = {(row["model"], _key(row)): row for row in found["rows"]}
     for ratio in found["ratios"]:
         speeds = [_speed(rows[name, _key(ratio)]) for name in (mine, other)]
-        allowed = [f"{ratio['by_size']:.2f}", *([f"{ratio['by_saved']:.2f}"] if saved else [])]
+        allowed = [f"{ratio['by_size']:.2f}", *([f"{ratio['by_saved']:.2f}" if "by_saved" in ratio else ""] if saved else [])]
         faster = f"{ratio['faster']:.2f}", _spread(ratio["low"], ratio["high"])
         table.add_row(_name(ratio), str(ratio["batch"]), *speeds, *faster, *allowed)
 
@@ -113,6 +113,6 @@ def _footer(found: dict[str, Any]) -> str:
     turns = f"median of {found['repeats']} turns (lowest-highest)"
     if not found["ratios"]:
         return f"{turns}; rate: bytes that a decode step reads, operations of a prompt"
-    by = "by size: what could be, if nothing but the bytes that a step reads (or the operations of a prompt) took time"
-    saved = "; by saved: if what is no longer there had taken the time that this machine takes at its best"
+    by = "by size: the most there could be, if nothing but the bytes that a step reads (operations of a prompt) took time"
+    saved = "; by saved: the least to expect, if what is gone had taken the time that this machine takes at its best"
     return f"tokens a second; faster: {turns}; {by}{saved if _rates(found) else ''}"
