@@ -106,6 +106,8 @@ def test_a_full_gpu_is_one_line_with_what_to_do(file: str, calls: list[Any], err
     assert result.exit_code == 1
     assert result.stderr.startswith("error: the GPU is out of memory; work in smaller parts (tune: train.micro_batch, ")
     assert result.stderr.endswith(f"({text})\n")
+    calls[:] = [RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+    assert run(app, ["tune", file]).stderr.startswith("error: memory is full; work in smaller parts (")
     calls[:] = [RuntimeError("CUDA error: an illegal memory access")]
     assert isinstance(run(app, ["tune", file]).exception, RuntimeError)
 

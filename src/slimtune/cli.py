@@ -14,7 +14,7 @@ from slimtune.cli_bench import bench
 from slimtune.cli_evaluate import evaluate
 from slimtune.cli_export import apply, export, verify
 from slimtune.comparison.command import compare
-from slimtune.errors import UserError, nearest
+from slimtune.errors import UserError, nearest, out_of_memory
 from slimtune.version import __version__
 
 if TYPE_CHECKING:
@@ -38,25 +38,10 @@ class _Group(TyperGroup):
             _complain("interrupted" + ("; continue with --resume" if ctx.invoked_subcommand == "tune" else ""))
             raise typer.Exit(130) from None
         except Exception as error:
-            if os.environ.get("SLIMTUNE_DEBUG") == "1" or not _out_of_memory(error):
+            if os.environ.get("SLIMTUNE_DEBUG") == "1" or not (told := out_of_memory(error)):
                 raise
-            _complain(f"error: {OUT_OF_MEMORY} ({str(error).splitlines()[0][:160]})")
+            _complain(f"error: {told}")
             raise typer.Exit(1) from None
-
-
-OUT_OF_MEMORY = (
-    "the GPU is out of memory; work in smaller parts (tune: train.micro_batch, evaluate.batch, "
-    "model.checkpointing=non_reentrant; evaluate: --batch), or free what other processes hold of it; slimtune estimate tells "
-    "what a run takes"
-)
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """By name, for torch may not be loaded: its own class, or CUDA's error where the allocator was not asked."""
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or (
-        isinstance(error, RuntimeError) and "CUDA error: out of memory" in text
-    )
 
 
 def _complain(message: str) -> None:

@@ -53,6 +53,9 @@ Base = Annotated[
 Adapter = Annotated[
     str | None, typer.Option("--adapter", metavar="FOLDER", help="The adapter.", show_default="beside plan.json")
 ]
+Revision = Annotated[
+    str | None, typer.Option("--revision", metavar="NAME", help="Of a hub BASE.", show_default="that of the run's recipe")
+]
 NoAdapter = Annotated[bool, typer.Option("--no-adapter", help="Only cut by the plan: a smaller model that is not tuned.")]
 Applied = Annotated[
     str | None, typer.Option("--out", metavar="FOLDER", help="The folder to write.", show_default="named after base and plan")
@@ -118,11 +121,13 @@ def apply(
     adapter: Adapter = None,
     no_adapter: NoAdapter = False,
     out: Applied = None,
+    revision: Revision = None,
     as_json: Json = False,
 ) -> None:
     """Rebuild a run's model on its base from plan.json and the adapter beside it, bit for bit.
 
-    Both are small, and need no data and no training: send them instead of the model.
+    It needs no data and no training. The plan is small; the adapter is LoRA and, unless compensate.weights is none, the weights
+    that compensation changed.
     """
     from slimtune.export.apply import apply_plan
     from slimtune.runtime import quiet_libraries
@@ -130,7 +135,9 @@ def apply(
     if adapter and no_adapter:
         raise UserError("--adapter and --no-adapter exclude each other; give one of them")
     quiet_libraries()
-    found = apply_plan(plan, base, adapter_folder=adapter, use_adapter=not no_adapter, out=out or "", say=_say)
+    found = apply_plan(
+        plan, base, adapter_folder=adapter, use_adapter=not no_adapter, out=out or "", say=_say, revision=revision
+    )
     if as_json:
         typer.echo(json.dumps(found, indent=2))
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
         model = without_flash(model.cpu()).eval()
         check = (lambda written: differences.append(_verify(run, model, written))) if recipe.export.verify else None
         huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say)
+        if not recipe.export.adapter:  # one of before would be of other weights
+            shutil.rmtree(run.folder / adapter.FOLDER, ignore_errors=True)
         if bound:
             adapter.write(run.folder / adapter.FOLDER, bound, adapter.digest_of(model, dtype), dtype)
     run.folder.write_text("plan.json", plan.to_json())

@@ -14,3 +14,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the closest known word, else the empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" Did you mean {match[0]!r}?" if match else ""
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to do about an error that says that memory is full; None of any other.
+
+    By name, for torch may not be loaded: its own class, or CUDA's or the CPU's error where torch's allocator was not asked.
+    """
+    text = str(error)
+    on_cpu = "DefaultCPUAllocator: can't alloc" in text or "DefaultCPUAllocator: not enough" in text
+    full = isinstance(error, RuntimeError) and (on_cpu or "CUDA error: out of memory" in text)
+    if type(error).__name__ != "OutOfMemoryError" and not full:
+        return None
+    return (
+        f"{'memory is full' if on_cpu else 'the GPU is out of memory'}; work in smaller parts (tune: train.micro_batch, "
+        "evaluate.batch, model.checkpointing=non_reentrant; evaluate, bench: --batch), or free what other processes hold of it"
+        f"; slimtune estimate tells what a run takes ({text.splitlines()[0][:160]})"
+    )

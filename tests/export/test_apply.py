@@ -133,8 +133,11 @@ BAD = {
     "no adapter": (["{run}/alone", "{base}"], "no adapter lies beside '{run}/alone/plan.json'; give it with --adapter FOLDER"),
     "not an adapter": (["{run}/run", "{base}", "--adapter", "{base}"], "is no adapter that slimtune tune wrote"),
     "both": (["{run}/run", "{base}", "--adapter", "x", "--no-adapter"], "exclude each other; give one of them"),
+    "binary": (["{base}/model.safetensors", "{base}"], "this is no text; give the plan.json that a run wrote"),
+    "pruned": (["{run}/run", "{run}/run/model"], "is pruned already; give the model that the plan was made for"),
+    "types": (["{run}/types", "{base}"], "(apply.json: types float99 and bfloat16)"),
     "out": (["{run}/run", "{base}", "--out", "{run}"], "holds other files than a model (no config.json)"),
-    "cut short": (["{run}/broken", "{base}", "--out", "{run}/no"], "cannot be loaded ("),
+    "cut short": (["{run}/broken", "{base}", "--out", "{run}/no"], "is missing or not the file that the run wrote"),
 }
 
 
@@ -145,6 +148,11 @@ def test_bad_words_are_told_in_one_line(bench: Bench, tuned: Path, words: list[s
     if not (tuned / "broken").exists():
         shutil.copytree(tuned / "run" / "adapter", tuned / "broken")
         (tuned / "broken" / "adapter_model.safetensors").write_bytes(b"\x08")
+
+    if not (tuned / "types").exists():
+        shutil.copytree(tuned / "run" / "adapter", tuned / "types")
+        record = json.loads((tuned / "types" / "apply.json").read_text())
+        (tuned / "types" / "apply.json").write_text(json.dumps({**record, "base_dtype": "float99", "dtype": "bfloat16"}))
 
     def filled(text: str) -> str:
         return text.replace("{run}", str(tuned)).replace("{base}", bench.base)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,11 @@ CHANGED = "changed.safetensors"
 RECORD = "apply.json"
 PLAN = "plan.json"
 _SPARE_BYTES = 1 << 20
+_CARD = """\
+An adapter that slimtune trained on {base} after cutting it: it fits the *cut* base alone. The model that it makes:
+
+    slimtune apply . BASE
+"""
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Bound:
 
     Attributes:
         base: what it was trained on, as others may read it.
+        revision: of a base on the hub, where one was asked for.
         plan: what stays of the base.
         config: of PEFT.
         factors: LoRA's tensors by PEFT's names.
@@ -49,6 +55,7 @@ class Bound:
     """
 
     base: str
+    revision: str | None
     plan: Plan
     config: LoraConfig
     factors: dict[str, Tensor]
@@ -83,7 +90,8 @@ def taken(model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan)
     told = public(base.path)
     config.base_model_name_or_path = told
     config.inference_mode = True
-    return Bound(told, plan, config, {name: each.detach().cpu().clone() for name, each in factors.items()}, changed, dtype)
+    kept = {name: each.detach().cpu().clone() for name, each in factors.items()}
+    return Bound(told, base.revision, plan, config, kept, changed, dtype)
 
 
 def write(folder: Path, bound: Bound, digest: str, dtype: torch.dtype) -> None:
@@ -103,7 +111,9 @@ def write(folder: Path, bound: Bound, digest: str, dtype: torch.dtype) -> None:
         if bound.changed:
             save_file({name: each.contiguous() for name, each in bound.changed.items()}, partial / CHANGED, {"format": "pt"})
         (partial / PLAN).write_text(bound.plan.to_json(), encoding="utf-8")
-        record = {"base": bound.base, "base_dtype": _name(bound.dtype), "dtype": _name(dtype), "weights": digest}
+        (partial / "README.md").write_text(_CARD.format(base=bound.base), encoding="utf-8")
+        files = {name: _sha256(partial / name) for name in (WEIGHTS, CHANGED) if (partial / name).is_file()}
+        record = asdict(Record(bound.base, bound.revision, _name(bound.dtype), _name(dtype), digest, files))
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
@@ -119,23 +129,48 @@ def digest_of(model: nn.Module, dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Record:
-    """What an adapter's folder says of itself: the base's name, dtypes, and the digest of the merged model."""
+    """What an adapter's folder says of itself.
+
+    Attributes:
+        base, revision: what it was trained on.
+        base_dtype: that the base's weights had in training.
+        dtype: that the merged model is written in.
+        weights: digest of the merged model.
+        files: SHA-256 of the folder's weight files by name.
+    """
 
     base: str
+    revision: str | None
     base_dtype: str
     dtype: str
     weights: str
+    files: dict[str, str]
 
 
 def read_record(folder: Path) -> Record:
-    """The record in ``folder``. Raises UserError where it is no adapter of ours."""
+    """The record in ``folder``, whose files are those that were written. Raises UserError where they are not."""
     try:
-        return Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        record = Record(**json.loads((folder / RECORD).read_text(encoding="utf-8")))
+        if not {record.base_dtype, record.dtype} <= {"float32", "bfloat16", "float16"}:
+            raise ValueError(f"types {record.base_dtype} and {record.dtype}")
+        broken = [name for name, digest in record.files.items() if not _whole(folder / name, digest)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"--adapter {str(folder)!r} is no adapter that slimtune tune wrote ({RECORD}: {error}); give the folder "
             f"'{FOLDER}' of a run, or --no-adapter for the plan alone"
         ) from error
+    if broken:
+        raise UserError(f"{str(folder / broken[0])!r} is missing or not the file that the run wrote; fetch the adapter again")
+    return record
+
+
+def _whole(file: Path, digest: str) -> bool:
+    return file.is_file() and _sha256(file) == digest
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from slimtune.errors import UserError
 from slimtune.export import adapter, card_facts, huggingface
 from slimtune.export.folder import check_target
 from slimtune.models.identity import weight_bytes
-from slimtune.models.load import check_weights, load_config, load_model, structure_of
+from slimtune.models.load import BUILTIN, check_weights, load_config, load_model, structure_of
 from slimtune.models.surgery import cut, merge_lora, put
 from slimtune.sections import ModelConfig
 from slimtune.structure.axes import Structure
@@ -29,6 +29,7 @@ def apply_plan(
     plan: str | Path,
     base: str,
     *,
+    revision: str | None = None,
     adapter_folder: str | Path | None = None,
     use_adapter: bool = True,
     out: str | Path = "",
@@ -39,6 +40,7 @@ def apply_plan(
     Args:
         plan: plan.json, or a folder that has it: of a run, of its adapter, or of a pruned model.
         base: folder, hub id or builtin of the model that the plan was made for.
+        revision: of a hub id; default: that of the run, where its recipe named one.
         adapter_folder: default: ``adapter`` beside plan.json, or the folder of plan.json itself.
         use_adapter: False: the plan alone, so an untuned model.
         out: the folder to write; default: named after base and plan, here.
@@ -53,25 +55,21 @@ def apply_plan(
             left then.
     """
     file = _plan_file(Path(plan).expanduser())
-    decided = Plan.from_json(file.read_text(encoding="utf-8"))
-    origin = ModelConfig(path=str(base))
+    decided = _plan_in(file)
+    found = _adapter_of(file, adapter_folder) if use_adapter else None
+    record = _fitting(found, decided) if found else None
+    origin = _origin(base, revision or (record.revision if record else None))
     structure = structure_of(load_config(origin, "BASE"))
     decided.check(structure)
-    found = _adapter_of(file, adapter_folder) if use_adapter else None
-    target = Path(out).expanduser() if out else Path(f"{card_facts.public(str(base)).replace('/', '-')}-{decided.digest[:8]}")
+    target = Path(out).expanduser() if out else Path(f"{card_facts.public(base).replace('/', '-')}-{decided.digest[:8]}")
     check_target(target)
     check_weights(origin)
-    record = _fitting(found, decided) if found else None
     say(f"loading {base}{f', merging {found}' if found else ''} ...")
     model, dtype = _built(origin, structure, decided, found, record)
     counts = count(structure, decided)
-    decided = replace(decided, notes={**decided.notes, "base": card_facts.public(str(base)), "total_ratio": counts.total_ratio})
+    decided = replace(decided, notes={**decided.notes, "base": card_facts.public(base), "total_ratio": counts.total_ratio})
     say(f"writing {target} ...")
-    facts: dict[str, Any] = {
-        "method": "plan and adapter" if found else "plan alone, not tuned",
-        "license": card_facts.licence_of(str(base)),
-    }
-    facts |= {"base": card_facts.public(str(base)), "parameters_before": structure.total_params}
+    facts = _facts(base, structure, found)
     huggingface.save(model.eval(), origin, decided, target, dtype, facts, say=say)
     return {
         "file": str(target),
@@ -81,6 +79,17 @@ def apply_plan(
         "adapter": str(found) if found else None,
         "dtype": str(dtype).removeprefix("torch."),
         "same": True if record else None,
+    }
+
+
+def _facts(base: str, structure: Structure, found: Path | None) -> dict[str, Any]:
+    """For the card."""
+    return {
+        "method": "plan and adapter" if found else "plan alone",
+        "kind": None if found else "smaller",
+        "license": card_facts.licence_of(base),
+        "base": card_facts.public(base),
+        "parameters_before": structure.total_params,
     }
 
 
@@ -110,6 +119,22 @@ def _check_same(model: Any, dtype: torch.dtype, record: adapter.Record, base: st
         )
 
 
+def _origin(base: str, revision: str | None) -> ModelConfig:
+    """The base. Raises UserError for one that is pruned already."""
+    config = Path(base).expanduser() / "config.json"
+    if config.is_file() and '"model_type": "slimtune_' in config.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"BASE={base!r} is pruned already; give the model that the plan was made for")
+    return ModelConfig(path=base, revision=None if Path(base).expanduser().is_dir() or base.startswith(BUILTIN) else revision)
+
+
+def _plan_in(file: Path) -> Plan:
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, UserError) as error:
+        reason = str(error) if isinstance(error, UserError) else "this is no text"
+        raise UserError(f"PLAN={str(file)!r}: {reason}; give the plan.json that a run wrote") from error
+
+
 def _plan_file(given: Path) -> Path:
     file = given / adapter.PLAN if given.is_dir() else given
     if not file.is_file():
@@ -133,7 +158,9 @@ def _adapter_of(plan: Path, given: str | Path | None) -> Path:
 def _fitting(folder: Path, plan: Plan) -> adapter.Record:
     """The record of an adapter that was made with ``plan``."""
     record = adapter.read_record(folder)
-    own = Plan.from_json(_plan_file(folder).read_text(encoding="utf-8"))
+    if not (folder / adapter.PLAN).is_file():
+        raise UserError(f"--adapter {str(folder)!r} has no {adapter.PLAN}; fetch it again")
+    own = _plan_in(folder / adapter.PLAN)
     if own.digest != plan.digest:
         raise UserError(
             f"--adapter {str(folder)!r} was trained under another plan ({own.digest[:8]}, not {plan.digest[:8]}); give the one "

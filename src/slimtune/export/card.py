@@ -34,7 +34,7 @@ license: {{ license }}
 ---
 # {{ title }}
 
-A {{ "smaller, tuned" if cut else "tuned" }} version of {{ base }}, made with slimtune {{ version }}.
+A {{ kind }} version of {{ base }}, made with slimtune {{ version }}.
 
 | fact | value |
 | --- | --- |
@@ -152,17 +152,17 @@ _LABELS = {
     "size": "weights on disk",
     "reload_difference": "largest logit difference after a reload in a fresh process",
 }
-_ELSEWHERE = ("title", "license", "figures", "data", "recipe")
+_ELSEWHERE = ("title", "license", "figures", "data", "recipe", "kind")
 
 
 def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> str:
     """The text of the card.
 
     Args:
-        facts: all optional: ``title``, ``base``, ``license`` (of the base), ``method``, ``budget``,
-            ``parameters_before``, ``parameters_after``, ``figures`` ({model: {metric: value}}), ``data`` (list of sources),
-            ``recipe`` (YAML), ``reload_difference``. Other keys become rows of the table under their own name. Absent facts
-            (or None) are not mentioned; only an unknown licence is said to be unknown.
+        facts: all optional: ``title``, ``base``, ``license`` (of the base), ``method``, ``budget``, ``parameters_before``,
+            ``parameters_after``, ``figures`` ({model: {metric: value}}), ``data`` (list of sources), ``recipe`` (YAML),
+            ``kind`` (of version it is), ``reload_difference``. Other keys become rows of the table under their own name.
+            Absent facts (or None) are not mentioned; only an unknown licence is said to be unknown.
         plan: the decision, for the table of widths.
         config: config.json of the folder.
     """
@@ -177,6 +177,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     return _template(_HEAD + _LOADING + _REST).render(
         title=known.get("title", "Pruned model" if cut else "Tuned model"),
         cut=cut,
+        kind=known.get("kind", "smaller, tuned" if cut else "tuned"),
         base=base,
         # only an id of the hub may stand in the metadata; a folder of the author's machine means nothing elsewhere
         hub_base=base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None,

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from accelerate.utils import InitProcessGroupKwargs, LoggerType
 
 from slimtune.data.batches import Order, Splits, Windows
 from slimtune.errors import UserError, nearest
@@ -44,6 +45,8 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         cpu=device == "cpu",
         log_with=list(recipe.trackers) or None,
         project_dir=recipe.out,
+        # what rank 0 does alone (loading, hashing, verifying on the CPU) takes longer than the ten minutes that NCCL waits
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
 
 
