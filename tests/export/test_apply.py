@@ -134,6 +134,7 @@ BAD = {
     "not an adapter": (["{run}/run", "{base}", "--adapter", "{base}"], "is no adapter that slimtune tune wrote"),
     "both": (["{run}/run", "{base}", "--adapter", "x", "--no-adapter"], "exclude each other; give one of them"),
     "out": (["{run}/run", "{base}", "--out", "{run}"], "holds other files than a model (no config.json)"),
+    "model of the run": (["{run}/run", "{base}", "--out", "{run}/run/model"], "is the model of the run '{run}/run'; choose"),
     "cut short": (["{run}/broken", "{base}", "--out", "{run}/no"], "cannot be loaded ("),
 }
 

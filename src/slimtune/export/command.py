@@ -143,5 +143,15 @@ def folder_of(given: str | Path, what: str = "RUN") -> Path:
 def _check_file(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"--out {str(file)!r} is a folder; name a file, e.g. {str(file / 'model.gguf')!r}")
+    if file.exists() and not _is_gguf(file):
+        raise UserError(f"--out {str(file)!r} is no GGUF file and is not replaced; name another")
     if not file.parent.is_dir():
         raise UserError(f"--out {str(file)!r}: there is no folder {str(file.parent)!r}; make it, or name another")
+
+
+def _is_gguf(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError as error:
+        raise UserError(f"--out {str(file)!r} cannot be read: {error.strerror or error}; name another") from error
