@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,6 +41,23 @@ def test_a_file_that_runs_otherwise_does_not_take_the_place_of_another(tuned: Pa
         slimtune.export_model(tuned, quantize="f32", out=tuned / "mine.gguf")
     assert (tuned / "mine.gguf").read_text() == "GGUF, precious"
     assert not list(tuned.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_another_model_in_fewer_bits_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def drawn(*given: Any) -> Any:
+        model = pretrained(*given)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter[torch.randperm(len(parameter))])
+        return model
+
+    pretrained = gguf_compared.pretrained
+    monkeypatch.setattr(gguf_compared, "pretrained", drawn)
+    with pytest.raises(UserError, match=r"computes other figures .*, in the mean by [\d.]+\); no file was written"):
+        slimtune.export_model(tuned, quantize=kind, out=tuned / "other.gguf")
+    assert not list(tuned.glob("*other.gguf*"))
 
 
 def test_a_file_that_splits_words_otherwise_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
