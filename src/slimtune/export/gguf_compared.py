@@ -59,7 +59,7 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
         differences += [abs(expected[token].item() - value) for token, value in logprobs.items()]
     told = torch.tensor(differences, dtype=torch.float64)  # whose maximum keeps NaN
-    figures = {"tokens_same": alike, "tokens": _TOKENS * len(prompts)}
+    figures: dict[str, Any] = {"tokens_same": alike, "tokens": _TOKENS * len(prompts)}
     figures |= {"logprob_difference": told.max().item(), "logprob_mean": told.mean().item(), "load_s": ran.load_s}
     return {**figures, "texts": _split_otherwise(tokenizer, file)}
 
