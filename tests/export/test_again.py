@@ -143,6 +143,20 @@ def test_a_file_of_a_kind_that_is_not_known_has_a_limit() -> None:
     assert not gguf_compared.judged({"logprob_difference": 9.0, "logprob_mean": 1.6}, "other")["ok"]
 
 
+@pytest.mark.parametrize("words", [["verify"], ["export", "--to", "hf"], ["export", "--to", "hf", "-q", "f16"]], ids=" ".join)
+def test_weights_that_are_cut_short(tmp_path: Path, words: list[str]) -> None:
+    write_folder(tmp_path / "model", "llama", UNEVEN)
+    record.write(tmp_path / "model", record.Record([1, 2], [3, 4], [-0.5, -0.5]))
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    done = run(app, [words[0], str(tmp_path / "model"), *words[1:]])
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(("loading ", "writing "))]
+    assert len(lines) == 1
+    assert "cannot be read (" in lines[0] or "cannot be loaded (" in lines[0] or "fails in a fresh process (" in lines[0]
+    assert len(lines[0]) < 300 + len(str(tmp_path))
+
+
 BAD = {
     "nothing": ("{tmp}/nowhere", "does not exist; give a model folder"),
     "no file": ("{tmp}/nowhere.gguf", "is no file here; give a GGUF file, or the folder of a run or a model"),
