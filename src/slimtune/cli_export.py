@@ -157,14 +157,14 @@ def _applied(found: dict[str, Any]) -> dict[str, str]:
 
 def _verified(found: dict[str, Any]) -> dict[str, str]:
     size = f"{found['bytes'] / 1e6:,.1f} MB"
-    limit = f" (limit {found['limit']:.2g})" if found["limit"] else ""
+    of_mean = "of the mean " if _of_mean(found) else ""
     return {
         "export": found["export"],
         "model": found["class"] + (f", {found['parameters']:,} parameters" if found["parameters"] else ""),
         "size": f"{size}, loads in {found['load_s']:.2f} s",
         "runtime": found["runtime"],
         "next tokens": f"{found['tokens_same']} of {found['tokens']} as expected",
-        "difference": f"{_difference(found)}{limit}",
+        "difference": f"{_difference(found)} (limit {of_mean}{found['limit']:.2g})",
         "verdict": _verdict(found),
     }
 
@@ -172,7 +172,11 @@ def _verified(found: dict[str, Any]) -> dict[str, str]:
 def _verdict(found: dict[str, Any]) -> str:
     if not found["ok"]:
         return "NOT the same model"
-    return "the same model" if found["limit"] else "it runs, and splits texts alike; the difference is what fewer bits cost"
+    return "the same model" + ("; the difference is what fewer bits cost" if _of_mean(found) else "")
+
+
+def _of_mean(found: dict[str, Any]) -> bool:
+    return bool(found.get("limit_of") == "logprob_mean")
 
 
 def _told(found: dict[str, Any]) -> dict[str, str]:
@@ -214,7 +218,8 @@ def _told_of_folder(found: dict[str, Any], to: str) -> dict[str, str]:
 def _difference(found: dict[str, Any]) -> str:
     if "logit_difference" in found:
         return f"logits within {found['logit_difference']:.2g}"
-    return f"log-probabilities within {found['logprob_difference']:.2g}"
+    mean = f", {found['logprob_mean']:.2g} in the mean" if _of_mean(found) else ""
+    return f"log-probabilities within {found['logprob_difference']:.2g}{mean}"
 
 
 def _say(line: str) -> None:

@@ -110,7 +110,7 @@ class _Run:
     def check(self) -> None:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
         recipe = self.recipe
-        check_target(self.folder / "model")
+        check_target(self.folder / "model", of_run=True)
         check_model(self.folder, recipe)
         preflight.check_method(recipe, self.structure)
         preflight.check_teacher(recipe, self.config.vocab_size)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from bases import Bench
 from cuts import UNEVEN, write_folder
 from slimtune.cli import app
 from slimtune.errors import UserError
-from slimtune.export import record, verify
+from slimtune.export import gguf_compared, record, verify
 
 run = CliRunner().invoke
 
@@ -98,7 +101,9 @@ def test_a_file_is_held_to_the_folder_beside_it(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "96 of 96 as expected" in done.stdout
     slimtune.export_model(tmp_path, quantize="q8_0", check=False)
-    assert "the difference is what fewer bits cost" in run(app, ["verify", str(tmp_path / "model-q8_0.gguf")]).stdout
+    done = run(app, ["verify", str(tmp_path / "model-q8_0.gguf")])
+    assert re.search(r"within \S+, \S+ in the mean \(limit of the mean 0\.2\)", done.stdout), done.output
+    assert "the same model; the difference is what fewer bits cost" in done.stdout
     damage(tmp_path / "model", 3.0)
     found: dict[str, Any] = slimtune.verify_export(tmp_path / "model-f32.gguf")
     assert not found["ok"]
@@ -106,6 +111,50 @@ def test_a_file_is_held_to_the_folder_beside_it(tmp_path: Path) -> None:
     (tmp_path / "model-f32.gguf").rename(tmp_path / "mine.gguf")
     with pytest.raises(UserError, match=r"no model's folder lies beside .*mine.gguf.*; say what it was made from: --against"):
         slimtune.verify_export(tmp_path / "mine.gguf")
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("q8_0", 0.2), ("q4_0", 1.5)])
+def test_another_model_is_found_in_fewer_bits(tmp_path: Path, kind: str, limit: float) -> None:
+    model = write_folder(tmp_path / "model", "llama", UNEVEN)
+    slimtune.export_model(tmp_path, quantize=kind)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    with torch.no_grad():
+        drawn = {name: torch.randn_like(each) * each.std() for name, each in model.named_parameters() if "norm" not in name}
+    stored = load_file(tmp_path / "other" / "model.safetensors")
+    save_file(stored | {name: each for name, each in drawn.items() if name in stored}, tmp_path / "other" / "model.safetensors")
+    file = tmp_path / f"model-{kind}.gguf"
+    found = slimtune.verify_export(file)
+    assert (found["ok"], found["limit"], found["limit_of"]) == (True, limit, "logprob_mean")
+    assert found["logprob_mean"] < limit / 3
+    done = run(app, ["verify", str(file), "--against", str(tmp_path / "other")])
+    assert done.exit_code == 1
+    assert "NOT the same model" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["f32", "q4_0"])
+def test_a_figure_that_is_no_number_is_not_the_same_model(kind: str) -> None:
+    for wrong in (math.nan, math.inf):
+        assert not gguf_compared.judged({"logprob_difference": wrong, "logprob_mean": wrong}, kind)["ok"]
+        assert not gguf_compared.judged({"logprob_difference": wrong, "logprob_mean": 0.0}, kind)["ok"]
+
+
+def test_a_file_of_a_kind_that_is_not_known_has_a_limit() -> None:
+    assert gguf_compared.judged({"logprob_difference": 9.0, "logprob_mean": 1.4}, "other")["ok"]
+    assert not gguf_compared.judged({"logprob_difference": 9.0, "logprob_mean": 1.6}, "other")["ok"]
+
+
+@pytest.mark.parametrize("words", [["verify"], ["export", "--to", "hf"], ["export", "--to", "hf", "-q", "f16"]], ids=" ".join)
+def test_weights_that_are_cut_short(tmp_path: Path, words: list[str]) -> None:
+    write_folder(tmp_path / "model", "llama", UNEVEN)
+    record.write(tmp_path / "model", record.Record([1, 2], [3, 4], [-0.5, -0.5]))
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    done = run(app, [words[0], str(tmp_path / "model"), *words[1:]])
+    assert done.exit_code == 2, done.output
+    lines = [line for line in done.stderr.strip().splitlines() if not line.startswith(("loading ", "writing "))]
+    assert len(lines) == 1
+    assert "cannot be read (" in lines[0] or "cannot be loaded (" in lines[0] or "fails in a fresh process (" in lines[0]
+    assert len(lines[0]) < 300 + len(str(tmp_path))
 
 
 BAD = {

@@ -138,6 +138,7 @@ BAD = {
     "types": (["{run}/types", "{base}"], "(apply.json: types float99 and bfloat16)"),
     "out": (["{run}/run", "{base}", "--out", "{run}"], "holds other files than a model (no config.json)"),
     "cut short": (["{run}/broken", "{base}", "--out", "{run}/no"], "is missing or not the file that the run wrote"),
+    "model of the run": (["{run}/run", "{base}", "--out", "{run}/run/model"], "is the model of the run '{run}/run'; choose"),
 }
 
 

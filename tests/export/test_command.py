@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,11 +36,28 @@ def test_the_table_tells_what_stays_wide(tuned: Path) -> None:
 
 def test_a_file_that_runs_otherwise_does_not_take_the_place_of_another(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_compared, "LARGEST", {"f32": 1e-9})
-    (tuned / "mine.gguf").write_text("precious")
+    (tuned / "mine.gguf").write_text("GGUF, precious")
     with pytest.raises(UserError, match=r"llama.cpp computes other figures .* no file was written"):
         slimtune.export_model(tuned, quantize="f32", out=tuned / "mine.gguf")
-    assert (tuned / "mine.gguf").read_text() == "precious"
+    assert (tuned / "mine.gguf").read_text() == "GGUF, precious"
     assert not list(tuned.glob(".*"))
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q4_0"])
+def test_another_model_in_fewer_bits_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    def drawn(*given: Any) -> Any:
+        model = pretrained(*given)
+        torch.manual_seed(3)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_(parameter[torch.randperm(len(parameter))])
+        return model
+
+    pretrained = gguf_compared.pretrained
+    monkeypatch.setattr(gguf_compared, "pretrained", drawn)
+    with pytest.raises(UserError, match=r"computes other figures .*, in the mean by [\d.]+\); no file was written"):
+        slimtune.export_model(tuned, quantize=kind, out=tuned / "other.gguf")
+    assert not list(tuned.glob("*other.gguf*"))
 
 
 def test_a_file_that_splits_words_otherwise_is_not_left(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,6 +93,7 @@ BAD = {
     "no model": (["{run}/.."], "has no config.json"),
     "no folder": (["{run}", "--out", "{run}/no/x.gguf"], "there is no folder"),
     "folder": (["{run}", "--out", "{run}"], "is a folder; name a file"),
+    "other file": (["{run}", "--out", "{run}/model/config.json"], "is no GGUF file and is not replaced; name another"),
     "package": (["builtin:base-10m"], "lies in the package; say where it goes: --out model.gguf"),
     "hub": (["org/name"], "is no folder here; fetch it (hf download org/name) and give the folder"),
 }
@@ -85,6 +105,17 @@ def test_bad_words_are_told_in_one_line(tuned: Path, words: list[str], told: str
     assert done.exit_code == 2
     assert told in " ".join(done.output.split())
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("to", [["hf"], ["hf-uniform"], ["vllm"], ["vllm", "--form", "deci"], ["onnx"]], ids=" ".join)
+def test_the_model_of_another_run_is_not_replaced(tuned: Path, tmp_path: Path, to: list[str]) -> None:
+    shutil.copytree(tuned / "model", tmp_path / "model")
+    (tmp_path / "recipe.yaml").write_text("")
+    done = run(app, ["export", str(tuned), "--to", *to, "--out", str(tmp_path / "model")])
+    assert done.exit_code == 2
+    assert "is the model of the run" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {path.name for path in (tuned / "model").iterdir()}
 
 
 def test_a_tokenizer_that_llama_cpp_does_not_have(tuned: Path, tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ THREE: Kept = ({"kv_group": [0, 1, 3], "ffn": range(50)}, {"kv_group": [], "ffn"
 def written(folder: Path, name: str, kept: Kept | None, **overrides: Any) -> tuple[Any, Plan]:
     """A tiny model and its plan, the model saved as ``folder``."""
     model, plan = cut_model(name, kept, **overrides)
-    save(model, None, plan, folder, torch.float32, {"base": "org/base", "figures": {"this model": {"perplexity": 9.5}}})
+    facts = {"base": "org/base", "figures": {"this model": {"perplexity": 9.5}}, "reload_difference": 2.5e-7}
+    save(model, None, plan, folder, torch.float32, facts)
     return model, plan
 
 
@@ -218,6 +219,8 @@ def test_what_padding_costs_is_told(tmp_path: Path) -> None:
     assert "vllm" not in card
     assert "it gives the same widths, without the zeros." in card
     assert "| perplexity | 9.5 |" in card
+    assert "2.5e-07 |\n" in (tmp_path / "model" / "README.md").read_text()
+    assert "after a reload" not in card  # that was of the source's files
     assert card.count("\n## ") == (tmp_path / "model" / "README.md").read_text().count("\n## ")
     done = run(app, ["export", str(tmp_path), "--to", "vllm", "--no-check", "--json", "-q", "f16"])
     assert json.loads(done.stdout)["kind"] == "f16"

@@ -27,7 +27,12 @@ def test_a_per_layer_folder_loads_alone_and_equals_the_model(tmp_path: Path, mon
 @pytest.mark.parametrize(
     ("script", "message"),
     [
-        ("raise ValueError('the reason at the end')", "the reason at the end"),
+        (
+            "raise ValueError('the reason at the end')",
+            r"process \(ValueError: the reason at the end\); fetch or export the folder again$",
+        ),
+        ("raise ValueError('many\\n\\n  lines: of it')", r"process \(ValueError: many lines: of it\); fetch"),
+        ("import sys; sys.exit(3)", r"process \(exit 3\); fetch"),
         ("print('{\"difference\": NaN}')", "not finite"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +35,7 @@ def verify_export(export: str | Path, *, against: str | Path | None = None, say:
     Returns:
         ``export``, ``runtime``, ``class``, ``parameters`` (None of a file), ``bytes``, ``load_s``, ``tokens_same`` of
         ``tokens`` (likeliest next ones; of a file or a graph greedy ones), ``logprob_difference`` (the largest; of a graph
-        ``logit_difference``), ``limit``, ``ok``.
+        ``logit_difference``), of a file ``logprob_mean`` too, ``limit`` (of a file for the figure ``limit_of``), ``ok``.
 
     Raises:
         UserError: it does not load, or there is nothing to compare it with.
@@ -90,18 +89,16 @@ def _of_file(file: Path, against: str | Path | None, say: Say) -> dict[str, Any]
     folder = folder_of(against, "--against") if against else _beside(file, kind)
     say(f"running {file} in llama.cpp, and {folder} in torch ...")
     found = gguf_compared.compared(folder, file)
-    judged = _judged(
-        found["tokens_same"], found["tokens"], found["logprob_difference"], gguf_compared.LARGEST.get(kind, math.inf)
-    )
-    judged["ok"] = judged["ok"] and not found["texts"]
+    judged = gguf_compared.judged(found, kind)
     return {
         "export": str(file),
         "runtime": f"llama.cpp (xllamacpp), against {folder}",
         "class": kind,
         "parameters": None,
         "bytes": file.stat().st_size,
-        "load_s": found["load_s"],
+        **{name: figure for name, figure in found.items() if name != "texts"},
         **judged,
+        "ok": judged["ok"] and not found["texts"],
     }
 
 
@@ -141,4 +138,4 @@ def _beside(file: Path, kind: str) -> Path:
 
 def _judged(same: int, tokens: int, difference: float, limit: float) -> dict[str, Any]:
     figures = {"tokens_same": same, "tokens": tokens, "logprob_difference": difference}
-    return {**figures, "limit": None if math.isinf(limit) else limit, "ok": difference <= limit}
+    return {**figures, "limit": limit, "ok": difference <= limit}

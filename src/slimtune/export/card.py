@@ -143,6 +143,7 @@ The licence of the base is not known to slimtune; look it up before you use or s
 {%- endif %}
 """
 
+RELOADED = "largest logit difference after a reload in a fresh process"
 _LABELS = {
     "base": "base model",
     "method": "method",
@@ -150,7 +151,7 @@ _LABELS = {
     "parameters_before": "parameters before",
     "parameters_after": "parameters after",
     "size": "weights on disk",
-    "reload_difference": "largest logit difference after a reload in a fresh process",
+    "reload_difference": RELOADED,
 }
 _ELSEWHERE = ("title", "license", "figures", "data", "recipe", "kind")
 

@@ -53,6 +53,7 @@ def write(source: Path, folder: Path, to: str, facts: Mapping[str, int]) -> None
     padding = f" ({zeros:,} of them zeros, for layers that are narrower than others)" if zeros else ""
     text = _row(text, "parameters(?: after)?", f"{facts['parameters']:,}{padding}")
     text = _row(text, "weights", str(config.get("dtype")))
+    text = _without(text, card.RELOADED)  # the source's figure, of other files
     text = _row(text, "weights on disk", f"{weight_bytes(folder) / 1e6:,.1f} MB")
     section = card.loading(config, (folder / "plan.json").is_file(), to == "vllm", zeros)
     write_atomically(folder / "README.md", _section(text, section))
@@ -60,6 +61,10 @@ def write(source: Path, folder: Path, to: str, facts: Mapping[str, int]) -> None
 
 def _row(text: str, label: str, value: str) -> str:
     return re.sub(rf"^\| ({label}) \| .* \|$", lambda found: f"| {found[1]} | {value} |", text, count=1, flags=re.MULTILINE)
+
+
+def _without(text: str, label: str) -> str:
+    return re.sub(rf"^\| {re.escape(label)} \| .* \|\n", "", text, count=1, flags=re.MULTILINE)
 
 
 def _section(text: str, section: str) -> str:

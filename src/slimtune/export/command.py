@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,12 +122,15 @@ def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any
             f"llama.cpp splits {text!r} into {there} tokens and the tokenizer of {str(folder)!r} into {here}; no file was "
             "written: use the model's folder as it is"
         )
-    if compared["logprob_difference"] > gguf_compared.LARGEST.get(kind, math.inf):
+    judged = gguf_compared.judged(compared, kind)
+    if not judged["ok"]:
         raise UserError(
             f"llama.cpp computes other figures than torch from {str(folder)!r} (log-probabilities differ by "
-            f"{compared['logprob_difference']:.3g}); no file was written: use the model's folder as it is"
+            f"{compared['logprob_difference']:.3g}, in the mean by {compared['logprob_mean']:.3g}); no file was written: use "
+            "the model's folder as it is"
         )
-    return {key: value for key, value in compared.items() if key != "texts"}
+    figures = {key: value for key, value in compared.items() if key != "texts"}
+    return {**figures, "limit": judged["limit"], "limit_of": judged["limit_of"]}
 
 
 def folder_of(given: str | Path, what: str = "RUN") -> Path:
@@ -143,5 +145,15 @@ def folder_of(given: str | Path, what: str = "RUN") -> Path:
 def _check_file(file: Path) -> None:
     if file.is_dir():
         raise UserError(f"--out {str(file)!r} is a folder; name a file, e.g. {str(file / 'model.gguf')!r}")
+    if file.exists() and not _is_gguf(file):
+        raise UserError(f"--out {str(file)!r} is no GGUF file and is not replaced; name another")
     if not file.parent.is_dir():
         raise UserError(f"--out {str(file)!r}: there is no folder {str(file.parent)!r}; make it, or name another")
+
+
+def _is_gguf(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            return opened.read(4) == b"GGUF"
+    except OSError as error:
+        raise UserError(f"--out {str(file)!r} cannot be read: {error.strerror or error}; name another") from error

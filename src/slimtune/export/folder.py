@@ -7,37 +7,56 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from slimtune.errors import UserError
+from slimtune.models.load import TOKENIZER_FILES
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_MODEL, _ADAPTER = "config.json", "adapter_config.json"
+_WRITTEN = {
+    _MODEL: (
+        _MODEL,
+        "generation_config.json",
+        "*.safetensors",
+        "*.safetensors.index.json",
+        "plan.json",
+        "verify.json",
+        "README.md",
+        "modeling_slimtune*.py",
+        "model.onnx*",
+        *TOKENIZER_FILES,
+    ),
+    _ADAPTER: (_ADAPTER, "adapter_model.safetensors", "changed.safetensors", "apply.json", "plan.json", "README.md"),
+}
+"""By marker: names of the files that slimtune writes. A folder with any other is a user's, and is not replaced."""
+_CODE = ("modeling_slimtune*.py", "tokenization_*.py")
+"""Names of the code among them: ``tokenizer*`` would take in a program of the user's."""
+_CACHE = "__pycache__"  # Python leaves it beside a class that was loaded
 
 
 @contextmanager
-def replacing(folder: Path, needed_bytes: int, marker: str = "config.json") -> Iterator[Path]:
+def replacing(folder: Path, needed_bytes: int, marker: str = _MODEL) -> Iterator[Path]:
     """Give an empty sibling folder to write into; when the block ends well, it takes the place of ``folder``.
 
     Whatever goes wrong, ``folder`` stays as it was and nothing half-written is left.
 
     Args:
-        folder: the target; absent, empty, or an earlier model (a folder with ``marker``), which is then replaced.
+        folder: the target; absent, empty, or what slimtune wrote earlier (see ``check_target``), which is then replaced.
         needed_bytes: space to ask the disk for beforehand.
         marker: the file by which a folder is one of the kind that is written.
 
     Raises:
-        UserError: the target holds something that is no model, cannot be written, or the disk is (or becomes) full.
+        UserError: the target holds something else, cannot be written, or the disk is (or becomes) full.
     """
+    folder = folder.resolve()  # "." has no name to put another beside
+    check_target(folder, marker, of_run=True)
     partial = folder.with_name(f".{folder.name}.partial")
-    _restore(folder)
-    check_target(folder, marker)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
-        _check_space(folder, needed_bytes)
-        partial.mkdir()
+        _prepare(folder, partial, needed_bytes, marker)
         yield partial
         _readable(partial)
         _swap(partial, folder)
@@ -45,8 +64,7 @@ def replacing(folder: Path, needed_bytes: int, marker: str = "config.json") -> I
         if error.errno in _FULL:
             raise _full(folder, needed_bytes) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            reason = f"model folder {str(folder)!r} cannot be written: {error.strerror} ({error.filename})"
-            raise UserError(f"{reason}; choose another folder") from error
+            raise _unwritable(folder, error) from error
         raise
     except SafetensorError as error:  # wraps the system's error in a text
         if any(f"os error {code}" in str(error) for code in _FULL):
@@ -56,12 +74,51 @@ def replacing(folder: Path, needed_bytes: int, marker: str = "config.json") -> I
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_target(folder: Path, marker: str = "config.json") -> None:
-    """Raise UserError where ``folder`` is or holds something that may not be replaced by a model."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"model folder {str(folder)!r} is a file; choose another folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
-        raise UserError(f"{str(folder)!r} holds other files than a model (no {marker}) and is not replaced; choose another")
+def check_target(folder: Path, marker: str = _MODEL, *, of_run: bool = False) -> None:
+    """Raise UserError where ``folder`` is or holds something that may not be replaced by a model.
+
+    It may be absent, empty, or hold ``marker`` and nothing but plain files of names that slimtune writes.
+
+    Args:
+        marker: the file by which a folder is one of the kind that is written.
+        of_run: the folder ``model`` of a run may be replaced too, which is for the run alone.
+    """
+    shown = str(folder)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"model folder {shown!r} is a file; choose another folder")
+        entries = sorted(folder.iterdir()) if folder.is_dir() else []
+        foreign = next((entry.name for entry in entries if not _ours(entry, marker)), None)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if entries and not any(entry.name == marker for entry in entries):
+        raise UserError(f"{shown!r} holds other files than a model (no {marker}) and is not replaced; choose another")
+    if foreign is not None:
+        raise UserError(f"{shown!r} holds other files than a model ({foreign!r}) and is not replaced; choose another")
+    if entries and not of_run and (here := folder.resolve()).name == "model" and (here.parent / "recipe.yaml").is_file():
+        raise UserError(f"{shown!r} is the model of the run {str(here.parent)!r}; choose another folder")
+
+
+def _ours(entry: Path, marker: str) -> bool:
+    if entry.is_symlink():
+        return False
+    if entry.is_dir():
+        return entry.name == _CACHE
+    patterns = _CODE if marker == _MODEL and entry.suffix == ".py" else _WRITTEN[marker]
+    return entry.is_file() and any(fnmatchcase(entry.name, pattern) for pattern in patterns)
+
+
+def _prepare(folder: Path, partial: Path, needed_bytes: int, marker: str) -> None:
+    """Make the empty ``partial``, beside what was there before a run that was killed."""
+    try:
+        _restore(folder)
+        check_target(folder, marker, of_run=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        _check_space(folder, needed_bytes)
+        partial.mkdir()
+    except OSError as error:  # a place that is no disk, a file where a folder should be, a name too long, ...
+        raise (_full(folder, needed_bytes) if error.errno in _FULL else _unwritable(folder, error)) from error
 
 
 def _check_space(folder: Path, needed_bytes: int) -> None:
@@ -75,6 +132,11 @@ def _full(folder: Path, needed_bytes: int) -> UserError:
         f"no space for the model in {str(folder)!r}: it needs {_size(needed_bytes)}, {_size(free)} are free; nothing "
         "was changed there. Free some space or choose a folder on another disk"
     )
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    reason = f"model folder {str(folder)!r} cannot be written: {error.strerror} ({error.filename})"
+    return UserError(f"{reason}; choose another folder")
 
 
 def _size(count_bytes: int) -> str:
@@ -100,7 +162,7 @@ def _readable(partial: Path) -> None:
 
 
 def _swap(partial: Path, folder: Path) -> None:
-    old = _old(folder)
+    old, inside = _old(folder), folder.exists() and folder.samefile(Path.cwd())
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
         folder.rename(old)
@@ -110,4 +172,6 @@ def _swap(partial: Path, folder: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
+    if inside:  # relative paths would go by the folder that is removed
+        os.chdir(folder)
     shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,10 @@ from slimtune.models.load import pretrained
 from slimtune.sections import ModelConfig
 
 LARGEST = {"f32": 0.01, "f16": 0.1, "bf16": 0.3}
-"""Difference of log-probabilities from which on a file is another model; with fewer bits it may be as large as it likes."""
+"""By kind, the largest difference of log-probabilities from which on a file is another model."""
+MEAN = {"q8_0": 0.2, "q5_1": 0.75, "q5_0": 0.75, "q4_1": 1.5, "q4_0": 1.5}
+"""The same of their mean, as with fewer bits the largest says little: about five times what honest files were seen to have."""
+_MEAN_OF_OTHERS = max(MEAN.values())
 _TEXTS = ("The first section describes", "In the case of a patient who", "    return [item for item in")
 _MORE = (
     *_TEXTS,
@@ -37,8 +42,9 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
 
     Returns:
         ``tokens_same`` of ``tokens``: greedy ones of all texts, each up to the first that differs; ``logprob_difference``: the
-        largest among the likeliest first tokens; ``load_s`` in llama.cpp; ``texts``: those that are split otherwise, as (text,
-        number of tokens by the folder's tokenizer, by llama.cpp), but for what the export tells (``note``).
+        largest among the likeliest first tokens, ``logprob_mean``: the mean; ``load_s`` in llama.cpp; ``texts``: those that
+        are split otherwise, as (text, number of tokens by the folder's tokenizer, by llama.cpp), but for what the export
+        tells (``note``).
 
     Raises:
         UserError: one of them does not run.
@@ -47,13 +53,26 @@ def compared(folder: Path, file: Path) -> dict[str, Any]:
     prompts = [list(tokenizer(text)["input_ids"]) for text in _TEXTS]
     ran = run(file, prompts, _TOKENS, _TOP, threads=torch.get_num_threads())
     model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32}, "RUN").eval()
-    alike, worst = 0, 0.0
+    alike, differences = 0, []
     for prompt, tokens, logprobs in zip(prompts, ran.tokens, ran.logprobs, strict=True):
         alike += same(continued(model, prompt, _TOKENS), tokens)
         expected = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-        worst = max(worst, *(abs(expected[token].item() - value) for token, value in logprobs.items()))
-    figures = {"tokens_same": alike, "tokens": _TOKENS * len(prompts), "logprob_difference": worst, "load_s": ran.load_s}
+        differences += [abs(expected[token].item() - value) for token, value in logprobs.items()]
+    told = torch.tensor(differences, dtype=torch.float64)  # whose maximum keeps NaN
+    figures: dict[str, Any] = {"tokens_same": alike, "tokens": _TOKENS * len(prompts)}
+    figures |= {"logprob_difference": told.max().item(), "logprob_mean": told.mean().item(), "load_s": ran.load_s}
     return {**figures, "texts": _split_otherwise(tokenizer, file)}
+
+
+def judged(found: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """Whether figures of ``compared`` are those of the same model in ``kind``.
+
+    Returns:
+        ``limit``; ``limit_of``: the name of the figure that it holds for; ``ok``: not for a figure that is no number.
+    """
+    name = "logprob_difference" if kind in LARGEST else "logprob_mean"
+    limit = LARGEST[kind] if kind in LARGEST else MEAN.get(kind, _MEAN_OF_OTHERS)
+    return {"limit": limit, "limit_of": name, "ok": math.isfinite(found["logprob_difference"]) and found[name] <= limit}
 
 
 def _split_otherwise(tokenizer: Any, file: Path) -> list[tuple[str, int, str]]:

@@ -9,7 +9,7 @@ from shutil import copyfile
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
 
@@ -147,10 +147,13 @@ def _check_whole(folder: Path, config: PreTrainedConfig) -> None:
 def _kind_in(folder: Path, config: PreTrainedConfig) -> str:
     """What the weights are: by the files' first one of a known type, else by the config."""
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if (found := tensors.get_slice(name).get_dtype().lower()) in KINDS:
-                    return str(found)
+        try:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118
+                    if (found := tensors.get_slice(name).get_dtype().lower()) in KINDS:
+                        return str(found)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{str(file)!r} cannot be read ({error}); fetch or export the folder again") from error
     return next((kind for kind, dtype in KINDS.items() if dtype == config.dtype), "f32")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,7 +21,9 @@ from slimtune.errors import UserError
 from slimtune.export import record
 
 _CHILD = Path(__file__).with_name("verify_child.py")
-_TAIL_LINES = 15
+_ERROR = re.compile(r"[A-Za-z_][\w.]*(: |$)")
+"""How the line of a traceback begins that names the error: all before it is indented, or has blanks before a colon."""
+_MOST = 300
 
 
 def sample(text_ids: Tensor, vocabulary: int) -> Tensor:
@@ -39,7 +42,7 @@ def verify(folder: Path, input_ids: Tensor, expected: Tensor) -> float:
         expected: logits [B, T, V] of the model in memory, computed in fp32 from weights rounded as they were written.
 
     Raises:
-        UserError: the folder does not load, or the difference is not a number; with the end of the child's stderr.
+        UserError: the folder does not load, or the difference is not a number; with the child's error, in one line.
     """
     difference = float(reloaded(folder, {"input_ids": input_ids, "expected": expected})["difference"])
     record.write(folder, record.of(input_ids[-1], expected[-1]))
@@ -57,9 +60,16 @@ def reloaded(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         command = [sys.executable, "-P", str(_CHILD), str(Path(folder).resolve()), str(file)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        tail = "\n".join(done.stderr.strip().splitlines()[-_TAIL_LINES:])
-        raise UserError(f"the export {str(folder)!r} fails in a fresh process (exit {done.returncode}):\n{tail}")
+        reason = _reason(done.stderr) or f"exit {done.returncode}"
+        raise UserError(f"the export {str(folder)!r} fails in a fresh process ({reason}); fetch or export the folder again")
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     if not math.isfinite(found["difference"]):
         raise UserError(f"the export {str(folder)!r} gives logits that are not finite; check the trained weights")
     return found
+
+
+def _reason(told: str) -> str:
+    """The error that ends ``told``, in one line: the last line, and of an error of several lines all from its name on."""
+    lines = told.strip().splitlines()
+    starts = [index for index, line in enumerate(lines) if _ERROR.match(line)]
+    return " ".join(" ".join(lines[starts[-1] if starts else -1 :]).split())[:_MOST]
