@@ -91,7 +91,10 @@ def _target(as_json: str | None) -> Path | None:
     try:
         if as_json.endswith(("/", "\\")):
             raise IsADirectoryError
+        there = target.exists()
         target.open("a").close()
+        if not there:
+            target.unlink()
     except OSError:
         raise UserError(f"--json {as_json} cannot be written as a file there; name another, or - to print it") from None
     return target
