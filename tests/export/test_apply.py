@@ -136,6 +136,7 @@ BAD = {
     "binary": (["{base}/model.safetensors", "{base}"], "this is no text; give the plan.json that a run wrote"),
     "pruned": (["{run}/run", "{run}/run/model"], "is pruned already; give the model that the plan was made for"),
     "types": (["{run}/types", "{base}"], "(apply.json: types float99 and bfloat16)"),
+    "revision": (["{run}/run", "{base}", "--revision", "v2"], "--revision v2 is for a hub id, and BASE='{base}' is a folder"),
     "out": (["{run}/run", "{base}", "--out", "{run}"], "holds other files than a model (no config.json)"),
     "cut short": (["{run}/broken", "{base}", "--out", "{run}/no"], "is missing or not the file that the run wrote"),
     "model of the run": (["{run}/run", "{base}", "--out", "{run}/run/model"], "is the model of the run '{run}/run'; choose"),

@@ -58,7 +58,7 @@ def apply_plan(
     decided = _plan_in(file)
     found = _adapter_of(file, adapter_folder) if use_adapter else None
     record = _fitting(found, decided) if found else None
-    origin = _origin(base, revision or (record.revision if record else None))
+    origin = _origin(base, revision, record.revision if record else None)
     structure = structure_of(load_config(origin, "BASE"))
     decided.check(structure)
     target = Path(out).expanduser() if out else Path(f"{card_facts.public(base).replace('/', '-')}-{decided.digest[:8]}")
@@ -119,12 +119,19 @@ def _check_same(model: Any, dtype: torch.dtype, record: adapter.Record, base: st
         )
 
 
-def _origin(base: str, revision: str | None) -> ModelConfig:
-    """The base. Raises UserError for one that is pruned already."""
+def _origin(base: str, asked: str | None, own: str | None) -> ModelConfig:
+    """The base at the revision ``asked`` for, of a hub id else at the run's ``own``.
+
+    Raises:
+        UserError: it is pruned already, or a revision is asked for of what has none.
+    """
     config = Path(base).expanduser() / "config.json"
     if config.is_file() and '"model_type": "slimtune_' in config.read_text(encoding="utf-8", errors="replace"):
         raise UserError(f"BASE={base!r} is pruned already; give the model that the plan was made for")
-    return ModelConfig(path=base, revision=None if Path(base).expanduser().is_dir() or base.startswith(BUILTIN) else revision)
+    local = Path(base).expanduser().is_dir() or base.startswith(BUILTIN)
+    if local and asked:
+        raise UserError(f"--revision {asked} is for a hub id, and BASE={base!r} is a folder: leave it out")
+    return ModelConfig(path=base, revision=None if local else asked or own)
 
 
 def _plan_in(file: Path) -> Plan:
