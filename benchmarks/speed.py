@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from slimtune.bench import llama_runs
-from slimtune.bench.measure import Rates, Settings, Subject, compared, measured
+from slimtune.bench.measure import Rates, Settings, Subject, compared, key_of, measured
 from slimtune.bench.torch_runs import Runs
 from slimtune.bench.work import Work
 from slimtune.export import gguf
@@ -136,16 +136,12 @@ def _table(rows: list[dict[str, Any]], key: tuple[Any, ...]) -> str:
     best = f" ({first['copy_gb_s']:,.0f} GB/s copied, {first['matmul_tflops_s']:,.0f} TFLOP/s)" if known else ""
     lines = [f"{key[0]} shape, random weights, {first['dtype']}, {key[1]}{best}; parameters: {sizes}.", ""]
     lines += [f"| | batch | dense, ms | {' | '.join(cuts)} |", f"| --- | --- | --- |{' --- |' * len(cuts)}"]
-    found = {name: {_key(each): each for each in compared(mine, name, "dense", rates)} for name in cuts}
+    found = {name: {key_of(each): each for each in compared(mine, name, "dense", rates)} for name in cuts}
     for row in (row for row in mine if row["model"] == "dense"):
-        cells = [_cell(found[name].get(_key(row))) for name in cuts]
+        cells = [_cell(found[name].get(key_of(row))) for name in cuts]
         how = "" if row["how"] in ("eager", "llama.cpp") else f", {row['how']}"
         lines.append(f"| {row['what']}{how} | {row['batch']} | {row['ms']:,.2f} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return row["what"], row["how"], row["batch"]
 
 
 def _cell(ratio: dict[str, Any] | None) -> str:

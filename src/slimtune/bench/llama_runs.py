@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +16,7 @@ import torch
 
 from slimtune.bench.measure import Settings, compared, figures
 from slimtune.errors import UserError
+from slimtune.runtime import machine
 from slimtune.version import __version__, versions
 
 _CHILD = Path(__file__).with_name("llama_child.py")
@@ -96,7 +96,7 @@ def bench(files: Mapping[str, Path], settings: Settings, say: Callable[[str], No
     names = list(files)
     return {
         "version": __version__,
-        "machine": f"{torch.get_num_threads()} CPU threads ({platform.machine()})",
+        "machine": machine(torch.device("cpu")),
         "dtype": "as in the file",
         "runtime": "llama.cpp",
         "random": False,

@@ -215,8 +215,8 @@ def compared(rows: Sequence[Row], model: str, against: str, rates: Rates | None 
         Rows ``what``, ``how``, ``batch``, ``faster`` (the median over turns, with ``low`` and ``high``), ``by_size``,
         ``of_size`` (faster / by_size) and, with ``rates``, ``by_saved`` and ``of_saved``.
     """
-    theirs: Mapping[Any, Row] = {_key(each): each for each in rows if each["model"] == against}
-    return [_ratio(mine, theirs[_key(mine)], rates) for mine in rows if mine["model"] == model and _key(mine) in theirs]
+    theirs: Mapping[Any, Row] = {key_of(each): each for each in rows if each["model"] == against}
+    return [_ratio(mine, theirs[key_of(mine)], rates) for mine in rows if mine["model"] == model and key_of(mine) in theirs]
 
 
 def _ratio(mine: Row, other: Row, rates: Rates | None) -> Row:
@@ -240,5 +240,6 @@ def _ratio(mine: Row, other: Row, rates: Rates | None) -> Row:
     return found
 
 
-def _key(row: Row) -> tuple[Any, ...]:
+def key_of(row: Row) -> tuple[Any, ...]:
+    """What rows of different models have in common when they are of the same measurement."""
     return row["what"], row["how"], row["batch"]
