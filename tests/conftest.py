@@ -93,3 +93,13 @@ def warm() -> Iterator[Any]:
     made = Warm()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="module")
+def forked(warm: Any) -> Iterator[None]:
+    """The export's and verify's own fresh processes, forked from a loaded one."""
+    from slimtune.export import verify
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "subprocess", warm)
+        yield

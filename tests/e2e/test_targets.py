@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,6 @@ import slimtune
 from bases import Bench, metrics, plan_of, write_base
 from cuts import UNEVEN, cut_model, logits_of
 from pieces import PREPEND, tokenizer_json
-from slimtune.export import verify
 from slimtune.export.gguf_run import run as in_llama_cpp
 from slimtune.export.greedy import continued
 from slimtune.export.huggingface import save
@@ -27,6 +25,7 @@ from slimtune.sections import ModelConfig
 ALONE = Path(__file__).with_name("alone.py")
 TEXTS = ["the doctor sees", " a nurse calls  her brother", "Die Straße 12 im Süden", "my neighbour</s>the pilot\n"]
 TOKENS = 10
+pytestmark = pytest.mark.usefixtures("forked")
 FOLDERS = {
     # target, form -> class, whether it is transformers' own
     "hf": ("transformers", "SlimtuneLlamaForCausalLM", False),
@@ -55,14 +54,6 @@ def made_by(bench: Bench, out: Path, **overrides: Any) -> Made:
     tokens = [continued(model, row, TOKENS) for row in ids]
     assert len({token for row in tokens for token in row}) > 3
     return Made(out, ids, tokens, logprobs)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(warm: Any) -> Iterator[None]:
-    """The export's and verify's own fresh processes, forked from a loaded one."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "subprocess", warm)
-        yield
 
 
 @pytest.fixture(scope="module")

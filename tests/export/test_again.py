@@ -6,7 +6,6 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,10 @@ from bases import Bench
 from cuts import UNEVEN, write_folder
 from slimtune.cli import app
 from slimtune.errors import UserError
-from slimtune.export import gguf_compared, record, verify
+from slimtune.export import gguf_compared, record
 
 run = CliRunner().invoke
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick(warm: Any) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "subprocess", warm)
-        yield
+pytestmark = pytest.mark.usefixtures("forked")
 
 
 @pytest.fixture(scope="module")

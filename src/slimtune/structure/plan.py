@@ -17,7 +17,7 @@ from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
 
 Keep = Mapping[str, tuple[int, ...]]
 _LISTED = 512
-"""Units of an axis up to which plan.json lists those that stay: half of 14,336 channels as a list take 15 times as many bytes."""
+"""Units of an axis up to which plan.json lists those that stay: half of 14,336 as a list take 15 times as many bytes."""
 
 
 @dataclass(frozen=True)
