@@ -136,7 +136,7 @@ def verify_here(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor) -
 def metrics(out: Path | str) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without their times."""
     lines = (Path(out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in json.loads(line).items() if not key.endswith("seconds")} for line in lines]
 
 
 def losses(out: Path | str, key: str = "adapt_loss") -> list[float]:

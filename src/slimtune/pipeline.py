@@ -79,7 +79,7 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     seed_everything(recipe.seed)
     with folder.held():
         with folder.on_trial():
-            run = _Run(recipe, folder, resume)
+            run = Run(recipe, folder, resume)
             run.check()
         summary = run.execute()
         summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
@@ -91,8 +91,8 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     return summary
 
 
-class _Run:
-    """One run's parts, built in the order in which they can fail cheaply."""
+class Run:
+    """One run's parts, built in the order in which they can fail cheaply: ``check``, then ``execute`` (or ``train`` alone)."""
 
     def __init__(self, recipe: Recipe, folder: RunFolder, resume: bool):
         self.recipe, self.folder, self.resume, self.config = recipe, folder, resume, load_config(recipe.model)
@@ -152,7 +152,7 @@ class _Run:
         base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
-        outcome, cost = self._train(METHODS[recipe.method], "main")
+        outcome, cost = self.train(METHODS[recipe.method], "main")
         result, difference = deliver(self._made(), outcome, {"base": base, "dense_lora": dense})
         return {
             "version": __version__,
@@ -182,15 +182,15 @@ class _Run:
         found: Figures = self.stages[name]
         return found
 
-    def _train(self, method: Method, stage: str) -> tuple[Outcome, Figures]:
+    def train(self, method: Method, stage: str) -> tuple[Outcome, Figures]:
         """A method's outcome, and what it cost: seconds, and the most bytes on a GPU."""
         forget_peak(self.accelerator.device)
-        session = self._session(stage)
+        session = self.session(stage)
         outcome = method(session)
         peak = peak_memory(self.accelerator.device)
         return outcome, {"seconds": round(session.seconds, 1), **({"memory": peak} if peak else {})}
 
-    def _session(self, stage: str) -> Session:
+    def session(self, stage: str) -> Session:
         return Session(
             recipe=self.recipe,
             accelerator=self.accelerator,
@@ -222,6 +222,6 @@ class _Run:
 
     def _measure_dense(self) -> Figures:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
-        outcome, cost = self._train(finetune.run, "dense_lora")
+        outcome, cost = self.train(finetune.run, "dense_lora")
         cost |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
         return {**self.figures.test(outcome.model), **cost, "tuning_tokens": sum(outcome.tokens.values())}

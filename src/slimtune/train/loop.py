@@ -102,7 +102,9 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
         if step % turn.every:
             continue
         seed_turn(session.recipe.seed, phase.name, turn.name, step, session.accelerator.process_index)
-        figures = {key: float(value) for key, value in turn.run(step).items()}
+        begun = time.perf_counter()
+        figures = {key: float(value) for key, value in turn.run(step).items()}  # which waits for the device
+        row[f"{turn.name}_seconds"] = round(time.perf_counter() - begun, 4)
         loss = figures["loss"]
         for key, value in figures.items():
             # not the loss alone: one infinite gradient ruins the weights at once and the loss a step later

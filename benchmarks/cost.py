@@ -1,0 +1,267 @@
+"""What a whole run costs beside plain LoRA on the dense model: the same tokens, the same data, one process.
+
+    python benchmarks/cost.py llama-3-8b --rows docs/results/cost.json   # on a GPU
+    python benchmarks/cost.py --rows docs/results/cost.json              # only print the table
+
+``lora`` is transformers and PEFT alone, as a user would write it: LoRA on all linears of the blocks under bf16 autocast, fused
+AdamW, gradient checkpointing, the model's own loss. ``atp`` is ``slimtune tune`` from its first to its last step. Weights are
+random, of the true shape; what is read is the embedded text with the embedded tokenizer. Times begin with the model loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import slimtune
+from slimtune.methods import atp
+from slimtune.pipeline import Run
+from slimtune.recipe import Recipe
+from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, seed_everything
+from slimtune.train import loop
+from slimtune.version import versions
+
+HERE = Path(__file__).parent
+KINDS = {
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
+    "attention": ("flash", "fmha", "attention"),
+    "loss": ("softmax", "nll"),
+    "solves": ("potrf", "potri", "trsm", "getrf", "syrk", "cusolver", "trtri", "lauum"),
+    "copies": ("copy", "memcpy", "memset", "cat", "fill"),
+    "optimiser": ("multi_tensor", "adam", "foreach"),
+}
+"""Kinds of kernels by parts of their names; what is none of them goes over elements."""
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """ATP on random weights of the shape, with as many steps of recovery as make its tokens those of ``args.steps`` LoRA steps."""
+    config = json.loads((HERE / "shapes.json").read_text())[args.shape]
+    changes = ["model.path=''", "model.init=config", f"model.config={json.dumps(config)}", "model.tokenizer=builtin:base-10m"]
+    changes += ["evaluate={}", "generator={}", "model.checkpointing=non_reentrant", f"data.max_length={args.window}"]
+    changes += [f"train.batch={args.batch}", f"search.batch={args.batch}", "train.checkpoint_every=0", "train.lr=1e-5"]
+    changes += [f"lora.rank={args.rank}", "budget.keep=0.6", f"search.steps={args.search}", f"generator.prior_steps={args.prior}"]
+    recipe = slimtune.load_recipe(HERE.parent / "recipes" / "demo.yaml", [*changes, f"out={args.out}/{args.shape}", *args.overrides])
+    whole = args.steps * args.batch
+    steps = (whole - recipe.decide_windows) // args.batch - recipe.search.steps
+    if steps < 1:
+        raise SystemExit(f"{recipe.decide_windows} of {whole} windows are for the decision: give more --steps")
+    return recipe.model_copy(update={"recover": recipe.recover.model_copy(update={"steps": steps})})
+
+
+def plain(recipe: Recipe, run: Run, steps: int, probe: Callable[[int], Any]) -> Iterator[dict[str, float]]:
+    """Steps of LoRA by transformers and PEFT alone: what each took, and its loss."""
+    keys = dict(recipe.model.config)
+    config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    device = run.accelerator.device
+    kind = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=kind)
+    targets = [row.path for row in run.structure.family.linears]
+    model = get_peft_model(model, LoraConfig(r=recipe.lora.rank, lora_alpha=recipe.lora.rank, target_modules=targets))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.train.lr, fused=device.type == "cuda")
+    windows, batch = run.splits.train, recipe.train.batch
+    model.train()
+    yield {}
+    for step in range(steps):
+        begun = time.perf_counter()
+        with probe(step):
+            rows = windows.collate([index % len(windows) for index in range(step * batch, (step + 1) * batch)])
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss = model(rows["input_ids"].to(device), labels=rows["labels"].to(device), use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, recipe.train.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            value = float(loss.detach())
+        yield {"loss": value, "seconds": time.perf_counter() - begun}
+
+
+def measure_plain(recipe: Recipe, run: Run, steps: int, probe: Callable[[int], Any]) -> dict[str, Any]:
+    """A row of plain LoRA."""
+    device = run.accelerator.device
+    forget_peak(device)
+    steps_ = plain(recipe, run, steps, probe)
+    next(steps_)
+    begun = time.perf_counter()
+    rows = list(steps_)
+    seconds = time.perf_counter() - begun
+    step = statistics.median(row["seconds"] for row in rows)
+    return {"what": "lora", "seconds": seconds, "step_seconds": step, "loss": rows[-1]["loss"], **peak(device)} | {
+        "tokens": steps * recipe.train.batch * recipe.data.max_length
+    }
+
+
+def peak(device: torch.device) -> dict[str, float]:
+    """Of a GPU only."""
+    memory = peak_memory(device)
+    return {"peak_gib": memory / 2**30} if memory else {}
+
+
+def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any]) -> dict[str, Any]:
+    """A row of ATP, and where its time went, by phase and turn."""
+    device = run.accelerator.device
+    forget_peak(device)
+    marks = dict[str, float]()
+    with timed(marks, probe):
+        outcome = atp.run(run.session("main"))
+        marks["end"] = time.perf_counter()
+    lines = map(json.loads, (Path(recipe.out) / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "step" in line]
+    found: dict[str, Any] = {"what": "atp", "seconds": marks["end"] - marks["loaded"], **peak(device)}
+    found["prepare_seconds"] = marks["search"] - marks["loaded"]
+    for phase in ("search", "recover"):
+        rows = [row for row in steps if row["phase"] == phase]
+        found[f"{phase}_seconds"] = sum(row["seconds"] for row in rows)
+        found[f"{phase}_step_seconds"] = statistics.median(row["seconds"] for row in rows)
+        found[f"{phase}_steps"] = len(rows)
+        for turn in ("decide", "adapt") if phase == "search" else ():
+            found[f"{turn}_seconds"] = statistics.median(row[f"{turn}_seconds"] for row in rows if f"{turn}_seconds" in row)
+    found |= {"loss": steps[-1]["adapt_loss"], "tokens": sum(outcome.tokens.values()), "keep": recipe.budget.keep}
+    return found | {"parameters": sum(p.numel() for n, p in outcome.model.named_parameters() if "lora_" not in n)}
+
+
+@contextmanager
+def timed(marks: dict[str, float], probe: Callable[[str, str, int], Any]) -> Iterator[None]:
+    """Note when the model is loaded and when each phase begins; let ``probe`` look at turns."""
+    load, phase_of = atp.gated_model, atp.run_phase
+
+    def loaded(session: Any) -> Any:
+        found = load(session)
+        torch.cuda.synchronize() if session.device.type == "cuda" else None
+        marks["loaded"] = time.perf_counter()
+        return found
+
+    def phase(session: Any, what: loop.Phase, first: int = 0) -> None:
+        marks[what.name] = time.perf_counter()
+        turns = [replace(turn, run=watched(what.name, turn)) for turn in what.turns]
+        phase_of(session, replace(what, turns=turns), first)
+
+    def watched(name: str, turn: loop.Turn) -> loop.Step:
+        def run(step: int) -> dict[str, Any]:
+            with probe(name, turn.name, step):
+                return {key: float(value) for key, value in turn.run(step).items()}
+
+        return run
+
+    atp.gated_model, atp.run_phase = loaded, phase
+    try:
+        yield
+    finally:
+        atp.gated_model, atp.run_phase = load, phase_of
+
+
+@contextmanager
+def looked_at(name: str) -> Iterator[None]:
+    """Print which kinds of kernels the GPU's time goes to, and the longest single ones."""
+    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    begun = time.perf_counter()
+    with profile(activities=kinds, acc_events=True) as prof:
+        yield
+        torch.cuda.synchronize()
+    whole = time.perf_counter() - begun
+    events = [event for event in prof.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
+    sums = dict.fromkeys((*KINDS, "elements"), 0.0)
+    for event in events:
+        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key.lower() for part in parts)), "elements")
+        sums[kind] += event.self_device_time_total / 1e6
+    print(f"-- {name}: {whole:.3f} s, of which the GPU works {sum(sums.values()):.3f}")
+    print("   " + ", ".join(f"{kind} {value:.3f}" for kind, value in sums.items() if value > 5e-4))
+    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:12]:
+        print(f"   {event.self_device_time_total / 1e6:8.4f} s {event.count:6d} x {event.key[:110]}")
+
+
+@contextmanager
+def unseen(*_: Any) -> Iterator[None]:
+    """No profile."""
+    yield
+
+
+def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Measure what is asked for."""
+    recipe = recipe_of(args)
+    run = Run(recipe, RunFolder(recipe.out), resume=False)
+    run.check()
+    seed_everything(recipe.seed)
+    search, profiled = recipe.search.steps, args.profile
+
+    def of_lora(step: int) -> Any:
+        return looked_at("plain LoRA") if profiled and step == 3 else unseen()
+
+    def of_atp(phase: str, turn: str, step: int) -> Any:
+        wanted = (phase == "search" and step in (1, search - 1)) or (phase == "recover" and step == 3)
+        return looked_at(f"{phase}, {turn}, step {step}") if profiled and wanted else unseen()
+
+    if run.accelerator.device.type == "cuda":  # what a process does once is nobody's
+        measure_plain(recipe, run, 2, unseen)
+    for what in args.what:
+        gc.collect()
+        torch.cuda.empty_cache()
+        found = measure_plain(recipe, run, args.steps, of_lora) if what == "lora" else measure_atp(recipe, run, of_atp)
+        name = args.name if args.name and what != "lora" else what
+        shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1, "batch": args.batch, "window": args.window}
+        yield {**found, "what": name, **shape, "steps": args.steps, "overrides": " ".join(args.overrides), **versions()}
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows as a Markdown table; ratios to the plain LoRA of the same model, machine and size."""
+    print("| what | model | GPU | batch x window | M tokens | seconds | x LoRA | peak, GiB | x LoRA |")
+    print(f"|{' --- |' * 9}")
+    size = ("model", "gpu", "batch", "window", "steps")
+    plain_ = {tuple(row[key] for key in size): row for row in rows if row["what"] == "lora"}
+    for row in rows:
+        base = plain_.get(tuple(row[key] for key in size), {})
+        cells = [row["what"], row["model"], row["gpu"], f"{row['batch']} x {row['window']}", f"{row['tokens'] / 1e6:.2f}"]
+        for key, digits in (("seconds", 1), ("peak_gib", 2)):
+            both = key in row and key in base
+            cells += [f"{row[key]:.{digits}f}" if key in row else "", f"{row[key] / base[key]:.3f}" if both else ""]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    """Measure, print, append rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
+    parser.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
+    parser.add_argument("overrides", nargs="*", help="key=value, for atp")
+    parser.add_argument("--what", nargs="+", default=["lora", "atp"], choices=("lora", "atp"))
+    parser.add_argument("--name", help="of the atp row, where overrides make it another thing")
+    parser.add_argument("--steps", type=int, default=200, help="of plain LoRA; atp reads as many tokens in all")
+    parser.add_argument("--search", type=int, default=10, help="steps of the search")
+    parser.add_argument("--prior", type=int, default=8, help="decision batches for prior and moments")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--profile", action="store_true", help="where the GPU's time goes, for single steps")
+    parser.add_argument("--out", default="runs/cost")
+    parser.add_argument("--rows", type=Path)
+    args = parser.parse_intermixed_args()
+    if args.shape is None:
+        print_table(json.loads(args.rows.read_text()))
+        return
+    rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
+    new = []
+    for row in rows_of(args):
+        print(json.dumps(row), flush=True)
+        new.append(row)
+        if args.rows:
+            args.rows.write_text("[\n" + ",\n".join(json.dumps(item) for item in [*rows, *new]) + "\n]\n")
+    print_table(new)
+
+
+if __name__ == "__main__":
+    main()
