@@ -47,13 +47,14 @@ KINDS = {
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
-    """ATP on random weights of the shape, with as many steps of recovery as make its tokens those of ``args.steps`` LoRA steps."""
+    """ATP on random weights of the shape; its recovery is as long as makes its tokens those of ``args.steps`` LoRA steps."""
     config = json.loads((HERE / "shapes.json").read_text())[args.shape]
     changes = ["model.path=''", "model.init=config", f"model.config={json.dumps(config)}", "model.tokenizer=builtin:base-10m"]
     changes += ["evaluate={}", "generator={}", "model.checkpointing=non_reentrant", f"data.max_length={args.window}"]
     changes += [f"train.batch={args.batch}", f"search.batch={args.batch}", "train.checkpoint_every=0", "train.lr=1e-5"]
-    changes += [f"lora.rank={args.rank}", "budget.keep=0.6", f"search.steps={args.search}", f"generator.prior_steps={args.prior}"]
-    recipe = slimtune.load_recipe(HERE.parent / "recipes" / "demo.yaml", [*changes, f"out={args.out}/{args.shape}", *args.overrides])
+    changes += [f"lora.rank={args.rank}", "budget.keep=0.6", f"search.steps={args.search}"]
+    changes += [f"generator.prior_steps={args.prior}", f"out={args.out}/{args.shape}"]
+    recipe = slimtune.load_recipe(HERE.parent / "recipes" / "demo.yaml", [*changes, *args.overrides])
     whole = args.steps * args.batch
     steps = (whole - recipe.decide_windows) // args.batch - recipe.search.steps
     if steps < 1:
@@ -213,7 +214,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         torch.cuda.empty_cache()
         found = measure_plain(recipe, run, args.steps, of_lora) if what == "lora" else measure_atp(recipe, run, of_atp)
         name = args.name if args.name and what != "lora" else what
-        shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1, "batch": args.batch, "window": args.window}
+        shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1}
+        shape |= {"batch": args.batch, "window": args.window}
         yield {**found, "what": name, **shape, "steps": args.steps, "overrides": " ".join(args.overrides), **versions()}
 
 

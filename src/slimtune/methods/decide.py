@@ -20,7 +20,7 @@ from slimtune.prune.sampling import draw_noise, sample
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import Counts, Plan
 from slimtune.train.loop import hash_seed
-from slimtune.train.objective import Batch, accumulate, cross_entropy_sum, forward
+from slimtune.train.objective import Batch, accumulate, loss_sum
 from slimtune.train.optimizers import adamw
 from slimtune.train.schedule import generator_factor, set_lr
 from slimtune.train.session import Session
@@ -117,7 +117,7 @@ class Decider:
         def loss(batch: Batch) -> Tensor:
             size = len(batch["input_ids"])
             leaves.append(self.bank.leaves({site: mask.expand(size, -1) for site, mask in masks.items()}))
-            return cross_entropy_sum(forward(self.wrapped(), batch), batch["labels"])
+            return loss_sum(self.wrapped(), batch)
 
         return loss
 

@@ -13,14 +13,17 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-IGNORE = -100
+from slimtune.models import head as heads
+from slimtune.models.head import IGNORE
 
 Batch = Mapping[str, Tensor]
+"""What a model is called with, and besides ``labels`` [B, T] and, maybe, ``targets`` [N]: where, in the flattened batch, a
+position predicts a label (``find_targets``)."""
 
 
 def forward(model: nn.Module, batch: Batch) -> Tensor:
     """Logits [B, T, V]."""
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets")}
     return model(**inputs, use_cache=False).logits
 
 
@@ -30,11 +33,34 @@ def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, :-1][wanted], labels[:, 1:][wanted]
 
 
+def _following(labels: Tensor) -> Tensor:
+    """What each position predicts, flattened: the labels are shifted, not the logits, whose slice would be copied."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).flatten()
+
+
+def find_targets(labels: Tensor) -> Tensor:
+    """``targets`` of a batch. On the device this would wait for it, so batches bring them."""
+    return (_following(labels) != IGNORE).nonzero().flatten()
+
+
 def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy in fp32 over the targets."""
-    # the labels are shifted, not the logits: a slice of those would be copied, and its gradient again
-    following = F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-    return F.cross_entropy(logits.flatten(0, 1).float(), following.flatten(), ignore_index=IGNORE, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1).float(), _following(labels), ignore_index=IGNORE, reduction="sum")
+
+
+def loss_sum(model: nn.Module, batch: Batch, dense: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum) -> Tensor:
+    """Summed next-token cross-entropy of a batch, in fp32.
+
+    Args:
+        dense: of logits and labels, for batches whose logits are few. The others are taken by the head chunk by chunk, where
+            it is frozen and nothing comes after it.
+    """
+    head, at = heads.head_of(model), batch.get("targets")
+    many = batch["labels"].numel() if at is None else len(at)
+    if head is None or many * len(head.weight) <= heads.MOST:
+        return dense(forward(model, batch), batch["labels"])
+    with heads.loss_in_head(head, _following(batch["labels"]), at):
+        return forward(model, batch)
 
 
 def compiled_cross_entropy(backend: str = "inductor") -> Callable[[Tensor, Tensor], Tensor]:

@@ -20,6 +20,7 @@ from slimtune.errors import UserError, nearest
 from slimtune.recipe import Recipe
 from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision
 from slimtune.structure.axes import Structure
+from slimtune.train.objective import find_targets
 from slimtune.train.progress import Progress
 
 Figures = dict[str, float]
@@ -151,4 +152,6 @@ class Batches:
         # flash attention recognises packed examples only in a batch of one long row
         flatten = self.session.recipe.model.attention == "flash_attention_2"
         parts = [self.windows.collate(mine[start : start + size], flatten=flatten) for start in range(0, len(mine), size)]
+        for part in parts:
+            part["targets"] = find_targets(part["labels"])
         return [{key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.train import checkpoint
-from slimtune.train.objective import Batch, accumulate, compiled_cross_entropy, cross_entropy_sum, forward
+from slimtune.train.objective import Batch, accumulate, compiled_cross_entropy, cross_entropy_sum, loss_sum
 from slimtune.train.optimizers import ReplacedParameter, carry_over, model_optimizers
 from slimtune.train.schedule import lr_factor, set_lr
 from slimtune.train.session import Session
@@ -38,7 +38,7 @@ class Tuner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of a micro-batch, summed over its targets."""
-        return self.cross_entropy(forward(self.wrapped, batch), batch["labels"])
+        return loss_sum(self.wrapped, batch, self.cross_entropy)
 
     def update(self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None) -> dict[str, Any]:
         """One optimiser step on batch ``step``; ``loss`` sums over a micro-batch's targets, ``penalty`` comes once."""
