@@ -86,9 +86,10 @@ def test_sampled_gates_at_the_fixed_masks_compute_what_the_fixed_masks_do(bench:
     torch.testing.assert_close(logits(run, batch), fixed)
 
 
-def test_a_gates_gradient_is_that_of_its_innovation(bench: Bench, tmp_path: Path) -> None:
+@pytest.mark.parametrize("matrices", [4096, 0], ids=["matrix", "share"])
+def test_a_gates_gradient_is_that_of_its_innovation(bench: Bench, tmp_path: Path, matrices: int) -> None:
     """For the last consumer: output gradient times weight column times innovation, for a kept unit and one that is gone."""
-    run = started(bench, tmp_path)
+    run = started(bench, tmp_path, compensate__matrices=matrices)
     batch, site = run.decider.batches.at(0)[0], (2, "ffn")
     run.bank.close(halves(run))
     module = next(
@@ -108,13 +109,36 @@ def test_a_gates_gradient_is_that_of_its_innovation(bench: Bench, tmp_path: Path
     forward(run.model.eval(), batch).square().mean().backward()
     for handle in handles:
         handle.remove()
-    residual = seen["x"] @ run.compensation.innovations[site].matrix.T
+    told = run.compensation.innovations[site].residual
+    assert told.ndim == (2 if matrices else 1)
+    residual = seen["x"] @ told.T if matrices else seen["x"] * told
     assert seen["out"].grad is not None
     expected = ((seen["out"].grad @ module.base_layer.weight) * residual).sum((0, 1))
     assert leaf.grad is not None
     torch.testing.assert_close(leaf.grad, expected, rtol=1e-3, atol=1e-6)
     plain = ((seen["out"].grad @ module.base_layer.weight) * seen["x"]).sum((0, 1))
     assert (leaf.grad - plain).norm() > 0.1 * plain.norm()
+
+
+@pytest.mark.parametrize("matrices", [4096, 0], ids=["matrix", "share"])
+def test_a_unit_that_comes_back_brings_its_innovation_alone(bench: Bench, tmp_path: Path, matrices: int) -> None:
+    run = started(bench, tmp_path, compensate__matrices=matrices)
+    batch, site, fixed = run.decider.batches.at(0)[0], (2, "ffn"), halves(run)
+    module = next(
+        each for layer, row, each in linears_of(run.model, run.structure) if row.into and layer == 2 and row.into.axis == "ffn"
+    )
+    run.bank.close(fixed)
+    seen: list[Tensor] = []
+    handles = [module.register_forward_pre_hook(lambda _, args: seen.append(args[0]), prepend=first) for first in (True, False)]
+    sampled = {**fixed, site: 1 - fixed[site]}  # those that were gone come back, the others go
+    run.bank.leaves(sampled)
+    logits(run, batch)
+    for handle in handles:
+        handle.remove()
+    (x, gated), told = seen, run.compensation.innovations[site].residual
+    residual = x @ told.T if matrices else x * told
+    torch.testing.assert_close(gated, residual * sampled[site])
+    assert float(gated.abs().max()) > 0
 
 
 @pytest.mark.parametrize("weights", ["adapt", "decide"])
@@ -142,6 +166,18 @@ def test_second_moments_are_sums_of_outer_products_of_tokens(bench: Bench, tmp_p
     passes.run(lambda real: {"consumers": lambda *args: see(real, *args)})
     for site, moments in run.compensation.moments.items():
         torch.testing.assert_close(moments, seen[site], rtol=1e-4, atol=1e-4)
+
+
+def test_micro_batches_may_be_read_together(bench: Bench, tmp_path: Path) -> None:
+    run = started(bench, tmp_path, train__micro_batch=1)
+    tokens = list[int]()
+
+    def read(together: int) -> int:
+        passes = Passes(run.session, run.model, run.decider.batches, 2)
+        tokens.append(sum(int(real.sum()) for real in passes.run(lambda _: {}, together)))
+        return passes.tokens
+
+    assert read(1) == read(3) == tokens[0] == tokens[1] > 0
 
 
 @pytest.mark.parametrize(

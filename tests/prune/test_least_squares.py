@@ -47,6 +47,30 @@ def test_the_innovation_of_a_unit_is_what_the_other_kept_ones_do_not_explain() -
         torch.testing.assert_close(residual[:, own], expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("kept", [KEPT, list(range(10))], ids=["some gone", "none gone"])
+@pytest.mark.parametrize("damping", [1e-9, 0.1])
+def test_the_share_is_the_innovations_own_best_multiple(damping: float, kept: list[int], rows: int) -> None:
+    x = data()
+    moments = x.T @ x
+    found = Takeover.of(moments, torch.tensor(kept), damping)
+    assert found is not None
+    residual = x @ found.innovation(rows).T.double()
+    best = (residual * x).sum(0) / x.square().sum(0)
+    share = found.share(moments, rows)
+    assert share.dtype == torch.float32
+    torch.testing.assert_close(share.double(), best, rtol=1e-4, atol=1e-5)
+    assert bool((share[kept] > 0).all())
+    assert bool((share < 1).all())
+
+
+def test_an_input_that_is_always_zero_has_a_share() -> None:
+    moments = torch.diag(torch.tensor([1.0, 2.0, 0.0, 0.0]))
+    found = Takeover.of(moments, torch.tensor([0, 2]), 0.01)
+    assert found is not None
+    assert found.share(moments, 1).isfinite().all()
+
+
 def test_wide_consumers_are_solved_in_single_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = data(), torch.ones(3, 10)
     exact = takeover(x, 0.01).weight(weight)

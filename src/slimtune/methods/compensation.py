@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Innovation, Masks, Site
-from slimtune.prune.least_squares import Takeover
+from slimtune.prune.least_squares import WIDE, Takeover
 from slimtune.structure.axes import Side, Structure
+from slimtune.train.offload import kept_on
 
 
 @dataclass
@@ -49,6 +50,7 @@ class Compensation:
             are kept on the same one.
         damping: in units of the mean diagonal of the kept inputs' moments.
         dtype: that the model computes in; innovations are kept in it, on the model's device.
+        matrices: the widest consumer whose innovations are told from all its inputs; those of wider ones are ``share``s.
         judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
             else they are taken as without compensation.
     """
@@ -61,8 +63,10 @@ class Compensation:
         damping: float,
         judge: bool,
         dtype: torch.dtype = torch.float32,
+        matrices: int = WIDE,
     ):
         self.structure, self.moments, self.damping, self.judge, self.dtype = structure, moments, damping, judge, dtype
+        self.matrices = matrices
         self.consumers: list[_Consumer] = []
         self.innovations: dict[Site, Innovation] = {}
         self.open = True
@@ -70,7 +74,7 @@ class Compensation:
             if row.into:
                 inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
                 site = (layer, row.into.axis)
-                original = inner.weight.detach().to(moments[site].device, copy=True)
+                original = kept_on(moments[site].device, inner.weight.detach())
                 self.consumers.append(_Consumer(site, row.into, inner.weight, original))
 
     def opened(self) -> None:
@@ -79,8 +83,8 @@ class Compensation:
             return
         for consumer in self.consumers:
             if consumer.changed is None:
-                consumer.changed = consumer.weight.detach().to(consumer.original.device, copy=True)
-            consumer.weight.data.copy_(consumer.original)
+                consumer.changed = kept_on(consumer.original.device, consumer.weight.detach())
+            consumer.weight.data.copy_(consumer.original, non_blocking=True)
         self.open = True
 
     def closed(self, masks: Masks) -> None:
@@ -92,7 +96,7 @@ class Compensation:
                     self._solve(consumer, mask)
             elif self.open:
                 assert consumer.changed is not None
-                consumer.weight.data.copy_(consumer.changed)
+                consumer.weight.data.copy_(consumer.changed, non_blocking=True)
         self.open = False
 
     def sampled(self) -> None:
@@ -112,13 +116,15 @@ class Compensation:
             consumer.weight.data.copy_(consumer.original)
             return
         kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
-        takeover = Takeover.of(self.moments[consumer.site].to(device), kept, self.damping)
+        moments = self.moments[consumer.site].to(device, non_blocking=True)
+        takeover = Takeover.of(moments, kept, self.damping)
         self.innovations.pop(consumer.site, None)
         consumer.mask, consumer.changed = mask.clone(), None
-        original = consumer.original.to(device)
+        original = consumer.original.to(device, non_blocking=True)
         consumer.weight.data.copy_(original if takeover is None else takeover.weight(original))
         if takeover is not None and self.judge:
             left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=device)
             left[takeover.kept] = True
-            matrix = takeover.innovation(self.structure.rows(consumer.side)).to(self.dtype)
-            self.innovations[consumer.site] = Innovation(matrix, left)
+            rows = self.structure.rows(consumer.side)
+            residual = takeover.innovation(rows) if len(left) <= self.matrices else takeover.share(moments, rows)
+            self.innovations[consumer.site] = Innovation(residual.to(self.dtype), left)

@@ -12,7 +12,11 @@ from slimtune.errors import UserError
 from slimtune.models.watch import watch
 from slimtune.prune.gates import Site
 from slimtune.train.objective import IGNORE, Batch, forward
+from slimtune.train.offload import kept_on
 from slimtune.train.session import Batches, Session
+
+TOGETHER = 4
+"""Micro-batches that a pass without gradients reads at once where it is spared passes over the moments by it."""
 
 
 class Passes:
@@ -27,20 +31,23 @@ class Passes:
         self.tokens = 0
 
     @torch.no_grad()
-    def run(self, watchers: Callable[[Tensor], dict[str, Any]]) -> list[Tensor]:
-        """Run, watched by ``watch(**watchers(real))``; which positions [B, T] of each batch were real, not padding."""
+    def run(self, watchers: Callable[[Tensor], dict[str, Any]], together: int = 1) -> list[Tensor]:
+        """Run, watched by ``watch(**watchers(real))``; which positions [B, T] of each batch were real, not padding.
+
+        Args:
+            together: micro-batches to read at once, for there is no backward pass to keep anything for.
+        """
         seen = []
         self.model.eval()
-        for step in range(self.count):
-            for part in self.batches.at(step):
-                real = _real(part, self.batches.windows.pad)
-                handles = watch(self.model, self.session.structure, **watchers(real))
-                with self.session.accelerator.autocast():
-                    forward(self.model, part)
-                for handle in handles:
-                    handle.remove()
-                seen.append(real)
-            self.tokens += self.batches.tokens(step)
+        for part in self.batches.of(range(self.count), together):
+            real = _real(part, self.batches.windows.pad)
+            handles = watch(self.model, self.session.structure, **watchers(real))
+            with self.session.accelerator.autocast():
+                forward(self.model, part, logits_to_keep=1)
+            for handle in handles:
+                handle.remove()
+            seen.append(real)
+        self.tokens += sum(map(self.batches.tokens, range(self.count)))
         return seen
 
     def second_moments(self, device: torch.device) -> dict[Site, Tensor]:
@@ -55,14 +62,22 @@ class Passes:
         totals: dict[Site, Tensor] = {}
         adding = self.session.device if self._has_room() else device
 
-        def see(real: Tensor, layer: int, axis: str, values: Tensor) -> None:
+        def see(at: Tensor, layer: int, axis: str, values: Tensor) -> None:
             with torch.autocast(values.device.type, enabled=False):
-                found = values[real].float()
-                product = (found.T @ found).to(adding)
+                flat = values.flatten(0, 1)
+                product = _products(flat if len(at) == len(flat) else flat.index_select(0, at))
             site = (layer, axis)
-            totals[site] = totals[site].add_(product) if site in totals else product
+            if site in totals:
+                totals[site].add_(product.to(adding))
+            else:
+                totals[site] = product if adding == product.device else kept_on(adding, product)
 
-        self.run(lambda real: {"consumers": lambda *args: see(real, *args)})
+        def watchers(real: Tensor) -> dict[str, Any]:
+            at = real.flatten().nonzero().flatten()
+            return {"consumers": lambda *args: see(at, *args)}
+
+        # on the host every pass over the totals costs seconds, and what they are not beside leaves room for longer ones
+        self.run(watchers, together=1 if adding == self.session.device else TOGETHER)
         several, moments = self.session.accelerator.num_processes > 1, {}
         for site in list(totals):
             total = totals.pop(site)
@@ -73,17 +88,28 @@ class Passes:
                     f"the base's activations in layer {site[0]} are not finite on the decision rows: nothing can compensate; "
                     "look at model.dtype and the data, or set compensate.weights=none"
                 )
-            moments[site] = total.to(device)
+            moments[site] = total if total.device == device else kept_on(device, total)
         return moments
 
     def _has_room(self) -> bool:
-        """Whether all moments fit the device while they are added up, with half of what is free left to the passes."""
+        """Whether all moments are little beside the device's memory: training will want the rest, and no more."""
         if self.session.device.type != "cuda":
             return True
         structure = self.session.structure
         rows = [row.into for row in structure.family.linears if row.into]
         widths = [layer.units[side.axis] * structure.rows(side) for layer in structure.layers for side in rows]
-        return sum(4 * width**2 for width in widths) < torch.cuda.mem_get_info(self.session.device)[0] / 2
+        return sum(4 * width**2 for width in widths) < torch.cuda.mem_get_info(self.session.device)[1] / 16
+
+
+def _products(x: Tensor) -> Tensor:
+    """x^T x [d, d] of x [N, d], summed in fp32."""
+    exact, before = x.float(), torch.backends.cuda.matmul.allow_tf32
+    # tf32 holds every bf16 and fp16 number, so their products are exact in it, and ten times as fast as those of fp32
+    torch.backends.cuda.matmul.allow_tf32 = before or x.dtype is not torch.float32
+    try:
+        return exact.T @ exact
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _real(batch: Batch, pad: int) -> Tensor:

@@ -49,7 +49,8 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         return None
     loaded = next(model.parameters()).dtype  # what a model computes in outside autocast
     dtype = torch.bfloat16 if session.accelerator.mixed_precision == "bf16" else loaded
-    compensation = Compensation(model, session.structure, moments, wanted.damping, wanted.weights == "decide", dtype)
+    judge = wanted.weights == "decide"
+    compensation = Compensation(model, session.structure, moments, wanted.damping, judge, dtype, wanted.matrices)
     bank.follower = compensation
     if compensation.judge:  # by innovations from the first turn on
         bank.close(budget.all_kept(session.structure, session.device))

@@ -23,10 +23,10 @@ ReadMask = Callable[[int, str], Tensor | None]
 
 
 class Innovation(Protocol):
-    """Of a consumer's d inputs: ``matrix`` [d, d] to their residuals, ``kept`` boolean [d]; see ``prune.gates``."""
+    """Of a consumer's d inputs: ``residual`` [d, d] or [d], ``kept`` boolean [d]; see ``prune.gates``."""
 
     @property
-    def matrix(self) -> Tensor: ...
+    def residual(self) -> Tensor: ...
 
     @property
     def kept(self) -> Tensor: ...
@@ -81,8 +81,11 @@ def _compensated(x: Tensor, mask: Tensor, own: Innovation) -> Tensor:
     A unit that comes back brings its innovation only, for the rest is in the weight already. One that goes is judged by its
     innovation too, for the rest would be taken over; until the masks are solved for again the sample goes without all of it.
     """
-    residual = x @ own.matrix.to(x.dtype).T
     fixed = mask.detach()
+    if own.residual.ndim == 1:  # no other input is needed, and no more than one multiplication
+        share = own.residual.to(x.dtype)
+        return x * torch.where(own.kept, fixed + (mask - fixed) * share, share * mask)
+    residual = x @ own.residual.to(x.dtype).T
     return torch.where(own.kept, x * fixed + (mask - fixed) * residual.detach(), residual * mask)
 
 

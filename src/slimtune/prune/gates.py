@@ -21,14 +21,14 @@ Masks = Mapping[Site, Tensor]
 
 @dataclass(frozen=True)
 class Innovation:
-    """What a consumer's inputs say beyond those of the kept units; see ``least_squares.Takeover.innovation``.
+    """What a consumer's inputs say beyond those of the kept units; see ``least_squares.Takeover``.
 
     Attributes:
-        matrix: [d, d].
+        residual: ``innovation``'s matrix [d, d], or ``share``'s multiples of the inputs themselves [d].
         kept: which of the d inputs are of kept units, boolean [d].
     """
 
-    matrix: Tensor
+    residual: Tensor
     kept: Tensor
 
 

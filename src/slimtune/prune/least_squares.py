@@ -28,12 +28,14 @@ class Takeover:
         kept, gone: indices of inputs [k], [g].
         onto: T [g, k], in the precision of the solve.
         inverse: (G_kk + damping)^-1 [k, k].
+        damped: what was added to the diagonal of G_kk.
     """
 
     kept: Tensor
     gone: Tensor
     onto: Tensor
     inverse: Tensor
+    damped: Tensor
 
     @classmethod
     def of(cls, moments: Tensor, kept: Tensor, damping: float) -> Takeover | None:
@@ -52,9 +54,10 @@ class Takeover:
         exact = torch.float64 if len(kept) <= WIDE else torch.float32
         inside = moments[kept][:, kept].to(exact)
         # a model whose units are dead has a zero diagonal, which any damping would leave singular
-        inside.diagonal().add_(damping * inside.diagonal().mean() + torch.finfo(torch.float32).tiny)
+        damped = damping * inside.diagonal().mean() + torch.finfo(torch.float32).tiny
+        inside.diagonal().add_(damped)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(inside))
-        return cls(kept, gone, moments[gone][:, kept].to(exact) @ inverse, inverse)
+        return cls(kept, gone, moments[gone][:, kept].to(exact) @ inverse, inverse, damped)
 
     def weight(self, weight: Tensor) -> Tensor:
         """``weight`` [out, d] with D added to its kept columns; the others, whose inputs are gone, stay."""
@@ -75,8 +78,31 @@ class Takeover:
         matrix = torch.zeros(size, size, dtype=self.onto.dtype, device=self.kept.device)
         matrix[self.gone, self.gone] = 1.0
         matrix[self.gone[:, None], self.kept[None]] = -self.onto
-        units = torch.arange(len(self.kept) // rows, device=self.kept.device)
-        wide = self.inverse.view(len(units), rows, len(self.kept))
-        own = self.inverse.view(len(units), rows, len(units), rows)[units, :, units]
-        matrix[self.kept[:, None], self.kept[None]] = torch.linalg.solve(own, wide).reshape(len(self.kept), -1)
+        wide = self.inverse.view(-1, rows, len(self.kept))
+        own = torch.linalg.solve(self._own(rows), wide) if rows > 1 else wide / self._own(1)
+        matrix[self.kept[:, None], self.kept[None]] = own.reshape(len(self.kept), -1)
         return matrix.float()
+
+    def share(self, moments: Tensor, rows: int) -> Tensor:
+        """Of each input what its innovation is at best, as a multiple of the input itself: [d] in 0..1, fp32.
+
+        ``E (M x)_j x_j / E x_j^2``: the part of its power that the kept units do not explain. With ``(G_kk + damping)`` times
+        its inverse written out that is ``(((P_ii)^-1)_jj - damping) / G_jj`` of a kept input, and ``1 - (T G_kg)_jj / G_jj``
+        of one that is gone.
+
+        Args:
+            moments: G as the solve had it [d, d].
+            rows: inputs of a unit.
+        """
+        power = moments.diagonal().to(self.onto.dtype).clamp(min=torch.finfo(torch.float32).tiny)
+        found = torch.empty_like(power)
+        own = torch.linalg.inv(self._own(rows)) if rows > 1 else 1 / self._own(1)
+        found[self.kept] = (own.diagonal(dim1=-2, dim2=-1).flatten() - self.damped) / power[self.kept]
+        explained = (self.onto * moments[self.gone][:, self.kept]).sum(1)
+        found[self.gone] = 1 - explained / power[self.gone]
+        return found.clamp(0.0, 1.0).float()
+
+    def _own(self, rows: int) -> Tensor:
+        """P_ii of all kept units [k / rows, rows, rows]."""
+        units = torch.arange(len(self.kept) // rows, device=self.kept.device)
+        return self.inverse.view(len(units), rows, len(units), rows)[units, :, units]

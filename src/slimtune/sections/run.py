@@ -156,6 +156,9 @@ class CompensateConfig(Section):
     then see of a unit what no kept one can take over."""
     damping: Annotated[float, Field(gt=0.0)] = 0.01
     """Added to the diagonal of the kept inputs' second moments, in units of its mean."""
+    matrices: Count = 4096
+    """``decide``: of consumers of at most as many inputs, what a unit alone can say is told from all inputs, by a matrix of the
+    width squared on the GPU; of wider ones it is the same part of each token's input, by one number an input."""
     offload: bool = True
     """Keep what is only needed when masks change in host memory, of each process: the second moments (4 bytes times input width
     squared, of each o_proj and down_proj) and the base's weights of the two."""

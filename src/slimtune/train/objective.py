@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +22,10 @@ Batch = Mapping[str, Tensor]
 position predicts a label (``find_targets``)."""
 
 
-def forward(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits [B, T, V]."""
+def forward(model: nn.Module, batch: Batch, **more: Any) -> Tensor:
+    """Logits [B, T, V]; ``more`` are arguments for the model, as ``logits_to_keep``."""
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "targets")}
-    return model(**inputs, use_cache=False).logits
+    return model(**inputs, use_cache=False, **more).logits
 
 
 def _shifted(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

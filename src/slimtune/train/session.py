@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import chain
 from typing import Any
 
 import torch
@@ -146,12 +147,17 @@ class Batches:
 
     def at(self, step: int) -> list[dict[str, Any]]:
         """This rank's micro-batches of step ``step``, on the device."""
+        return list(self.of([step]))
+
+    def of(self, steps: Iterable[int], together: int = 1) -> Iterator[dict[str, Any]]:
+        """This rank's micro-batches of ``steps``, on the device, ``together`` of them in one."""
         train, accelerator = self.session.recipe.train, self.session.accelerator
-        mine = self._indices(step)[accelerator.process_index :: accelerator.num_processes]
-        size = train.micro_batch or max(1, len(mine))
+        chosen = [self._indices(step)[accelerator.process_index :: accelerator.num_processes] for step in steps]
+        micro = train.micro_batch or max(1, *map(len, chosen))
         # flash attention recognises packed examples only in a batch of one long row
         flatten = self.session.recipe.model.attention == "flash_attention_2"
-        parts = [self.windows.collate(mine[start : start + size], flatten=flatten) for start in range(0, len(mine), size)]
-        for part in parts:
+        groups = [mine[start : start + micro] for mine in chosen for start in range(0, len(mine), micro)]
+        for start in range(0, len(groups), together):
+            part = self.windows.collate(list(chain(*groups[start : start + together])), flatten=flatten)
             part["targets"] = find_targets(part["labels"])
-        return [{key: value.to(self.session.device, non_blocking=True) for key, value in part.items()} for part in parts]
+            yield {key: value.to(self.session.device, non_blocking=True) for key, value in part.items()}
