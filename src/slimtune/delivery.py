@@ -22,7 +22,8 @@ from slimtune.export import adapter, card, card_facts, huggingface
 from slimtune.export.verify import sample, verify
 from slimtune.methods.outcome import Outcome
 from slimtune.models.identity import weight_bytes
-from slimtune.models.load import attention_of, without_flash
+from slimtune.models.load import attention_of, straight_to, without_flash
+from slimtune.models.piecewise import in_fp32
 from slimtune.models.surgery import merge_lora
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, pick_dtype, rank, writing
@@ -53,6 +54,8 @@ class Made:
 def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
     """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written.
 
+    The outcome's model is used up: its weights are merged and rounded where they are, one by one, and given free when written.
+
     Args:
         figures: of the base and the dense reference, for the card.
 
@@ -65,9 +68,7 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
     bound = None
     if rank() == 0 and recipe.export.adapter and isinstance(outcome.model, PeftModel):
         bound = adapter.taken(outcome.model, recipe.model, run.structure, plan)
-    model: Any = merge_lora(outcome.model.float())
-    for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
-        parameter.data = parameter.data.to(dtype).float()
+    model: Any = merge_lora(outcome.model, dtype)
     differences = list[float]()
     if rank() == 0:
         run.progress.say(f"writing {escape(str(target))} ...")
@@ -79,6 +80,7 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
         if bound:
             adapter.write(run.folder / adapter.FOLDER, bound, adapter.digest_of(model, dtype), dtype)
     run.folder.write_text("plan.json", plan.to_json())
+    model.to("meta")  # what was written is loaded now
     difference = differences[0] if differences else None
     run.accelerator.wait_for_everyone()
     result, influences = _measured(run, outcome.plan, target)
@@ -109,6 +111,7 @@ def _measured(run: Made, plan: Plan, target: Path) -> tuple[Figures, Influences]
     recipe, influences = run.recipe, Influences()
     measured = pick_dtype(recipe.model.dtype, str(run.accelerator.device))  # as the base was
     how = attention_of(recipe.model, run.config)
+    how |= straight_to(str(run.accelerator.device))
     loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
     kind = type(loaded).__name__
     if recipe.budget.layout == "uniform" and not type(loaded).__module__.startswith("transformers."):
@@ -133,7 +136,7 @@ def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: 
 @torch.no_grad()
 def _verify(run: Made, model: nn.Module, target: Path) -> float:
     ids = sample(run.splits.test.collate([0])["input_ids"][:, :64], run.config.vocab_size)
-    with run.figures.eager():
+    with run.figures.eager(), in_fp32(model):
         expected = model(input_ids=ids, use_cache=False).logits
     difference = verify(target, ids, expected)
     if difference > RELOAD_LIMIT * float(expected.abs().max()):
