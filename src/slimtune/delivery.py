@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,6 +63,7 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
     Returns:
         Figures of the written model, and by how much its logits differ after a reload (None: not checked).
     """
+    gc.collect()  # a method's parts know one another: its teacher, an uncut model, would stay until chance takes it
     recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
     total = count(run.structure, outcome.plan).total
     plan = _noted(run, outcome.plan)

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slimtune
-from bases import Bench, plan_of, write_base
+from bases import Bench, plan_of, verify_here, write_base
 from slimtune.cli import app
+from slimtune.export import huggingface
 from slimtune.models.surgery import merge_lora
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,6 +65,26 @@ def test_the_same_bits(name: str, bench: Bench, tmp_path: Path, tuned: Path) -> 
     assert plan_of(out).digest == slimtune.Plan.from_json((tmp_path / "again" / "plan.json").read_text()).digest
     told = (out / "adapter" / "adapter_config.json").read_text() + (out / "adapter" / "apply.json").read_text()
     assert str(Path(bench.base).parent) not in told
+
+
+def test_a_merged_model_rests_in_the_type_that_is_written(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[set[torch.dtype]] = []
+    real = huggingface.save
+
+    def save(model: Any, *rest: Any, **more: Any) -> Any:
+        seen.append({parameter.dtype for parameter in model.parameters()})
+        return real(model, *rest, **more)
+
+    monkeypatch.setattr(huggingface, "save", save)
+    monkeypatch.setattr("slimtune.delivery.verify", verify_here)
+    model = {"path": bench.base, "dtype": "bfloat16"}
+    recipe = bench.recipe(tmp_path / "run", model=model, export={"dtype": "bfloat16", "verify": True})
+    summary = slimtune.tune(recipe)
+    assert summary["reload_difference"] < 1e-4  # and computes in fp32, as the fresh process does
+    assert slimtune.apply_plan(tmp_path / "run", bench.base, out=tmp_path / "again")["same"]
+    assert seen == [{torch.bfloat16}] * 2  # fp32 would be twice the memory
 
 
 def test_the_adapter_is_one_of_peft(bench: Bench, tuned: Path, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ def cut_values(model: nn.Module, structure: Structure, plan: Plan) -> Iterator[t
     plan.check(structure)
     blocks, numbers = f"{structure.family.blocks}.", {layer: index for index, layer in enumerate(plan.layers)}
     linears = {row.path: row for row in structure.family.linears}
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        tensor: Tensor = parameter
         if not name.startswith(blocks):
             yield name, tensor
             continue

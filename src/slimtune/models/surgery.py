@@ -203,11 +203,12 @@ def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 weight = module.get_base_layer().weight
-                weight.data = weight.data.float() if dtype else weight.data
+                wide = weight.data.float() if dtype else weight.data
                 for name in module.active_adapters:
                     left, right = module.lora_B[name].weight, module.lora_A[name].weight
-                    _add_product(weight, left, right, float(module.scaling[name]))
-                weight.data = weight.data.to(dtype) if dtype else weight.data
+                    _add_product(wide, left, right, float(module.scaling[name]))
+                # into the memory that it had, where that fits: with blocks of two sizes by turns the heap would grow by holes
+                weight.data = weight.data.copy_(wide) if weight.dtype is (dtype or weight.dtype) else wide.to(dtype)
         model = cast(nn.Module, model.unload())
     for parameter in model.parameters() if dtype else ():
         if parameter.dtype is not dtype:
