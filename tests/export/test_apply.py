@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from typer.testing import CliRunner
 
 import slimtune
 from bases import Bench, plan_of, verify_here, write_base
+from slimtune import delivery
 from slimtune.cli import app
 from slimtune.export import huggingface
+from slimtune.methods.teacher import Teacher
 from slimtune.models.surgery import merge_lora
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -67,24 +70,37 @@ def test_the_same_bits(name: str, bench: Bench, tmp_path: Path, tuned: Path) -> 
     assert str(Path(bench.base).parent) not in told
 
 
-def test_a_merged_model_rests_in_the_type_that_is_written(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[set[torch.dtype]] = []
-    real = huggingface.save
+def test_one_model_is_held_while_it_is_handed_over(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    teachers: list[Any] = []
+    handed: list[Any] = []
+    real, stay, measured = huggingface.save, Teacher.stay, delivery._measured
 
     def save(model: Any, *rest: Any, **more: Any) -> Any:
-        seen.append({parameter.dtype for parameter in model.parameters()})
+        written.append({parameter.dtype for parameter in model.parameters()})
+        assert [each for each in teachers if each() is not None] == []  # the uncut model is gone
+        handed.append(weakref.ref(model))
         return real(model, *rest, **more)
 
+    def remember(teacher: Teacher, *rest: Any) -> None:
+        stay(teacher, *rest)
+        teachers.append(weakref.ref(teacher.model))
+
+    def measure(*rest: Any) -> Any:
+        assert {parameter.device.type for parameter in handed[-1]().parameters()} == {"meta"}
+        return measured(*rest)
+
     monkeypatch.setattr(huggingface, "save", save)
-    monkeypatch.setattr("slimtune.delivery.verify", verify_here)
-    model = {"path": bench.base, "dtype": "bfloat16"}
-    recipe = bench.recipe(tmp_path / "run", model=model, export={"dtype": "bfloat16", "verify": True})
+    monkeypatch.setattr(Teacher, "stay", remember)
+    monkeypatch.setattr(delivery, "_measured", measure)
+    monkeypatch.setattr(delivery, "verify", verify_here)
+    model, distill = {"path": bench.base, "dtype": "bfloat16"}, {"weight": 1.0, "recover": True}
+    recipe = bench.recipe(tmp_path / "run", model=model, distill=distill, export={"dtype": "bfloat16", "verify": True})
     summary = slimtune.tune(recipe)
-    assert summary["reload_difference"] < 1e-4  # and computes in fp32, as the fresh process does
+    assert len(teachers) == 1
+    assert summary["reload_difference"] < 1e-4  # it computes in fp32, as the fresh process does
     assert slimtune.apply_plan(tmp_path / "run", bench.base, out=tmp_path / "again")["same"]
-    assert seen == [{torch.bfloat16}] * 2  # fp32 would be twice the memory
+    assert written == [{torch.bfloat16}] * 2  # fp32 would be twice the memory
 
 
 def test_the_adapter_is_one_of_peft(bench: Bench, tuned: Path, tmp_path: Path) -> None:

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from bases import TINY, write_base
-from slimtune.models.identity import weight_bytes
+from slimtune.models.identity import stored_dtype, weight_bytes
+from slimtune.sections import ModelConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
 WIDE = TINY | {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 7, "num_attention_heads": 12}
@@ -85,3 +87,21 @@ def test_no_weight_is_held_twice(warm: Any, tmp_path: Path) -> None:
     limits |= {"lora": 0.3, "taken": 0.3, "merged": 0.3, "computed": 0.3}
     assert took.keys() == limits.keys()
     assert {name: value for name, value in took.items() if value > limits[name]} == {}
+
+
+def test_the_type_of_a_bases_files_is_told_where_there_is_one(tmp_path: Path) -> None:
+    base = ModelConfig(path=str(write_base(tmp_path / "base")))
+    assert stored_dtype(base) is torch.float32
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    save_file(weights, tmp_path / "base" / "adapter.safetensors")  # another file says nothing
+    (tmp_path / "base" / "broken.safetensors").write_bytes(b"no weights")
+    for name, kind in (("bfloat16", torch.bfloat16), ("float8_e4m3fn", None)):
+        save_file(
+            {key: value.to(getattr(torch, name)) for key, value in weights.items()}, tmp_path / "base" / "model.safetensors"
+        )
+        assert stored_dtype(base) is kind
+    save_file(weights | {"model.norm.weight": weights["model.norm.weight"].half()}, tmp_path / "base" / "model.safetensors")
+    assert stored_dtype(base) is None
+    (tmp_path / "base" / "model.safetensors").unlink()
+    assert stored_dtype(base) is None
+    assert stored_dtype(ModelConfig(path="some/model")) is None  # on the hub: nobody looks

@@ -51,8 +51,10 @@ def stored_dtype(model: ModelConfig) -> torch.dtype | None:
     None where there are several, or none to look at.
     """
     location, local = locate(model.path)
-    found = set[str]()
-    for path in sorted(Path(location).glob("*.safetensors")) if local else ():
+    folder, found = Path(location), set[str]()
+    index = folder / "model.safetensors.index.json"
+    names = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    for path in (folder / name for name in sorted(names) if local and (folder / name).is_file()):
         with safe_open(path, "pt") as file:
             found |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
     return _DTYPES.get(found.pop()) if len(found) == 1 else None
