@@ -39,10 +39,11 @@ results: setup
 GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))
 bench: setup
 	@for rows in $(GRIDS); do echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done
-	@for rows in $(filter-out $(GRIDS) %dry-run.json %crosscheck.json %lm-eval.json %lm-eval-44m.json %speed.json %decode-ways.json,$(wildcard docs/results/*.json)); do \
+	@for rows in $(filter-out $(GRIDS) %dry-run.json %crosscheck.json %lm-eval.json %lm-eval-44m.json %speed.json %decode-ways.json %loading.json,$(wildcard docs/results/*.json)); do \
 	  echo; echo $$rows; $(BIN)/python -m slimtune compare --table --rows $$rows || exit 1; done
 	@echo; echo docs/results/speed.json; $(BIN)/python benchmarks/speed.py --rows docs/results/speed.json
 	@echo; echo docs/results/decode-ways.json; $(BIN)/python benchmarks/decode_ways.py --rows docs/results/decode-ways.json
+	@echo; echo docs/results/loading.json; $(BIN)/python benchmarks/loading.py --rows docs/results/loading.json
 	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 
 # Caches and builds; .venv and runs/ stay.

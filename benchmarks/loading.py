@@ -1,6 +1,7 @@
 """The host's memory that each command takes, held to the bytes of the base: is a model anywhere held twice?
 
     python benchmarks/loading.py small --rows docs/results/loading.json              # 0.28 GB of weights, on the CPU
+    python benchmarks/loading.py small --dtype float32 --only load tune apply --rows docs/results/loading.json
     python benchmarks/loading.py llama-3-8b --device cuda --rows docs/results/loading.json
     python benchmarks/loading.py --rows docs/results/loading.json                    # only print the table
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import subprocess
 import sys
@@ -37,6 +39,8 @@ SMALL = {"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, 
 SMALL |= {"num_attention_heads": 16, "num_key_value_heads": 8}
 TINY = SMALL | {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY |= {"num_key_value_heads": 2}
+AS_LARGE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""The C library gives blocks from 32 MB on back at once, as the weights of an 8B model are, and smaller ones when it likes."""
 LOAD = """
 import sys, torch
 from slimtune.models.load import load_model
@@ -89,7 +93,7 @@ def peaks(command: list[str]) -> dict[str, int]:
     """Most bytes, own and with files, that ``command`` and its children took together; seconds."""
     started, most = time.perf_counter(), {"own": 0, "with_files": 0}
     with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen(command, stdout=told, stderr=told)
+        process = subprocess.Popen(command, stdout=told, stderr=told, env={**os.environ, **AS_LARGE})
         while process.poll() is None:
             for name, value in taken(process.pid).items():
                 most[name] = max(most[name], value)
