@@ -67,8 +67,9 @@ class Passes:
                 flat = values.flatten(0, 1)
                 product = _products(flat if len(at) == len(flat) else flat.index_select(0, at))
             site = (layer, axis)
-            if site in totals:
-                totals[site].add_(product.to(adding))
+            if site in totals:  # added where the product is: the host would take longer than both ways there
+                total = totals[site]
+                total.copy_(product.add_(total.to(product.device, non_blocking=True)))
             else:
                 totals[site] = product if adding == product.device else kept_on(adding, product)
 
