@@ -28,6 +28,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimtune
 from slimtune.methods import atp
+from slimtune.methods.compensation import Compensation
+from slimtune.methods.decide import Decider
+from slimtune.methods.passes import Passes
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, seed_everything
@@ -125,6 +128,7 @@ def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any])
     steps = [line for line in lines if "step" in line]
     found: dict[str, Any] = {"what": "atp", "seconds": marks["end"] - marks["loaded"], **peak(device)}
     found["prepare_seconds"] = marks["search"] - marks["loaded"]
+    found |= {f"{name.removeprefix('of which ')}_seconds": value for name, value in marks.items() if "of which" in name}
     for phase in ("search", "recover"):
         rows = [row for row in steps if row["phase"] == phase]
         found[f"{phase}_seconds"] = sum(row["seconds"] for row in rows)
@@ -159,11 +163,30 @@ def timed(marks: dict[str, float], probe: Callable[[str, str, int], Any]) -> Ite
 
         return run
 
+    parts = {"moments": (Passes, "second_moments"), "taylor": (Decider, "taylor"), "solves": (Compensation, "_solve")}
+    saved = {name: getattr(owner, method) for name, (owner, method) in parts.items()}
     atp.gated_model, atp.run_phase = loaded, phase
+    for name, (owner, method) in parts.items():
+        setattr(owner, method, clocked(saved[name], marks, f"of which {name}"))
     try:
         yield
     finally:
         atp.gated_model, atp.run_phase = load, phase_of
+        for name, (owner, method) in parts.items():
+            setattr(owner, method, saved[name])
+
+
+def clocked(function: Callable[..., Any], marks: dict[str, float], name: str) -> Callable[..., Any]:
+    """``function``, whose seconds are added up; the GPU is waited for, as what is called here does several times itself."""
+
+    def call(*args: Any, **rest: Any) -> Any:
+        begun = time.perf_counter()
+        found = function(*args, **rest)
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        marks[name] = marks.get(name, 0.0) + time.perf_counter() - begun
+        return found
+
+    return call
 
 
 @contextmanager
