@@ -131,6 +131,8 @@ def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any])
     found |= {f"{name.removeprefix('of which ')}_seconds": value for name, value in marks.items() if "of which" in name}
     for phase in ("search", "recover"):
         rows = [row for row in steps if row["phase"] == phase]
+        if not rows:
+            continue
         found[f"{phase}_seconds"] = sum(row["seconds"] for row in rows)
         found[f"{phase}_step_seconds"] = statistics.median(row["seconds"] for row in rows)
         found[f"{phase}_steps"] = len(rows)

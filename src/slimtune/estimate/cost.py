@@ -134,16 +134,12 @@ class Job:
         return sum(kept**3 + 2 * gone * kept * (kept + self.config.hidden_size) for kept, gone in sizes)
 
     def solves(self) -> float:
-        """Those of the steps of a search, whose target falls geometrically over ``search.ramp``, and at a cut.
-
-        The masks of ``twostage`` move with the decide turns, those of ATP at every step of the ramp and with them after it.
-        """
+        """Those of the decide turns of a search, whose target falls geometrically over ``search.ramp``, and at a cut."""
         search, weights, rival = self.recipe.search, self.recipe.compensate.weights, self.recipe.method == "twostage"
         refit = self.solve(self.part) if rival and self.recipe.twostage.least_squares else 0.0
         if not self.searches or weights == "none":
             return refit
-        fall, every = max(1.0, search.ramp * search.steps), search.decide_every
-        moved = [step for step in range(search.steps) if step % every == 0 or not (rival or step > fall)]
+        fall, moved = max(1.0, search.ramp * search.steps), range(0, search.steps, search.decide_every)
         before = self.solve(1.0) if weights == "decide" else 0.0  # innovations of the open model, for the first turn
         return before + sum(self.solve(self.part ** min(1.0, (step + 1) / fall)) for step in moved) + refit
 

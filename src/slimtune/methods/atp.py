@@ -86,7 +86,8 @@ class _Atp:
     # --- adapt turns -------------------------------------------------------------------------------------------------
 
     def _search_adapt(self, step: int) -> dict[str, Any]:
-        self.masks = self.decider.masks(step)
+        if step % self.recipe.search.decide_every == 0:  # each move of the masks has its price: see Compensation
+            self.masks = self.decider.masks(step)
         return self._adapt(step, (step + 1) / max(1, self.recipe.search.steps))
 
     def _joint(self, step: int) -> dict[str, Any]:
@@ -231,7 +232,8 @@ class _Atp:
             self.plan.check(self.structure)
             self.masks = budget.masks_of(self.plan, self.session.device)
         elif saved["step"]:
-            self.masks = self.decider.masks(saved["step"] - 1)
+            last = saved["step"] - 1
+            self.masks = self.decider.masks(last - last % self.recipe.search.decide_every)
         if self.compensation and self.masks:
             self._close_gates()  # a decide turn is made under the weights of the turn before
         if saved["phase"] == "recover":

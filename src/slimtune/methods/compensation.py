@@ -7,7 +7,7 @@ is made already, and what the search finds costly is what no kept unit can repla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.least_squares import WIDE, Takeover
 from slimtune.structure.axes import Side, Structure
-from slimtune.train.offload import kept_on
+from slimtune.train.offload import brought, kept_on
 
 
 @dataclass
@@ -89,14 +89,17 @@ class Compensation:
 
     def closed(self, masks: Masks) -> None:
         """The weights that compensate for ``masks``, solved anew where they are others than before."""
+        moved = list[_Consumer]()
         for consumer in self.consumers:
             mask = masks[consumer.site]
             if consumer.mask is None or not torch.equal(mask, consumer.mask):
-                with torch.autocast(mask.device.type, enabled=False):
-                    self._solve(consumer, mask)
+                moved.append(consumer)
             elif self.open:
                 assert consumer.changed is not None
                 consumer.weight.data.copy_(consumer.changed, non_blocking=True)
+        for consumer, moments in zip(moved, self._moments(moved), strict=True):
+            with torch.autocast(moments.device.type, enabled=False):
+                self._solve(consumer, masks[consumer.site], moments)
         self.open = False
 
     def sampled(self) -> None:
@@ -108,15 +111,19 @@ class Compensation:
         """By what the gradient of a sampled mask is taken."""
         return None if self.open else self.innovations.get(site)
 
+    def _moments(self, consumers: Sequence[_Consumer]) -> Iterator[Tensor]:
+        """Of each of them, where it computes."""
+        devices = {consumer.weight.device for consumer in consumers}
+        return brought((self.moments[each.site] for each in consumers), devices.pop()) if devices else iter(())
+
     @torch.no_grad()
-    def _solve(self, consumer: _Consumer, mask: Tensor) -> None:
+    def _solve(self, consumer: _Consumer, mask: Tensor, moments: Tensor) -> None:
         device = consumer.weight.device
         if mask.all() and not self.judge:
             consumer.mask, consumer.changed = mask.clone(), None
             consumer.weight.data.copy_(consumer.original)
             return
         kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
-        moments = self.moments[consumer.site].to(device, non_blocking=True)
         takeover = Takeover.of(moments, kept, self.damping)
         self.innovations.pop(consumer.site, None)
         consumer.mask, consumer.changed = mask.clone(), None

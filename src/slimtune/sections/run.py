@@ -132,7 +132,8 @@ class SearchConfig(Section):
     batch: Positive | None = None
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
     decide_every: Positive = 1
-    """A ``decide`` turn on every n-th step."""
+    """A ``decide`` turn on every n-th step; the masks of ``adapt`` turns move with it. A large model's search costs less by
+    that, for each move is a solve of least squares for each consumer (``compensate``)."""
     update: Literal["alternating", "joint"] = "alternating"
     """``alternating``: ``decide`` turns for the generator, ``adapt`` turns for LoRA; ``joint``: both learn from one backward
     pass on training data, under the sampled gates (``hard`` semantics, no distillation)."""
