@@ -18,6 +18,7 @@ from slimtune.estimate import Estimate, estimate, render
 from slimtune.estimate.build import job_of
 from slimtune.estimate.cost import phases
 from slimtune.models.load import attach_lora, structure_of
+from slimtune.prune import least_squares
 from slimtune.prune.least_squares import Takeover
 from slimtune.recipe import Recipe, parse
 
@@ -203,17 +204,19 @@ def test_compensation_costs_what_its_tensors_do() -> None:
     plain = cost(config)
     consumers = [module for name, module in model.named_modules() if name.endswith(("o_proj", "down_proj"))]
     squares = sum(4 * module.in_features**2 for module in consumers)
+    halves = 9 * sum(module.in_features**2 for module in consumers) // 4
     weights = sum(4 * module.weight.numel() for module in consumers)
     for compensate, bytes_ in (
         ({"weights": "adapt"}, 0),
         ({"weights": "decide"}, squares),
-        ({"weights": "adapt", "offload": False}, squares + weights),
-        ({"weights": "decide", "offload": False}, 2 * squares + weights),
+        ({"weights": "adapt", "offload": False}, halves + weights),
+        ({"weights": "decide", "offload": False}, squares + halves + weights),
+        ({"weights": "decide", "matrices": 0}, 0),
     ):
         found = cost(config, compensate=compensate)
         assert found.memory.get("compensation", 0) == bytes_
         assert found.phases[0].tokens == plain.phases[0].tokens + 16 * 64
-        assert (found.phases[0].step_flops > plain.phases[0].step_flops) == (compensate["weights"] == "decide")
+        assert (found.phases[0].step_flops > plain.phases[0].step_flops) == (bytes_ in (squares, squares + halves + weights))
     assert "compensation" not in plain.memory
 
 
@@ -237,21 +240,30 @@ def test_a_refused_family_gives_its_reason() -> None:
         cost({"model_type": "mixtral"})
 
 
-def test_solves_cost_what_a_flop_counter_sees_and_the_inverse() -> None:
+def test_solves_cost_what_a_flop_counter_sees_and_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     config, model = tiny(**WIDE)
-    job = job_of(recipe_of(config), model.config, structure_of(model.config))
-    counted = inverse = 0
+    job, shares = (
+        job_of(recipe_of(config, compensate=words), model.config, structure_of(model.config)) for words in ({}, {"matrices": 0})
+    )
+    monkeypatch.setattr(least_squares, "LEAF", 1)
+    counted = factor = triangle = 0.0
     for name, module in model.named_modules():
         if name.endswith(("o_proj", "down_proj")):
-            width = module.in_features
+            kept, gone = module.in_features // 4, module.in_features - module.in_features // 4
+            takeover = Takeover.of(torch.eye(module.in_features), torch.arange(kept), 0.01)
+            assert takeover is not None
             with FlopCounterMode(display=False) as counter:
-                takeover = Takeover.of(torch.eye(width), torch.arange(width // 4), 0.01)
-                assert takeover is not None
                 takeover.weight(module.weight.detach())
-            counted, inverse = counted + counter.get_total_flops(), inverse + (width // 4) ** 3
+            counted, factor = counted + counter.get_total_flops(), factor + kept**3 / 3 + 2 * gone * kept**2
+            with FlopCounterMode(display=False) as counter:
+                least_squares._lower_inverse(takeover.root)
+            triangle += counter.get_total_flops()
     assert counted > 0
-    assert job.solve(0.25) == pytest.approx(counted + inverse)
-    assert job.solve(1.0) == sum(width**3 for width in job.consumers)
+    assert job.solve(0.25) == pytest.approx(counted + factor)
+    assert shares.solve(0.25, judging=True) - job.solve(0.25) == pytest.approx(triangle, rel=0.01)
+    widths = sum(width**3 for width in job.consumers)
+    assert job.solve(1.0, judging=True) == pytest.approx((1 / 3 + 2) * widths)
+    assert shares.solve(1.0, judging=True) == pytest.approx(widths)
 
 
 def test_solves_come_once_a_step_of_a_search_that_compensates_and_once_at_a_rivals_cut() -> None:
@@ -285,7 +297,7 @@ def test_solves_come_once_a_step_of_a_search_that_compensates_and_once_at_a_riva
     assert found["twenty"][0] == pytest.approx(2 * found["ten"][0], rel=0.05)
     assert found["taylor_ls"][0] == found["generator_ls"][0] == job.solve(job.part)
     assert found["every_fourth"][0] == pytest.approx(found["generator"][0] / 4, rel=0.2)
-    assert found["decide"][0] == found["ten"][0] + job.solve(1.0)
+    assert found["decide"][0] > found["ten"][0] + job.solve(1.0)
 
 
 def test_expected_time_is_operations_over_the_measured_rates() -> None:

@@ -8,18 +8,19 @@ Floating-point operations of a token (2 a multiply-add): forward ``f = 2 (block 
 ``2 f + 6 P_lora`` (LoRA: forward, and a backward that needs no gradient of the frozen weights), ``3 f`` (all weights)
 or ``2 f + 4 P_lora + 6 P_generator / tokens`` (decide); activation checkpointing adds the blocks' forward once more,
 a teacher one ``f``. Taking second moments of the consumers' inputs costs ``2 (A^2 + F^2)`` a layer, and so does each of the
-two passes through their innovations in a decide turn (``compensate``). Evaluation and reading data are not counted.
+two passes through matrices of innovations in a decide turn (``compensate.matrices``). Evaluation and data are not counted.
 
-Apart from the tokens, in fp32 or fp64: a search step with ``compensate`` fits every consumer anew. With k inputs kept and g
-gone, ``k^3`` for the inverse (Cholesky ``k^3 / 3``, then ``2 k^3 / 3``) and ``2 g k (k + D)`` for what kept columns take over.
-The k falls with the search's target; a consumer whose mask stays costs nothing.
+Apart from the tokens, in fp32 or fp64: each decide turn with ``compensate`` moves the masks and fits every consumer anew. With
+k inputs kept and g gone, ``k^3 / 3`` for the Cholesky factor, ``2 g k (k + D)`` for what kept columns take over; where decide
+turns judge by innovations, ``2 k^3`` more for a matrix of them and ``2 k^3 / 3`` for ``share``s. The k falls with the search's
+target; a consumer whose mask stays costs nothing.
 
 Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
 ``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
 fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
-``s D`` a layer and one whole block. Compensation keeps ``s (A^2 + F^2)`` bytes a layer of innovations where decide
-turns use them, and, in host memory unless told otherwise, ``4 (A^2 + F^2)`` of second moments and the weights of ``o_proj`` and
-``down_proj`` once more.
+``s D`` a layer and one whole block. Compensation keeps ``s d^2`` bytes of a matrix of innovations (of consumers of d
+inputs, A or F, up to ``compensate.matrices``), and, in host memory unless told otherwise, ``9/4 (A^2 + F^2)`` a layer of second
+moments and the weights of ``o_proj`` and ``down_proj`` once more.
 Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
 turn of more windows may need more.
@@ -125,13 +126,24 @@ class Job:
         return turn + self.recompute(part)
 
     def moments(self) -> float:
-        """Operations of one token that takes the second moments of all consumers' inputs, or their innovations, once."""
+        """Operations of one token that takes the second moments of all consumers' inputs once."""
         return sum(2 * width**2 for width in self.consumers)
 
-    def solve(self, part: float) -> float:
-        """Operations of fitting all consumers when ``part`` of the inputs is kept."""
-        sizes = [(part * width, (1 - part) * width) for width in self.consumers]
-        return sum(kept**3 + 2 * gone * kept * (kept + self.config.hidden_size) for kept, gone in sizes)
+    def innovations(self) -> float:
+        """Those of one token that goes through all matrices of innovations once."""
+        wanted = self.recipe.compensate
+        judges = self.searches and wanted.weights == "decide"
+        return sum(2 * width**2 for width in self.consumers if judges and width <= wanted.matrices)
+
+    def solve(self, part: float, judging: bool = False) -> float:
+        """Operations of fitting all consumers when ``part`` of the inputs is kept; for ``judging``, with innovations."""
+        matrices, total = self.recipe.compensate.matrices, 0.0
+        for width in self.consumers:
+            kept, gone = part * width, (1 - part) * width
+            total += kept**3 / 3 + 2 * gone * kept * (kept + self.config.hidden_size)
+            if judging:
+                total += kept**3 * (2 if width <= matrices else 2 / 3)
+        return total
 
     def solves(self) -> float:
         """Those of the decide turns of a search, whose target falls geometrically over ``search.ramp``, and at a cut."""
@@ -140,8 +152,9 @@ class Job:
         if not self.searches or weights == "none":
             return refit
         fall, moved = max(1.0, search.ramp * search.steps), range(0, search.steps, search.decide_every)
-        before = self.solve(1.0) if weights == "decide" else 0.0  # innovations of the open model, for the first turn
-        return before + sum(self.solve(self.part ** min(1.0, (step + 1) / fall)) for step in moved) + refit
+        judging = weights == "decide"
+        before = self.solve(1.0, judging) if judging else 0.0  # innovations of the open model, for the first turn
+        return before + sum(self.solve(self.part ** min(1.0, (step + 1) / fall), judging) for step in moved) + refit
 
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""
@@ -170,7 +183,7 @@ def phases(job: Job, speed: float | None, solving: float | None = None) -> list[
         (small * recipe.generator.prior_steps * passes, cost)
         for passes, cost in zip(recipe.prior_passes, (decide, job.forward() + job.moments()), strict=True)
     ]
-    decide += 2 * job.moments() if job.searches and recipe.compensate.weights == "decide" else 0.0
+    decide += 2 * job.innovations()
     teacher = job.forward() if recipe.distill.weight > 0 else 0.0
     updates = search + recover
     reference = [phase("dense LoRA", updates, [(updates, job.adapt())])] if recipe.evaluate.dense_lora else []
@@ -245,9 +258,10 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
     if wanted.weights == "none" or not job.searches:
         return {}
     squares = sum(width**2 for width in job.consumers)
-    innovations = job.bytes_ * squares if wanted.weights == "decide" else 0
+    narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
+    innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
     weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
-    return {"compensation": innovations + (0 if wanted.offload else 4 * squares + weights)}
+    return {"compensation": innovations + (0 if wanted.offload else 9 * squares // 4 + weights)}
 
 
 def _logits(job: Job, tokens: int, models: int) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.least_squares import WIDE, Takeover
+from slimtune.prune.moments import Moments
 from slimtune.structure.axes import Side, Structure
 from slimtune.train.offload import brought, kept_on
 
@@ -46,8 +47,8 @@ class Compensation:
     Args:
         model: gated, LoRA attached, its base weights as they were loaded.
         structure: of the model.
-        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor [d, d]}, on any device; the original weights
-            are kept on the same one.
+        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor}, on any device; the original weights are kept
+            on the same one.
         damping: in units of the mean diagonal of the kept inputs' moments.
         dtype: that the model computes in; innovations are kept in it, on the model's device.
         matrices: the widest consumer whose innovations are told from all its inputs; those of wider ones are ``share``s.
@@ -59,7 +60,7 @@ class Compensation:
         self,
         model: nn.Module,
         structure: Structure,
-        moments: Mapping[Site, Tensor],
+        moments: Mapping[Site, Moments],
         damping: float,
         judge: bool,
         dtype: torch.dtype = torch.float32,
@@ -74,7 +75,7 @@ class Compensation:
             if row.into:
                 inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
                 site = (layer, row.into.axis)
-                original = kept_on(moments[site].device, inner.weight.detach())
+                original = kept_on(moments[site].half.device, inner.weight.detach())
                 self.consumers.append(_Consumer(site, row.into, inner.weight, original))
 
     def opened(self) -> None:
@@ -114,7 +115,8 @@ class Compensation:
     def _moments(self, consumers: Sequence[_Consumer]) -> Iterator[Tensor]:
         """Of each of them, where it computes."""
         devices = {consumer.weight.device for consumer in consumers}
-        return brought((self.moments[each.site] for each in consumers), devices.pop()) if devices else iter(())
+        halves = brought((self.moments[each.site].half for each in consumers), devices.pop()) if devices else iter(())
+        return (self.moments[each.site].whole(half) for each, half in zip(consumers, halves, strict=True))
 
     @torch.no_grad()
     def _solve(self, consumer: _Consumer, mask: Tensor, moments: Tensor) -> None:

@@ -11,6 +11,7 @@ from slimtune.methods.passes import Passes
 from slimtune.methods.scores import Scorer
 from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Site
+from slimtune.prune.moments import Moments
 from slimtune.train.session import Session
 
 FEW = 3
@@ -28,7 +29,7 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         fresh: a search that begins; else the prior is in the checkpoint, and nothing that was read counts once more.
     """
     config, wanted = session.recipe.generator, session.recipe.compensate
-    moments: dict[Site, Tensor] = {}
+    moments: dict[Site, Moments] = {}
     bank.open()
     if wanted.weights != "none":
         session.progress.say(
@@ -37,7 +38,7 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         passes = Passes(session, model, decider.batches, config.prior_steps)
         moments = passes.second_moments(torch.device("cpu") if wanted.offload else session.device)
         decider.tokens["prior"] += passes.tokens if fresh else 0
-        widest = max(len(total) for total in moments.values())
+        widest = max(total.size for total in moments.values())
         if passes.tokens < FEW * widest:
             session.progress.say(
                 f"[yellow]second moments of {widest} inputs from {passes.tokens:,} tokens: what compensates may be noise; "
@@ -57,7 +58,7 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
     return compensation
 
 
-def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: dict[Site, Tensor]) -> None:
+def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: dict[Site, Moments]) -> None:
     config = session.recipe.generator
     kinds = {"wanda": "Wanda", "mixed": "Taylor and Wanda"}
     named = kinds.get(config.prior, "Taylor")
