@@ -27,6 +27,8 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimtune
+from slimtune.estimate import estimate
+from slimtune.estimate.machines import SHEETS
 from slimtune.methods import atp
 from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
@@ -240,14 +242,23 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = measure_plain(recipe, run, args.steps, of_lora) if what == "lora" else measure_atp(recipe, run, of_atp)
         name = args.name if args.name and what != "lora" else what
         shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1}
-        shape |= {"batch": args.batch, "window": args.window}
+        shape |= {"batch": args.batch, "window": args.window} | ({} if what == "lora" else expected(recipe, shape["gpu"]))
         yield {**found, "what": name, **shape, "steps": args.steps, "overrides": " ".join(args.overrides), **versions()}
+
+
+def expected(recipe: Recipe, gpu: str) -> dict[str, float]:
+    """What ``slimtune estimate`` says of the run, of a GPU by its data sheet."""
+    sheet = next((name for name in SHEETS if name in gpu.lower().split()), None)
+    found = estimate(recipe, gpu=sheet)
+    memory = {"expected_peak_gib": sum(found.memory.values()) / 2**30} if sheet else {}
+    steps = {f"expected_{phase.name}_step_seconds": phase.step_seconds or 0.0 for phase in found.phases}
+    return {"expected_seconds": sum(phase.seconds or 0.0 for phase in found.phases), **steps, **memory}
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Rows as a Markdown table; ratios to the plain LoRA of the same model, machine and size."""
-    print("| what | model | GPU | batch x window | M tokens | seconds | x LoRA | peak, GiB | x LoRA |")
-    print(f"|{' --- |' * 9}")
+    print("| what | model | GPU | batch x window | M tokens | seconds | x LoRA | expected | peak, GiB | x LoRA | expected |")
+    print(f"|{' --- |' * 11}")
     size = ("model", "gpu", "batch", "window", "steps")
     plain_ = {tuple(row[key] for key in size): row for row in rows if row["what"] == "lora"}
     for row in rows:
@@ -256,6 +267,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         for key, digits in (("seconds", 1), ("peak_gib", 2)):
             both = key in row and key in base
             cells += [f"{row[key]:.{digits}f}" if key in row else "", f"{row[key] / base[key]:.3f}" if both else ""]
+            cells.append(f"{row[f'expected_{key}']:.{digits}f}" if f"expected_{key}" in row else "")
         print(f"| {' | '.join(cells)} |")
 
 

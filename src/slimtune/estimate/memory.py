@@ -1,0 +1,108 @@
+"""The arithmetic of a run: bytes.
+
+Legend: as in ``cost``, s bytes of a number in the compute dtype. After the cut every axis keeps the same part of its units.
+
+Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
+``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
+fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
+``s D`` a layer and one whole block. Compensation keeps ``s d^2`` bytes of a matrix of innovations (of consumers of d
+inputs, A or F, up to ``compensate.matrices``), and, in host memory unless told otherwise, ``9/4 (A^2 + F^2)`` a layer of second
+moments and the weights of ``o_proj`` and ``down_proj`` once more.
+Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
+16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
+turn of more windows may need more.
+"""
+
+from __future__ import annotations
+
+from slimtune import runtime
+from slimtune.estimate.cost import GRADIENTS, Job
+from slimtune.models.head import AFTERWARDS, MOST
+from slimtune.recipe import Recipe
+from slimtune.structure.axes import FFN, KV_GROUP
+
+SOLVE = 25
+"""Bytes a squared input of the widest consumer while it is solved for: moments, half and whole, their factor, its inverse."""
+
+
+def memory(job: Job, kind: str) -> dict[str, int]:
+    """Bytes of one process at the fullest moment, before the cut."""
+    recipe, layers = job.recipe, len(job.structure.layers)
+    micro = recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())
+    tokens, size = micro * recipe.data.max_length, job.bytes_
+    if job.whole:
+        weights = {"weights, gradients, AdamW": 16 * job.structure.total_params}
+    else:
+        weight_bytes = runtime.pick_dtype(recipe.model.dtype, kind).itemsize
+        weights = {
+            "weights": weight_bytes * job.structure.total_params,
+            "LoRA, gradients, AdamW": 16 * job.lora(),
+            "generator, gradients, AdamW": 16 * job.generator,
+        }
+        weights |= _compensation(job, weight_bytes)
+    blocks = activation_bytes(job) * tokens
+    if recipe.model.checkpointing != "none":
+        blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
+    teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
+    passing: dict[str, float] = {"activations": blocks, "logits": _logits(job, tokens, teacher)}
+    solves: dict[str, float] = {"solves": SOLVE * max(job.consumers) ** 2} if job.solves().flops else {}
+    fullest = max((passing, solves), key=lambda items: sum(items.values()))  # one after the other
+    items: dict[str, float] = {**weights, **fullest}
+    if recipe.distill.teacher and teacher == 2:
+        items["teacher weights"] = items["weights"]
+    elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
+        items["cut weights beside the teacher's (recover)"] = items["weights"] * recipe.budget.keep
+    return {name: int(value) for name, value in items.items() if value}
+
+
+def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
+    """Bytes on the device of what ``compensate`` keeps: innovations, and second moments and weights that are not offloaded."""
+    wanted = job.recipe.compensate
+    if wanted.weights == "none" or not job.searches:
+        return {}
+    squares = sum(width**2 for width in job.consumers)
+    narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
+    innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
+    weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
+    return {"compensation": innovations + (0 if wanted.offload else 9 * squares // 4 + weights)}
+
+
+def _logits(job: Job, tokens: int, models: int) -> int:
+    """Bytes of the logits, what a loss makes of them and their gradient: of an adapt turn of ``tokens``, or a decide turn.
+
+    Args:
+        models: that read the tokens in an adapt turn; two with a teacher.
+    """
+    recipe, vocabulary = job.recipe, int(job.config.vocab_size)
+    each = 12 if job.bytes_ == 4 else 14
+    chunked = not job.whole and not any(getattr(job.config, key, None) not in (None, 1, 1.0) for key in AFTERWARDS)
+
+    def whole(count: int, compiled: bool = False) -> float:
+        if chunked and count * vocabulary > MOST:
+            return 12 * MOST + job.bytes_ * job.config.hidden_size * count
+        return count * vocabulary * (2 * job.bytes_ if compiled else each)
+
+    adapt = whole(tokens, recipe.train.compile) if models == 1 else models * tokens * vocabulary * each
+    return int(max(adapt, whole(_decide_windows(recipe) * recipe.data.max_length)))
+
+
+def _decide_windows(recipe: Recipe) -> int:
+    """Windows of one process in one pass of a decide turn."""
+    if recipe.method == "finetune" or (recipe.method == "twostage" and recipe.twostage.scores not in GRADIENTS):
+        return 0
+    mine = -(-(recipe.search.batch or recipe.train.batch) // runtime.world_size())
+    return min(recipe.train.micro_batch or mine, mine)
+
+
+def activation_bytes(job: Job) -> int:
+    """What autograd saves for one token in all blocks, without checkpointing (the formula of this module)."""
+    rank = 0 if job.whole else job.recipe.lora.rank
+    dims = (24 if job.whole else 16) * job.config.hidden_size + 28 * rank
+    structure, total = job.structure, 0
+    eager = job.recipe.model.attention == "eager" or getattr(job.config, "attn_logit_softcapping", None)
+    for layer in structure.layers:
+        keys = layer.units[KV_GROUP] * structure.head_dim
+        wide = 2 * keys * structure.group + 2 * keys + 4 * layer.units[FFN]
+        scores = 10 * job.recipe.data.max_length * layer.units[KV_GROUP] * structure.group if eager else 0
+        total += dims + job.bytes_ * wide + scores
+    return total
