@@ -200,6 +200,23 @@ def test_a_teacher_takes_the_memory_of_the_weights_it_does_not_share(distill: di
     assert beside == pytest.approx(extra * found["weights"], abs=1)
 
 
+def test_blocks_that_are_not_checkpointed_save_time_and_take_memory_after_the_cut() -> None:
+    config, model = tiny(**WIDE)
+    budget = {"keep": 0.3, "of": "block", "ffn_multiple": 4}
+
+    def found(**words: Any) -> tuple[float, dict[str, int]]:
+        result = cost(config, budget=budget, model={"checkpointing": "non_reentrant"}, data={"max_length": 512}, **words)
+        return result.phases[1].step_flops, result.memory
+
+    (all_, before), (half, _), (none, after) = (found(recover={"checkpointed": part}) for part in (1.0, 0.5, 0.0))
+    assert half == pytest.approx((all_ + none) / 2)
+    assert none < all_
+    weights = sum(p.numel() for p in model.parameters())
+    assert before["weights"] == 4 * weights, "the fullest phase is the search"
+    assert after["weights"] < 0.7 * before["weights"], "and now the recovery"
+    assert after["activations"] > 2 * before["activations"]
+
+
 def test_compensation_costs_what_its_tensors_do() -> None:
     config, model = tiny(**WIDE)
     plain = cost(config)

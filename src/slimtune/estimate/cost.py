@@ -103,10 +103,10 @@ class Job:
         blocks = 2 * self.structure.prunable_params + 4 * self.recipe.data.max_length * self.query_widths
         return part * blocks + 2 * self.head_params
 
-    def adapt(self, part: float = 1.0) -> float:
-        """Operations of one token in a turn that trains the model."""
+    def adapt(self, part: float = 1.0, checkpointed: float = 1.0) -> float:
+        """Operations of one token in a turn that trains the model, ``checkpointed`` of whose blocks are."""
         turn = 3 * self.forward(part) if self.whole else 2 * self.forward(part) + 6 * self.lora(part)
-        return turn + self.recompute(part)
+        return turn + checkpointed * self.recompute(part)
 
     def moments(self) -> float:
         """Operations of one token that takes the second moments of all consumers' inputs once."""

@@ -26,33 +26,44 @@ SOLVE = 25
 
 
 def memory(job: Job, kind: str) -> dict[str, int]:
-    """Bytes of one process at the fullest moment, before the cut."""
-    recipe, layers = job.recipe, len(job.structure.layers)
-    micro = recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())
-    tokens, size = micro * recipe.data.max_length, job.bytes_
-    if job.whole:
-        weights = {"weights, gradients, AdamW": 16 * job.structure.total_params}
-    else:
-        weight_bytes = runtime.pick_dtype(recipe.model.dtype, kind).itemsize
-        weights = {
-            "weights": weight_bytes * job.structure.total_params,
-            "LoRA, gradients, AdamW": 16 * job.lora(),
-            "generator, gradients, AdamW": 16 * job.generator,
-        }
-        weights |= _compensation(job, weight_bytes)
-    blocks = activation_bytes(job) * tokens
-    if recipe.model.checkpointing != "none":
-        blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
+    """Bytes of one process at the fullest moment: before the cut, or after it where the recovery keeps more."""
+    recipe = job.recipe
+    tokens = (recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())) * recipe.data.max_length
+    weight_bytes = 4 if job.whole else runtime.pick_dtype(recipe.model.dtype, kind).itemsize
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
-    passing: dict[str, float] = {"activations": blocks, "logits": _logits(job, tokens, teacher)}
+    passing: dict[str, float] = {"activations": _activations(job, tokens), "logits": _logits(job, tokens, teacher)}
     solves: dict[str, float] = {"solves": SOLVE * max(job.consumers) ** 2} if job.solves().flops else {}
-    fullest = max((passing, solves), key=lambda items: sum(items.values()))  # one after the other
-    items: dict[str, float] = {**weights, **fullest}
+    dense: dict[str, float] = {"weights, gradients, AdamW": 16 * job.structure.total_params}
+    if not job.whole:
+        dense = _trained(job, weight_bytes, 1.0)
+        dense |= {"generator, gradients, AdamW": 16 * job.generator, **_compensation(job, weight_bytes)}
+    dense |= passing if sum(passing.values()) > sum(solves.values()) else solves  # one after the other
+    moments = [dense]
+    if recipe.prunes:
+        again = _activations(job, tokens, job.part, recipe.recover.checkpointed)
+        moments.append({**_trained(job, weight_bytes, job.part), "activations": again, "logits": _logits(job, tokens, teacher)})
+    items = max(moments, key=lambda each: sum(each.values()))
     if recipe.distill.teacher and teacher == 2:
-        items["teacher weights"] = items["weights"]
+        items["teacher weights"] = dense["weights"]
     elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
-        items["cut weights beside the teacher's (recover)"] = items["weights"] * recipe.budget.keep
+        items["cut weights beside the teacher's (recover)"] = dense["weights"] * recipe.budget.keep
     return {name: int(value) for name, value in items.items() if value}
+
+
+def _trained(job: Job, weight_bytes: int, part: float) -> dict[str, float]:
+    """Of a frozen model with ``part`` of its units and the LoRA on it."""
+    weights = job.structure.constant_params + part * job.structure.prunable_params
+    return {"weights": weight_bytes * weights, "LoRA, gradients, AdamW": 16 * job.lora(part)}
+
+
+def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float = 1.0) -> float:
+    """Of all blocks, ``checkpointed`` of which keep what comes in alone."""
+    layers = len(job.structure.layers)
+    block = activation_bytes(job, part) * tokens / layers
+    if job.recipe.model.checkpointing == "none":
+        return layers * block
+    again = round(checkpointed * layers)
+    return (layers - again) * block + again * job.bytes_ * job.config.hidden_size * tokens + (block if again else 0.0)
 
 
 def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
@@ -94,15 +105,15 @@ def _decide_windows(recipe: Recipe) -> int:
     return min(recipe.train.micro_batch or mine, mine)
 
 
-def activation_bytes(job: Job) -> int:
-    """What autograd saves for one token in all blocks, without checkpointing (the formula of this module)."""
+def activation_bytes(job: Job, part: float = 1.0) -> float:
+    """What autograd saves for one token in all blocks of ``part`` of their width, without checkpointing (see this module)."""
     rank = 0 if job.whole else job.recipe.lora.rank
     dims = (24 if job.whole else 16) * job.config.hidden_size + 28 * rank
-    structure, total = job.structure, 0
+    structure, total = job.structure, 0.0
     eager = job.recipe.model.attention == "eager" or getattr(job.config, "attn_logit_softcapping", None)
     for layer in structure.layers:
         keys = layer.units[KV_GROUP] * structure.head_dim
         wide = 2 * keys * structure.group + 2 * keys + 4 * layer.units[FFN]
         scores = 10 * job.recipe.data.max_length * layer.units[KV_GROUP] * structure.group if eager else 0
-        total += dims + job.bytes_ * wide + scores
+        total += dims + part * (job.bytes_ * wide + scores)
     return total

@@ -52,7 +52,8 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     search, recover = recipe.search.steps, recipe.recover.steps
     updates = search + recover
     reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
-    small = job.adapt(part), traffic.turn(job, part, compiled=compiled)
+    kept = recipe.recover.checkpointed
+    small = job.adapt(part, kept), traffic.turn(job, part, compiled=compiled, checkpointed=kept)
     decide, prior = _decide(job)
     if recipe.method == "twostage":
         score = decide if recipe.twostage.scores in GRADIENTS else Turn(0, job.forward(), traffic.look(job))

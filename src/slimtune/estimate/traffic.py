@@ -42,14 +42,15 @@ def look(job: Job) -> float:
     return _blocks(job, FORWARD, 1.0)
 
 
-def turn(job: Job, part: float = 1.0, gates: int = 0, compiled: bool = False) -> float:
+def turn(job: Job, part: float = 1.0, gates: int = 0, compiled: bool = False, checkpointed: float = 1.0) -> float:
     """Bytes of one token in a turn with a backward pass.
 
     Args:
         part: of the units that is left.
         gates: bytes a gated input takes: ``GATES``, ``LEAVES`` or none.
         compiled: whether the blocks are.
+        checkpointed: part of the blocks, where the model is.
     """
-    again = 1 if job.recipe.model.checkpointing != "none" else 0
+    again = checkpointed if job.recipe.model.checkpointing != "none" else 0.0
     blocks = (1 + again) * _blocks(job, FORWARD, part) + _blocks(job, BACKWARD, part)
     return (COMPILED if compiled else 1.0) * blocks + gates * _widths(job)[1] + HEAD * int(job.config.vocab_size)

@@ -21,7 +21,7 @@ from slimtune.methods.outcome import Outcome
 from slimtune.methods.prepare import prepare
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
-from slimtune.models.surgery import compile_blocks, cut, lora_slices
+from slimtune.models.surgery import checkpoint_fewer, compile_blocks, cut, lora_slices
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
 from slimtune.structure.plan import Plan, count
@@ -190,6 +190,7 @@ class _Atp:
         if self.compensation:  # a teacher may hold the uncut ones
             self.compensation.opened()
             self.compensation = None
+        checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
         if self.recipe.recover.lr:

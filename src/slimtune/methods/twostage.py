@@ -21,7 +21,7 @@ from slimtune.methods.passes import Passes
 from slimtune.methods.prepare import prepare
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
 from slimtune.methods.start import gated_model
-from slimtune.models.surgery import compensate, compile_blocks, cut
+from slimtune.models.surgery import checkpoint_fewer, compensate, compile_blocks, cut
 from slimtune.prune import budget
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.gates import Site
@@ -124,6 +124,7 @@ class _TwoStage:
         if self.means:
             compensate(self.model, self.structure, self.plan, self.means)
         self.tuner.carry_over(cut(self.model, self.structure, self.plan))
+        checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
 

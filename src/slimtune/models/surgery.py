@@ -24,6 +24,17 @@ def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     return list(base.get_submodule(structure.family.blocks))
 
 
+def checkpoint_fewer(model: nn.Module, structure: Structure, part: float) -> None:
+    """Leave the last blocks out of activation checkpointing; those are the first in a backward pass, and freed first.
+
+    Args:
+        part: of the blocks for which nothing changes.
+    """
+    blocks: list[Any] = blocks_of(model, structure)
+    for block in blocks[round(part * len(blocks)) :]:
+        block.gradient_checkpointing = False
+
+
 def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
     """``torch.compile`` every decoder block, in place: one graph for all blocks of the same widths.
 
