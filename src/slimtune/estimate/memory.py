@@ -11,6 +11,10 @@ moments and the weights of ``o_proj`` and ``down_proj`` once more.
 Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
 turn of more windows may need more.
+
+Of W processes that share one model (``train.shard``) each has 1/W of the weights and of what is trained, the whole generator,
+and in a pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way, with
+LoRA and its gradient in fp32.
 """
 
 from __future__ import annotations
@@ -30,21 +34,14 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     recipe, layers = job.recipe, len(job.structure.layers)
     micro = recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())
     tokens, size = micro * recipe.data.max_length, job.bytes_
-    if job.whole:
-        weights = {"weights, gradients, AdamW": 16 * job.structure.total_params}
-    else:
-        weight_bytes = runtime.pick_dtype(recipe.model.dtype, kind).itemsize
-        weights = {
-            "weights": weight_bytes * job.structure.total_params,
-            "LoRA, gradients, AdamW": 16 * job.lora(),
-            "generator, gradients, AdamW": 16 * job.generator,
-        }
-        weights |= _compensation(job, weight_bytes)
+    weights, one = _weights(job, kind), _weight_bytes(job, kind)
     blocks = activation_bytes(job) * tokens
     if recipe.model.checkpointing != "none":
         blocks = blocks // layers + size * job.config.hidden_size * layers * tokens
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
     passing: dict[str, float] = {"activations": blocks, "logits": _logits(job, tokens, teacher)}
+    if job.parts > 1:
+        passing["weights that are whole meanwhile"] = one * job.structure.constant_params + 2 * _block(job, one)
     solves: dict[str, float] = {"solves": SOLVE * max(job.consumers) ** 2} if job.solves().flops else {}
     fullest = max((passing, solves), key=lambda items: sum(items.values()))  # one after the other
     items: dict[str, float] = {**weights, **fullest}
@@ -55,7 +52,44 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     return {name: int(value) for name, value in items.items() if value}
 
 
-def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
+def _weight_bytes(job: Job, kind: str) -> int:
+    """Of a weight in a pass: one that is trained has a gradient beside it."""
+    return 8 if job.whole else int(runtime.pick_dtype(job.recipe.model.dtype, kind).itemsize)
+
+
+def _block(job: Job, weight_bytes: int) -> float:
+    """Bytes of one decoder block in a pass."""
+    return (weight_bytes * job.structure.prunable_params + 8 * job.lora()) / len(job.structure.layers)
+
+
+def _weights(job: Job, kind: str) -> dict[str, float]:
+    """What stays on the device of one process."""
+    if job.whole:
+        return {"weights, gradients, AdamW": 16 * job.structure.total_params / job.parts}
+    weight_bytes = _weight_bytes(job, kind)
+    return {
+        "weights": weight_bytes * job.structure.total_params / job.parts,
+        "LoRA, gradients, AdamW": 16 * job.lora() / job.parts,
+        "generator, gradients, AdamW": 16 * job.generator,
+        **_compensation(job, weight_bytes),
+    }
+
+
+def host_memory(job: Job, kind: str) -> dict[str, int]:
+    """Bytes in host memory of all processes: what is offloaded, and the model while one process reads and hands it round."""
+    wanted, ranks = job.recipe.compensate, runtime.world_size()
+    one, items = _weight_bytes(job, kind), dict[str, float]()
+    if wanted.weights != "none" and job.searches and wanted.offload:
+        consumers = one * sum(job.config.hidden_size * width for width in job.consumers)
+        copies = ranks // job.parts  # shared, every part has its original beside the whole that a fit reads
+        items["second moments"] = copies * 9 / 4 * sum(width**2 for width in job.consumers)
+        items["weights of consumers"] = copies * consumers * (2 if job.parts > 1 else 1)
+    if job.parts > 1 and job.recipe.model.init == "pretrained":
+        items["weights, while they are read"] = one * job.structure.total_params
+    return {name: int(value) for name, value in items.items()}
+
+
+def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:
     """Bytes on the device of what ``compensate`` keeps: innovations, and second moments and weights that are not offloaded."""
     wanted = job.recipe.compensate
     if wanted.weights == "none" or not job.searches:
@@ -64,7 +98,9 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
     narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
     innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
     weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
-    return {"compensation": innovations + (0 if wanted.offload else 9 * squares // 4 + weights)}
+    if job.parts > 1:  # the original weight whole where it is fitted, and each part of it
+        weights *= 2
+    return {"compensation": innovations + (0 if wanted.offload else (9 * squares // 4 + weights) / job.parts)}
 
 
 def _logits(job: Job, tokens: int, models: int) -> int:
