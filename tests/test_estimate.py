@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,7 @@ from slimtune.estimate.phases import phases
 from slimtune.models.load import attach_lora, structure_of
 from slimtune.prune import least_squares
 from slimtune.prune.least_squares import Takeover
-from slimtune.recipe import Recipe, parse
+from slimtune.recipe import Recipe, load, parse
 
 LLAMA_3_8B = {
     "model_type": "llama",
@@ -419,3 +421,34 @@ def test_windows_beyond_the_model_are_a_problem_here_too() -> None:
     problem = cost(config).problem
     assert problem is not None
     assert "data.max_length=32 exceeds the model's max_position_embeddings=16" in problem
+
+
+def test_the_70b_plan_on_paper_is_what_is_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = Path(__file__).parent.parent
+    shape = json.loads((root / "benchmarks" / "shapes.json").read_text())["llama-3-70b"]
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "max_position_embeddings": 8192}))
+    changes = [f"model.path={tmp_path}", "train.micro_batch=1", "train.shard=full"]
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    found = estimate(load(root / "recipes" / "llama-3-8b-casehold.yaml", changes), gpu="h100")
+    text = (root / "docs" / "scale.md").read_text(encoding="utf-8")
+    told = {name: float(number) for name, number in re.findall(r"^\| ([a-zA-Z, ]+) \| ([\d.]+) \|", text, re.MULTILINE)}
+    expected = {**found.memory, **found.host_memory, "sum": sum(found.memory.values())}
+    assert told == {name: round(value / 1e9, 2) for name, value in expected.items()}
+    (passing,) = re.findall(r"activations ([\d.]+), logits ([\d.]+), whole meanwhile ([\d.]+)", text)
+    monkeypatch.setattr("slimtune.estimate.memory.SOLVE", 0)
+    names = ("activations", "logits", "weights that are whole meanwhile")
+    short = estimate(load(root / "recipes" / "llama-3-8b-casehold.yaml", changes), gpu="h100").memory
+    assert list(map(float, passing)) == [round(short[name] / 1e9, 2) for name in names]
+    assert f"{sum(short[name] for name in names) / 1e9:.2f} GB" in text
+
+
+def test_processes_that_share_a_model_have_a_part_of_its_weights_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    model, compensate = {"checkpointing": "non_reentrant"}, {"weights": "decide"}
+    whole, part = (
+        cost(LLAMA_3_8B, model=model, compensate=compensate, train={"shard": shard, "batch": 8}) for shard in ("none", "full")
+    )
+    for name in ("weights", "LoRA, gradients, AdamW"):
+        assert part.memory[name] == pytest.approx(whole.memory[name] / 4)
+    assert part.memory["compensation"] == whole.memory["compensation"], "innovations are replicated"
+    assert part.phases[0].solve_flops == pytest.approx(whole.phases[0].solve_flops / 4)

@@ -13,7 +13,7 @@ from slimtune import runtime
 from slimtune.errors import UserError
 from slimtune.estimate.cost import Job
 from slimtune.estimate.machines import Machine, named, timed
-from slimtune.estimate.memory import memory
+from slimtune.estimate.memory import host_memory, memory
 from slimtune.estimate.phases import Phase, phases
 from slimtune.models.load import check_length, load_config, structure_of
 from slimtune.prune.generator import Generator
@@ -38,7 +38,7 @@ class Estimate:
 
     Attributes:
         units: (layers, units by axis), equal neighbours together.
-        memory: bytes of one process, by item.
+        memory: bytes of one process, by item; ``host_memory``: of all processes of one host, beside it.
         machine: whose times are told, or None.
         problem: why ``tune`` would refuse the run (its budget, its windows), or None.
     """
@@ -53,6 +53,7 @@ class Estimate:
     generator_params: int
     phases: tuple[Phase, ...]
     memory: dict[str, int]
+    host_memory: dict[str, int]
     device: str
     dtype: str
     machine: Machine | None
@@ -94,6 +95,7 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
         generator_params=job.generator,
         phases=tuple(phases(job, machine, runtime.world_size())),
         memory=memory(job, kind),
+        host_memory=host_memory(job, kind) if kind == "cuda" else {},
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
         machine=machine,

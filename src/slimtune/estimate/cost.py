@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from slimtune import runtime
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import KV_GROUP, Side, Structure
 
@@ -83,6 +84,11 @@ class Job:
         """V D: the output head is a matmul whether or not it is tied."""
         return int(self.config.vocab_size * self.config.hidden_size)
 
+    @property
+    def parts(self) -> int:
+        """Processes that share the weights of one model, and the fits of its consumers."""
+        return runtime.world_size() if self.recipe.train.shard == "full" else 1
+
     def lora(self, part: float = 1.0) -> int:
         """LoRA parameters when ``part`` of the units is left (0 when all weights are trained)."""
         if self.whole:
@@ -139,7 +145,7 @@ class Job:
             flops += sum(self.solve(self.part ** min(1.0, (step + 1) / fall), judging) for step in moved)
             times += len(moved) + judging
         each = sum(9 / 4 * width**2 + self.bytes_ * self.config.hidden_size * width for width in self.consumers)
-        return Solves(flops, times * each if wanted.offload else 0.0)
+        return Solves(flops / self.parts, times * each / self.parts if wanted.offload else 0.0)
 
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""

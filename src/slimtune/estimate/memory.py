@@ -11,6 +11,10 @@ moments and the weights of ``o_proj`` and ``down_proj`` once more.
 Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
 turn of more windows may need more.
+
+Of W processes that share one model (``train.shard``) each has 1/W of the weights and of what is trained, the whole generator,
+and in a pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way, with
+LoRA and its gradient in fp32.
 """
 
 from __future__ import annotations
@@ -27,33 +31,26 @@ SOLVE = 25
 
 def memory(job: Job, kind: str) -> dict[str, int]:
     """Bytes of one process at the fullest moment: before the cut, or after it where the recovery keeps more."""
-    recipe = job.recipe
+    recipe, one = job.recipe, _weight_bytes(job, kind)
     tokens = (recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())) * recipe.data.max_length
-    weight_bytes = 4 if job.whole else runtime.pick_dtype(recipe.model.dtype, kind).itemsize
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
-    passing: dict[str, float] = {"activations": _activations(job, tokens), "logits": _logits(job, tokens, teacher)}
+    logits = _logits(job, tokens, teacher)
+    passing = {"activations": _activations(job, tokens), "logits": logits, **_meanwhile(job, one)}
     solves: dict[str, float] = {"solves": SOLVE * max(job.consumers) ** 2} if job.solves().flops else {}
-    dense: dict[str, float] = {"weights, gradients, AdamW": 16 * job.structure.total_params}
+    dense = _trained(job, one)
     if not job.whole:
-        dense = _trained(job, weight_bytes, 1.0)
-        dense |= {"generator, gradients, AdamW": 16 * job.generator, **_compensation(job, weight_bytes)}
+        dense |= {"generator, gradients, AdamW": 16 * job.generator, **_compensation(job, one)}
     dense |= passing if sum(passing.values()) > sum(solves.values()) else solves  # one after the other
     moments = [dense]
     if recipe.prunes:
         again = _activations(job, tokens, job.part, recipe.recover.checkpointed)
-        moments.append({**_trained(job, weight_bytes, job.part), "activations": again, "logits": _logits(job, tokens, teacher)})
+        moments.append(_trained(job, one, job.part) | {"activations": again, "logits": logits} | _meanwhile(job, one, job.part))
     items = max(moments, key=lambda each: sum(each.values()))
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = dense["weights"]
     elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
         items["cut weights beside the teacher's (recover)"] = dense["weights"] * recipe.budget.keep
     return {name: int(value) for name, value in items.items() if value}
-
-
-def _trained(job: Job, weight_bytes: int, part: float) -> dict[str, float]:
-    """Of a frozen model with ``part`` of its units and the LoRA on it."""
-    weights = job.structure.constant_params + part * job.structure.prunable_params
-    return {"weights": weight_bytes * weights, "LoRA, gradients, AdamW": 16 * job.lora(part)}
 
 
 def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float = 1.0) -> float:
@@ -66,7 +63,45 @@ def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float =
     return (layers - again) * block + again * job.bytes_ * job.config.hidden_size * tokens + (block if again else 0.0)
 
 
-def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
+def _meanwhile(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]:
+    """What processes that share a model have whole in a pass."""
+    if job.parts == 1:
+        return {}
+    block = (weight_bytes * part * job.structure.prunable_params + 8 * job.lora(part)) / len(job.structure.layers)
+    return {"weights that are whole meanwhile": weight_bytes * job.structure.constant_params + 2 * block}
+
+
+def _weight_bytes(job: Job, kind: str) -> int:
+    """Of a weight in a pass: one that is trained has a gradient beside it."""
+    return 8 if job.whole else int(runtime.pick_dtype(job.recipe.model.dtype, kind).itemsize)
+
+
+def _trained(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]:
+    """What stays on the device of one process, of a model with ``part`` of its units."""
+    if job.whole:
+        return {"weights, gradients, AdamW": 16 * job.structure.total_params / job.parts}
+    weights = job.structure.constant_params + part * job.structure.prunable_params
+    return {
+        "weights": weight_bytes * weights / job.parts,
+        "LoRA, gradients, AdamW": 16 * job.lora(part) / job.parts,
+    }
+
+
+def host_memory(job: Job, kind: str) -> dict[str, int]:
+    """Bytes in host memory of all processes: what is offloaded, and the model while one process reads and hands it round."""
+    wanted, ranks = job.recipe.compensate, runtime.world_size()
+    one, items = _weight_bytes(job, kind), dict[str, float]()
+    if wanted.weights != "none" and job.searches and wanted.offload:
+        consumers = one * sum(job.config.hidden_size * width for width in job.consumers)
+        copies = ranks // job.parts  # shared, every part has its original beside the whole that a fit reads
+        items["second moments"] = copies * 9 / 4 * sum(width**2 for width in job.consumers)
+        items["weights of consumers"] = copies * consumers * (2 if job.parts > 1 else 1)
+    if job.parts > 1 and job.recipe.model.init == "pretrained":
+        items["weights, while they are read"] = one * job.structure.total_params
+    return {name: int(value) for name, value in items.items()}
+
+
+def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:
     """Bytes on the device of what ``compensate`` keeps: innovations, and second moments and weights that are not offloaded."""
     wanted = job.recipe.compensate
     if wanted.weights == "none" or not job.searches:
@@ -75,7 +110,9 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, int]:
     narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
     innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
     weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
-    return {"compensation": innovations + (0 if wanted.offload else 9 * squares // 4 + weights)}
+    if job.parts > 1:  # the original weight whole where it is fitted, and each part of it
+        weights *= 2
+    return {"compensation": innovations + (0 if wanted.offload else (9 * squares // 4 + weights) / job.parts)}
 
 
 def _logits(job: Job, tokens: int, models: int) -> int:

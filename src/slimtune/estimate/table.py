@@ -60,6 +60,8 @@ def _memory(estimate: Estimate) -> Table:
     table.add_row("sum", f"{sum(estimate.memory.values()) / 1e9:,.2f}", style="bold")
     if estimate.machine and estimate.machine.memory:
         table.add_row(f"{estimate.machine.name} has", f"{estimate.machine.memory / 1e9:,.2f}")
+    for name, size in estimate.host_memory.items():
+        table.add_row(f"host, all processes: {name}", f"{size / 1e9:,.2f}")
     return table
 
 

@@ -41,6 +41,42 @@ class _Consumer:
     changed: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How consumers are fitted.
+
+    Attributes:
+        damping: in units of the mean diagonal of the kept inputs' moments.
+        judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
+            else they are taken as without compensation.
+        dtype: that the model computes in; innovations are kept in it, on the model's device.
+        matrices: the widest consumer whose innovations are told from all its inputs; those of wider ones are ``share``s.
+    """
+
+    damping: float
+    judge: bool
+    dtype: torch.dtype = torch.float32
+    matrices: int = WIDE
+
+
+def fitted(
+    structure: Structure, side: Side, mask: Tensor, moments: Tensor, original: Tensor, fit: Fit
+) -> tuple[Tensor, Innovation | None]:
+    """The weight [out, d] that compensates for ``mask`` [units], and by what sampled masks are judged under it."""
+    kept = torch.tensor(structure.indices(side, mask.nonzero().flatten().tolist()), device=moments.device)
+    takeover = Takeover.of(moments, kept, fit.damping)
+    if takeover is None:
+        return original, None
+    weight = takeover.weight(original)
+    if not fit.judge:
+        return weight, None
+    left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=moments.device)
+    left[takeover.kept] = True
+    rows = structure.rows(side)
+    residual = takeover.innovation(rows) if len(left) <= fit.matrices else takeover.share(moments, rows)
+    return weight, Innovation(residual.to(fit.dtype), left)
+
+
 class Compensation:
     """The weights that compensate; the ``follower`` of a bank.
 
@@ -49,25 +85,11 @@ class Compensation:
         structure: of the model.
         moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor}, on any device; the original weights are kept
             on the same one.
-        damping: in units of the mean diagonal of the kept inputs' moments.
-        dtype: that the model computes in; innovations are kept in it, on the model's device.
-        matrices: the widest consumer whose innovations are told from all its inputs; those of wider ones are ``share``s.
-        judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
-            else they are taken as without compensation.
+        fit: how.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        moments: Mapping[Site, Moments],
-        damping: float,
-        judge: bool,
-        dtype: torch.dtype = torch.float32,
-        matrices: int = WIDE,
-    ):
-        self.structure, self.moments, self.damping, self.judge, self.dtype = structure, moments, damping, judge, dtype
-        self.matrices = matrices
+    def __init__(self, model: nn.Module, structure: Structure, moments: Mapping[Site, Moments], fit: Fit):
+        self.structure, self.moments, self.fit, self.judge = structure, moments, fit, fit.judge
         self.consumers: list[_Consumer] = []
         self.innovations: dict[Site, Innovation] = {}
         self.open = True
@@ -120,20 +142,13 @@ class Compensation:
 
     @torch.no_grad()
     def _solve(self, consumer: _Consumer, mask: Tensor, moments: Tensor) -> None:
-        device = consumer.weight.device
+        consumer.mask, consumer.changed = mask.clone(), None
+        self.innovations.pop(consumer.site, None)
         if mask.all() and not self.judge:
-            consumer.mask, consumer.changed = mask.clone(), None
             consumer.weight.data.copy_(consumer.original)
             return
-        kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
-        takeover = Takeover.of(moments, kept, self.damping)
-        self.innovations.pop(consumer.site, None)
-        consumer.mask, consumer.changed = mask.clone(), None
-        original = consumer.original.to(device, non_blocking=True)
-        consumer.weight.data.copy_(original if takeover is None else takeover.weight(original))
-        if takeover is not None and self.judge:
-            left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=device)
-            left[takeover.kept] = True
-            rows = self.structure.rows(consumer.side)
-            residual = takeover.innovation(rows) if len(left) <= self.matrices else takeover.share(moments, rows)
-            self.innovations[consumer.site] = Innovation(residual.to(self.dtype), left)
+        original = consumer.original.to(consumer.weight.device, non_blocking=True)
+        weight, innovation = fitted(self.structure, consumer.side, mask, moments, original, self.fit)
+        consumer.weight.data.copy_(weight)
+        if innovation is not None:
+            self.innovations[consumer.site] = innovation

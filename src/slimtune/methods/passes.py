@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.errors import UserError
+from slimtune.models.sharded import owner_of
 from slimtune.models.watch import watch
 from slimtune.prune.gates import Site
 from slimtune.prune.moments import Moments
@@ -54,6 +55,8 @@ class Passes:
     def second_moments(self, device: torch.device) -> dict[Site, Moments]:
         """Sum of x x^T over the real positions of each consumer's inputs x [d], before its gate: {site: fp32 [d, d]}.
 
+        Where the model is sharded each process gets those of the layers that are its own.
+
         Args:
             device: to keep them on.
 
@@ -61,12 +64,17 @@ class Passes:
             UserError: the base's activations are not finite.
         """
         totals: dict[Site, Moments] = {}
-        adding = self.session.device if self._has_room() else device
+        adding, shared = self.session.device if self._has_room() else device, self.session.sharded
 
         def see(at: Tensor, layer: int, axis: str, values: Tensor) -> None:
             with torch.autocast(values.device.type, enabled=False):
                 flat = values.flatten(0, 1)
-                found = Moments.of(_products(flat if len(at) == len(flat) else flat.index_select(0, at)))
+                product = _products(flat if len(at) == len(flat) else flat.index_select(0, at))
+                if shared:
+                    torch.distributed.reduce(product, owner_of(layer))
+                    if owner_of(layer) != torch.distributed.get_rank():
+                        return
+                found = Moments.of(product)
             site, half = (layer, axis), found.half
             if site in totals:  # added where the product is: the host would take longer than both ways there
                 total = totals[site].half
@@ -80,7 +88,7 @@ class Passes:
 
         # on the host every pass over the totals costs seconds, and what they are not beside leaves room for longer ones
         self.run(watchers, together=1 if adding == self.session.device else TOGETHER)
-        several, moments = self.session.accelerator.num_processes > 1, {}
+        several, moments = self.session.accelerator.num_processes > 1 and not shared, {}
         for site in list(totals):
             total = totals.pop(site)
             half = self.session.accelerator.reduce(total.half.to(self.session.device)) if several else total.half

@@ -246,6 +246,9 @@ class TrainConfig(Section):
     """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None
     """CPU threads; default: torch's choice."""
+    shard: Literal["none", "full"] = "none"
+    """Of several processes (``torchrun``). ``none``: each has the whole model (DDP); ``full``: each keeps its part of every
+    weight, gradient and moment, and has a block or two of the model whole at a time (FSDP2). No effect on one process."""
 
 
 class EvaluateConfig(Section):
