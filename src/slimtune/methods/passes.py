@@ -113,7 +113,7 @@ class Passes:
 def _products(x: Tensor) -> Tensor:
     """x^T x [d, d] of x [N, d], summed in fp32."""
     exact, before = x.float(), torch.backends.cuda.matmul.allow_tf32
-    # tf32 holds every bf16 and fp16 number, so their products are exact in it, and ten times as fast as those of fp32
+    # tf32 holds every bf16 and fp16 number, so their products are exact in it, at several times the rate of fp32
     torch.backends.cuda.matmul.allow_tf32 = before or x.dtype is not torch.float32
     try:
         return exact.T @ exact

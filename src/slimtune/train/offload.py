@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def kept_on(device: torch.device, tensor: Tensor) -> Tensor:
-    """A copy on ``device``. From a GPU to host memory it is page-locked, which makes the way back ten times faster."""
+    """A copy on ``device``. From a GPU to host memory it is page-locked, which makes the way back several times as fast."""
     if device.type != "cpu" or not tensor.is_cuda:
         return tensor.to(device, copy=True)
     try:
