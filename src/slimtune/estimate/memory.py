@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from slimtune import runtime
 from slimtune.estimate.cost import GRADIENTS, Job
-from slimtune.models.head import AFTERWARDS, MOST
+from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import FFN, KV_GROUP
 
@@ -126,7 +126,7 @@ def _logits(job: Job, tokens: int, models: int) -> int:
     chunked = not job.whole and not any(getattr(job.config, key, None) not in (None, 1, 1.0) for key in AFTERWARDS)
 
     def whole(count: int, compiled: bool = False) -> float:
-        if chunked and count * vocabulary > MOST:
+        if chunked and count * vocabulary > (MOST_COMPILED if compiled else MOST):
             return 12 * MOST + job.bytes_ * job.config.hidden_size * count
         return count * vocabulary * (2 * job.bytes_ if compiled else each)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slimtune.models.head import MOST_COMPILED
 from slimtune.models.sharded import whole
 from slimtune.train import checkpoint, shards
 from slimtune.train.loop import checkpoint_path
@@ -29,7 +30,9 @@ class Tuner:
         self.batches = session.batches(session.splits.train, "train", session.recipe.train.batch)
         self.tokens = 0
         self.wrapped = self._wrap()
-        self.cross_entropy = compiled_cross_entropy() if session.recipe.train.compile else cross_entropy_sum
+        compiled = session.recipe.train.compile
+        self.cross_entropy = compiled_cross_entropy() if compiled else cross_entropy_sum
+        self.most = MOST_COMPILED if compiled else None
 
     def _wrap(self) -> nn.Module:
         accelerator = self.session.accelerator
@@ -41,7 +44,7 @@ class Tuner:
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of a micro-batch, summed over its targets."""
-        return loss_sum(self.wrapped, batch, self.cross_entropy)
+        return loss_sum(self.wrapped, batch, self.cross_entropy, self.most)
 
     def update(self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None) -> dict[str, Any]:
         """One optimiser step on batch ``step``; ``loss`` sums over a micro-batch's targets, ``penalty`` comes once."""
