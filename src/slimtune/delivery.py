@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,8 @@ from slimtune.export import adapter, card, card_facts, huggingface
 from slimtune.export.verify import sample, verify
 from slimtune.methods.outcome import Outcome
 from slimtune.models.identity import weight_bytes
-from slimtune.models.load import attention_of, without_flash
+from slimtune.models.load import attention_of, straight_to, without_flash
+from slimtune.models.piecewise import in_fp32
 from slimtune.models.sharded import gathered, is_sharded, sharded, template_of
 from slimtune.models.surgery import merge_lora
 from slimtune.recipe import Recipe
@@ -54,18 +56,24 @@ class Made:
 def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[Figures, float | None]:
     """Merge in fp32, round once to the export dtype, write, reload in a fresh process, measure what was written.
 
+    The outcome's model is used up: its weights are merged and rounded where they are, one by one, and given free when written.
+
     Args:
         figures: of the base and the dense reference, for the card.
 
     Returns:
         Figures of the written model, and by how much its logits differ after a reload (None: not checked).
     """
+    gc.collect()  # a method's parts know one another: its teacher, an uncut model, would stay until chance takes it
     target, total = run.folder / "model", count(run.structure, outcome.plan).total
     plan = _noted(run, outcome.plan)
     model, differences = gathered(outcome.model), list[float]()
     if model is not None:
         differences += _written(run, model, plan, total)
     run.folder.write_text("plan.json", plan.to_json())
+    del model
+    if not is_sharded(outcome.model):
+        outcome.model.to("meta")  # what was written is loaded now
     difference = differences[0] if differences else None
     run.accelerator.wait_for_everyone()
     result, influences = _measured(run, outcome.plan, target)
@@ -81,9 +89,7 @@ def _written(run: Made, model: Any, plan: Plan, total: int) -> list[float]:
     recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
     tuned = recipe.export.adapter and isinstance(model, PeftModel)
     bound = adapter.taken(model, recipe.model, run.structure, plan) if tuned else None
-    model = merge_lora(model.float())
-    for parameter in model.parameters():  # not model.to(dtype): buffers such as RoPE's frequencies stay fp32
-        parameter.data = parameter.data.to(dtype).float()
+    model = merge_lora(model, dtype)
     differences = list[float]()
     run.progress.say(f"writing {escape(str(target))} ...")
     model = without_flash(model.cpu()).eval()
@@ -137,11 +143,11 @@ def _loaded(run: Made, target: Path) -> Any:
     device = run.accelerator.device
     dtype, how = pick_dtype(run.recipe.model.dtype, str(device)), attention_of(run.recipe.model, run.config)
 
-    def read() -> Any:
-        return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True, **how)
+    def read(**where: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True, **how, **where)
 
     if not shards(run.recipe, run.accelerator):
-        return read().to(device)
+        return read(**straight_to(str(device)))
     template = template_of(AutoConfig.from_pretrained(target, local_files_only=True), dtype, **how)
     return sharded(template, run.structure, device, read() if rank() == 0 else None)
 
@@ -153,7 +159,7 @@ def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: 
 @torch.no_grad()
 def _verify(run: Made, model: nn.Module, target: Path) -> float:
     ids = sample(run.splits.test.collate([0])["input_ids"][:, :64], run.config.vocab_size)
-    with run.figures.eager():
+    with run.figures.eager(), in_fp32(model):
         expected = model(input_ids=ids, use_cache=False).logits
     difference = verify(target, ids, expected)
     if difference > RELOAD_LIMIT * float(expected.abs().max()):

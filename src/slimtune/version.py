@@ -1,7 +1,6 @@
 """The version, and those of the libraries that compute, where every room may read them."""
 
 from collections.abc import Iterable
-from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
 
@@ -11,6 +10,8 @@ LIBRARIES = ("torch", "transformers", "peft", "accelerate")
 
 def versions(libraries: Iterable[str] = LIBRARIES) -> dict[str, str]:
     """Of these libraries, as far as they are installed."""
+    from importlib.metadata import PackageNotFoundError, version  # a fifth of the time in which the command line starts
+
     found = {}
     for library in libraries:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ def test_train_cut_export_reload(name: str, bench: Bench, tmp_path: Path, monkey
     kept: list[Any] = []
     real = delivery.merge_lora
 
-    def merge_lora(model: Any) -> Any:
-        kept.append(real(model))
-        return kept[-1]
+    def merge_lora(model: Any, *rest: Any) -> Any:
+        merged = real(model, *rest)
+        kept.append(copy.deepcopy(merged))  # a run gives its own one free
+        return merged
 
     monkeypatch.setattr(delivery, "merge_lora", merge_lora)
     recipe = bench.recipe(tmp_path / "run", model={"path": str(tmp_path / "base")}, search__steps=3, recover__steps=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,11 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import slimtune
-from bases import Bench, plan_of, write_base
+from bases import Bench, plan_of, verify_here, write_base
+from slimtune import delivery
 from slimtune.cli import app
+from slimtune.export import huggingface
+from slimtune.methods.teacher import Teacher
 from slimtune.models.surgery import merge_lora
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,6 +68,39 @@ def test_the_same_bits(name: str, bench: Bench, tmp_path: Path, tuned: Path) -> 
     assert plan_of(out).digest == slimtune.Plan.from_json((tmp_path / "again" / "plan.json").read_text()).digest
     told = (out / "adapter" / "adapter_config.json").read_text() + (out / "adapter" / "apply.json").read_text()
     assert str(Path(bench.base).parent) not in told
+
+
+def test_one_model_is_held_while_it_is_handed_over(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Any] = []
+    teachers: list[Any] = []
+    handed: list[Any] = []
+    real, stay, measured = huggingface.save, Teacher.stay, delivery._measured
+
+    def save(model: Any, *rest: Any, **more: Any) -> Any:
+        written.append({parameter.dtype for parameter in model.parameters()})
+        assert [each for each in teachers if each() is not None] == []  # the uncut model is gone
+        handed.append(weakref.ref(model))
+        return real(model, *rest, **more)
+
+    def remember(teacher: Teacher, *rest: Any) -> None:
+        stay(teacher, *rest)
+        teachers.append(weakref.ref(teacher.model))
+
+    def measure(*rest: Any) -> Any:
+        assert {parameter.device.type for parameter in handed[-1]().parameters()} == {"meta"}
+        return measured(*rest)
+
+    monkeypatch.setattr(huggingface, "save", save)
+    monkeypatch.setattr(Teacher, "stay", remember)
+    monkeypatch.setattr(delivery, "_measured", measure)
+    monkeypatch.setattr(delivery, "verify", verify_here)
+    model, distill = {"path": bench.base, "dtype": "bfloat16"}, {"weight": 1.0, "recover": True}
+    recipe = bench.recipe(tmp_path / "run", model=model, distill=distill, export={"dtype": "bfloat16", "verify": True})
+    summary = slimtune.tune(recipe)
+    assert len(teachers) == 1
+    assert summary["reload_difference"] < 1e-4  # it computes in fp32, as the fresh process does
+    assert slimtune.apply_plan(tmp_path / "run", bench.base, out=tmp_path / "again")["same"]
+    assert written == [{torch.bfloat16}] * 2  # fp32 would be twice the memory
 
 
 def test_the_adapter_is_one_of_peft(bench: Bench, tuned: Path, tmp_path: Path) -> None:

@@ -376,13 +376,13 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
     expected: dict[str, torch.Tensor] = {}
     real = delivery.merge_lora
 
-    def spy(model: Any) -> Any:
+    def spy(model: Any, *rest: Any) -> Any:
         for name, module in model.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
                 a, b = (side["default"].weight.float() for side in (module.lora_A, module.lora_B))
                 whole = module.base_layer.weight.float() + module.scaling["default"] * (b @ a)
                 expected[f"{name}.weight"] = whole.to(getattr(torch, dtype))
-        return real(model)
+        return real(model, *rest)
 
     monkeypatch.setattr(delivery, "merge_lora", spy)
     base = {"path": bench.base, "dtype": "bfloat16"}

@@ -162,7 +162,7 @@ def test_killed_between_a_row_and_its_checkpoint_and_again_while_exporting(
             tune(recipe)
     assert metrics(tmp_path)[-1] == {"checkpoint": ["main", "search", 4]}
     with monkeypatch.context() as patch:
-        patch.setattr("slimtune.delivery.merge_lora", lambda model: (_ for _ in ()).throw(Killed))
+        patch.setattr("slimtune.delivery.merge_lora", lambda *_: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             tune(recipe, resume=True)
     kill_at(monkeypatch, "main", "recover", 5)  # no step may run again

@@ -17,7 +17,7 @@ from slimtune.evaluate import folder, harness, protection
 from slimtune.evaluate.intervals import DRAWS
 from slimtune.evaluate.rows import Prepared, Unread, prepare, window_of
 from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
-from slimtune.models.load import load_config, load_tokenizer, locate, pretrained
+from slimtune.models.load import load_config, load_tokenizer, locate, pretrained, straight_to
 from slimtune.runtime import pick_device, pick_dtype, seed_everything
 from slimtune.sections import ModelConfig
 from slimtune.version import versions
@@ -241,7 +241,7 @@ def _found(model: Any) -> tuple[nn.Module | ModelConfig, str]:
 
 def _loaded(config: ModelConfig, options: Options) -> nn.Module:
     device = pick_device(options.device)
-    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device)}, _GIVEN)
+    model: nn.Module = pretrained(config, {"dtype": pick_dtype(options.dtype, device), **straight_to(device)}, _GIVEN)
     return model.to(torch.device(device)).eval()
 
 

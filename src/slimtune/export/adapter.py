@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from slimtune.errors import UserError
 from slimtune.export.card_facts import public
 from slimtune.export.folder import replacing
+from slimtune.models.identity import stored_dtype
 from slimtune.models.load import load_model
-from slimtune.models.surgery import cut
+from slimtune.models.piecewise import cut_values
 from slimtune.sections import ModelConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import Plan
@@ -67,7 +68,8 @@ class Bound:
 def taken(model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan) -> Bound | None:
     """The adapter of ``model``, which was cut by ``plan``; None where all weights were drawn, so that there is no base.
 
-    The base is loaded once more, on the CPU: what is not its own is what differs.
+    The base is opened once more, on the CPU, in the type of its files, and held to the model weight by weight: what is not its
+    own is what differs.
     """
     if base.init != "pretrained":
         return None
@@ -77,14 +79,11 @@ def taken(model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan)
         if ".lora_" not in name
     }
     dtype = next(iter(own.values())).dtype
-    fresh: Any = load_model(base, "cpu", dtype)
-    cut(fresh, structure, plan)
-    theirs = dict(fresh.named_parameters())
-    changed = {
-        name: tensor.cpu().clone()
-        for name, tensor in own.items()
-        if name not in theirs or not torch.equal(theirs[name], tensor.cpu())
-    }
+    fresh = load_model(base, "cpu", stored_dtype(base) or dtype)
+    for name, theirs in cut_values(fresh, structure, plan):
+        if name in own and torch.equal(theirs.to(dtype), own[name].cpu()):
+            del own[name]
+    changed = {name: tensor.cpu().clone() for name, tensor in own.items()}
     factors = get_peft_model_state_dict(model, save_embedding_layers=False)
     config: Any = model.peft_config["default"]
     told = public(base.path)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from slimtune.errors import UserError
 from slimtune.export import adapter, card_facts, huggingface
 from slimtune.export.folder import check_target
-from slimtune.models.identity import weight_bytes
+from slimtune.models.identity import stored_dtype, weight_bytes
 from slimtune.models.load import BUILTIN, check_weights, load_config, load_model, structure_of
 from slimtune.models.surgery import cut, merge_lora, put
 from slimtune.sections import ModelConfig
@@ -100,12 +100,14 @@ def _built(
     stored = load_config(origin, "BASE").dtype
     own = stored if isinstance(stored, torch.dtype) else torch.float32
     dtype = getattr(torch, record.dtype) if record else own
-    model: Any = load_model(origin, "cpu", getattr(torch, record.base_dtype) if record else own)
+    trained = getattr(torch, record.base_dtype) if record else own
+    model: Any = load_model(origin, "cpu", stored_dtype(origin) or trained)
     cut(model, structure, plan)
-    if found:
-        model = _merged(model, found, structure)
     for parameter in model.parameters():
-        parameter.data = parameter.data.float().to(dtype).float()
+        parameter.data = parameter.data.to(trained)
+    if found:
+        model = _with_adapter(model, found, structure)
+    model = merge_lora(model, dtype)
     if record:
         _check_same(model, dtype, record, origin.path)
     return model, dtype
@@ -176,7 +178,7 @@ def _fitting(folder: Path, plan: Plan) -> adapter.Record:
     return record
 
 
-def _merged(model: Any, folder: Path, structure: Structure) -> Any:
+def _with_adapter(model: Any, folder: Path, structure: Structure) -> Any:
     changed = folder / adapter.CHANGED
     try:
         if changed.is_file():
@@ -185,4 +187,4 @@ def _merged(model: Any, folder: Path, structure: Structure) -> Any:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--adapter {str(folder)!r} cannot be loaded ({reason}); fetch it again") from error
-    return merge_lora(tuned.float())
+    return tuned

@@ -22,8 +22,10 @@ from slimtune.export.onnx import LIMIT
 from slimtune.export.padding import padded
 from slimtune.export.verify import reloaded
 from slimtune.models import per_layer
+from slimtune.models.buffers import exact_buffers
 from slimtune.models.identity import weight_bytes
 from slimtune.models.load import TOKENIZER_FILES, load_config, load_tokenizer, pretrained
+from slimtune.models.piecewise import in_fp32
 from slimtune.sections import ModelConfig
 from slimtune.structure.families import family_of
 
@@ -126,7 +128,8 @@ def rewrite(
 def _compared(folder: Path, model: Any, written: Path) -> dict[str, Any]:
     """``written`` in a fresh process held to ``model``, and what it should compute put into it."""
     ids = record.drawn(int(model.config.vocab_size))
-    expected = model(input_ids=ids, use_cache=False).logits
+    with in_fp32(model):
+        expected = model(input_ids=ids, use_cache=False).logits
     found = reloaded(written, {"input_ids": ids, "expected": expected})
     limit = LIMIT * max(1.0, float(expected.abs().max()))
     if not found["difference"] <= limit:
@@ -158,11 +161,11 @@ def _kind_in(folder: Path, config: PreTrainedConfig) -> str:
 
 
 def _loaded(folder: Path, kind: str) -> Any:
-    """The model in fp32, its weights rounded to ``kind``."""
+    """The model in ``kind``; nothing in memory where the files are in it too."""
     # eager, as the fresh process has it: the one implementation that applies every family's soft caps
-    model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": torch.float32, "attn_implementation": "eager"}, "RUN")
+    model: Any = pretrained(ModelConfig(path=str(folder)), {"dtype": KINDS[kind], "attn_implementation": "eager"}, "RUN")
+    exact_buffers(model, load_config(ModelConfig(path=str(folder)), "RUN"))
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(KINDS[kind]).float()
         if kind == "f16" and not parameter.isfinite().all():
             raise UserError(f"--quantize {kind}: {name!r} has values that {kind} does not hold; choose bf16 or f32")
     return model.eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,7 +15,6 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -28,6 +26,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from slimtune.errors import UserError, nearest
+from slimtune.models.buffers import exact_buffers
 from slimtune.sections import LoraConfig, ModelConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import describe, family_of
@@ -218,6 +217,14 @@ def without_flash(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def straight_to(device: str) -> dict[str, Any]:
+    """Keyword arguments that load each weight from its mapped file to ``device``, in the type asked for, none on the host.
+
+    For a CPU there are none: a weight of the right type *is* the mapped file there.
+    """
+    return {} if device == "cpu" else {"device_map": {"": device}}
+
+
 def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrainedModel:
     """The causal LM on ``device`` in ``dtype``, dropout-free eval mode, caches off."""
     kwargs = attention_of(config, load_config(config))
@@ -225,9 +232,9 @@ def load_model(config: ModelConfig, device: str, dtype: torch.dtype) -> PreTrain
         with torch.device(device):  # drawn where it will live: on CPU an 8B model takes minutes
             model = AutoModelForCausalLM.from_config(load_config(config), dtype=dtype, **kwargs)
     else:
-        model = pretrained(config, {"dtype": dtype, "revision": config.revision, **kwargs})
+        model = pretrained(config, {"dtype": dtype, "revision": config.revision, **straight_to(device), **kwargs})
     if dtype is not torch.float32:
-        _exact_buffers(model, load_config(config))
+        exact_buffers(model, load_config(config))
     model.config.use_cache = False
     return model.to(device).eval()
 
@@ -245,25 +252,6 @@ def pretrained(config: ModelConfig, kwargs: Mapping[str, Any], what: str = "mode
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise UserError(f"{what}={config.path!r} cannot be loaded ({wrong[0]}{more}); check the folder's files")
     return model
-
-
-@torch.no_grad()
-def _exact_buffers(model: nn.Module, config: PreTrainedConfig) -> None:
-    """Give constants that live in buffers (Gemma's embedding scale) back the precision that loading in bf16 took.
-
-    They depend on the hidden size and on RoPE alone, so a clone of one narrow layer knows them. What is computed in bf16
-    rounds them again; what is exported and compared in fp32 does not.
-    """
-    clone = copy.deepcopy(config)
-    clone.num_hidden_layers, clone.vocab_size, clone.intermediate_size = 1, 8, 8
-    clone.pad_token_id = clone.bos_token_id = clone.eos_token_id = None
-    if getattr(clone, "layer_types", None):
-        clone.layer_types = clone.layer_types[:1]
-    exact = dict(AutoModelForCausalLM.from_config(clone, dtype=torch.float32).named_buffers())
-    for name, buffer in list(model.named_buffers()):
-        if buffer.is_floating_point() and buffer.dtype is not torch.float32 and name in exact:
-            owner, _, leaf = name.rpartition(".")
-            model.get_submodule(owner)._buffers[leaf] = exact[name].to(buffer.device)
 
 
 def enable_checkpointing(model: PreTrainedModel | PeftModel, kind: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -207,31 +207,37 @@ def quiet(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> nn.Module:
+def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Fold LoRA into the base weights and return the plain transformers model: the same bits on every machine.
 
     A matrix product is summed in an order that differs between devices and their numbers of threads. Here the products of
     two fp32 factors, exact in fp64, are added one rank after another, and the sum is rounded once.
+
+    Args:
+        dtype: that all weights have afterwards; each is merged in fp32 and rounded to it before the next one is touched, so
+            no second model is held. None: as they are, and the sum is rounded to that.
     """
-    if not isinstance(model, PeftModel):
-        return model
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.active_adapters:
-                _add_product(
-                    module.get_base_layer().weight,
-                    module.lora_B[name].weight,
-                    module.lora_A[name].weight,
-                    float(module.scaling[name]),
-                )
-    plain: nn.Module = model.unload()
-    return plain
+    if isinstance(model, PeftModel):
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                weight = module.get_base_layer().weight
+                wide = weight.data.float() if dtype else weight.data
+                for name in module.active_adapters:
+                    left, right = module.lora_B[name].weight, module.lora_A[name].weight
+                    _add_product(wide, left, right, float(module.scaling[name]))
+                # into the memory that it had, where that fits: with blocks of two sizes by turns the heap would grow by holes
+                weight.data = weight.data.copy_(wide) if weight.dtype is (dtype or weight.dtype) else wide.to(dtype)
+        model = cast(nn.Module, model.unload())
+    for parameter in model.parameters() if dtype else ():
+        if parameter.dtype is not dtype:
+            parameter.data = parameter.data.float().to(dtype)
+    return model
 
 
 def _add_product(weight: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
     """``weight`` [out, in] += scale * left [out, r] @ right [r, in], in place, by blocks of rows that stay in a CPU's cache."""
     right = right.double()
-    rows = max(1, (1 << 17) // right.shape[1]) if weight.device.type == "cpu" else len(weight)
+    rows = max(1, (1 << (17 if weight.device.type == "cpu" else 24)) // right.shape[1])
     for start in range(0, len(weight), rows):
         part = left[start : start + rows].double()
         total = torch.zeros(len(part), right.shape[1], dtype=torch.float64, device=weight.device)
