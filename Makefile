@@ -1,11 +1,11 @@
-# Targets: demo test check golden results bench setup clean. The set-up lives in .venv and is made again when its inputs change.
+# Targets: demo test check golden results bench tables setup clean. The set-up lives in .venv and is made again when its inputs change.
 PYTHON ?= python3
 BIN := .venv/bin
 # Idle OpenMP threads spin; beside other work that costs more than the tests themselves.
 ONE_THREAD := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 CODE := $(wildcard src tests benchmarks scripts)
 
-.PHONY: demo test check golden results bench setup clean
+.PHONY: demo test check golden results bench tables setup clean
 
 setup: .venv/.ok
 
@@ -35,15 +35,21 @@ golden: setup
 results: setup
 	$(BIN)/python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
+# What claims of cost are made of, at a size for a CPU, as ratios in one process each.
+SMALL := cpu-size --batch 2 --window 64
+bench: setup
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/cost.py $(SMALL) --steps 80 --search 4 --prior 2
+	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/growth.py $(SMALL)
+
 # All tables on the screen, the earlier ones too (docs/results/EARLIER.md).
 GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))
-bench: setup
+tables: setup
 	@for rows in $(GRIDS); do echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done
-	@for rows in $(filter-out $(GRIDS) %dry-run.json %crosscheck.json %lm-eval.json %lm-eval-44m.json %speed.json %decode-ways.json %loading.json,$(wildcard docs/results/*.json)); do \
+	@for rows in $(filter-out $(GRIDS) %dry-run.json %crosscheck.json %lm-eval.json %lm-eval-44m.json %speed.json %decode-ways.json %cost.json %growth.json %loading.json,$(wildcard docs/results/*.json)); do \
 	  echo; echo $$rows; $(BIN)/python -m slimtune compare --table --rows $$rows || exit 1; done
 	@echo; echo docs/results/speed.json; $(BIN)/python benchmarks/speed.py --rows docs/results/speed.json
 	@echo; echo docs/results/decode-ways.json; $(BIN)/python benchmarks/decode_ways.py --rows docs/results/decode-ways.json
-	@echo; echo docs/results/loading.json; $(BIN)/python benchmarks/loading.py --rows docs/results/loading.json
+	@for what in cost loading; do echo; echo docs/results/$$what.json; $(BIN)/python benchmarks/$$what.py --rows docs/results/$$what.json; done
 	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 
 # Caches and builds; .venv and runs/ stay.

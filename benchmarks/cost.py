@@ -22,12 +22,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernels import looked_at
 from peft import LoraConfig, get_peft_model
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimtune
+from slimtune.estimate import estimate
+from slimtune.estimate.machines import SHEETS
 from slimtune.methods import atp
+from slimtune.methods.compensation import Compensation
+from slimtune.methods.decide import Decider
+from slimtune.methods.passes import Passes
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, seed_everything
@@ -35,15 +40,6 @@ from slimtune.train import loop
 from slimtune.version import versions
 
 HERE = Path(__file__).parent
-KINDS = {
-    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitk"),
-    "attention": ("flash", "fmha", "attention"),
-    "loss": ("softmax", "nll"),
-    "solves": ("potrf", "potri", "trsm", "getrf", "syrk", "cusolver", "trtri", "lauum"),
-    "copies": ("copy", "memcpy", "memset", "cat", "fill"),
-    "optimiser": ("multi_tensor", "adam", "foreach"),
-}
-"""Kinds of kernels by parts of their names; what is none of them goes over elements."""
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -125,8 +121,11 @@ def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any])
     steps = [line for line in lines if "step" in line]
     found: dict[str, Any] = {"what": "atp", "seconds": marks["end"] - marks["loaded"], **peak(device)}
     found["prepare_seconds"] = marks["search"] - marks["loaded"]
+    found |= {f"{name.removeprefix('of which ')}_seconds": value for name, value in marks.items() if "of which" in name}
     for phase in ("search", "recover"):
         rows = [row for row in steps if row["phase"] == phase]
+        if not rows:
+            continue
         found[f"{phase}_seconds"] = sum(row["seconds"] for row in rows)
         found[f"{phase}_step_seconds"] = statistics.median(row["seconds"] for row in rows)
         found[f"{phase}_steps"] = len(rows)
@@ -159,31 +158,30 @@ def timed(marks: dict[str, float], probe: Callable[[str, str, int], Any]) -> Ite
 
         return run
 
+    parts = {"moments": (Passes, "second_moments"), "taylor": (Decider, "taylor"), "solves": (Compensation, "_solve")}
+    saved = {name: getattr(owner, method) for name, (owner, method) in parts.items()}
     atp.gated_model, atp.run_phase = loaded, phase
+    for name, (owner, method) in parts.items():
+        setattr(owner, method, clocked(saved[name], marks, f"of which {name}"))
     try:
         yield
     finally:
         atp.gated_model, atp.run_phase = load, phase_of
+        for name, (owner, method) in parts.items():
+            setattr(owner, method, saved[name])
 
 
-@contextmanager
-def looked_at(name: str) -> Iterator[None]:
-    """Print which kinds of kernels the GPU's time goes to, and the longest single ones."""
-    kinds = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
-    begun = time.perf_counter()
-    with profile(activities=kinds, acc_events=True) as prof:
-        yield
-        torch.cuda.synchronize()
-    whole = time.perf_counter() - begun
-    events = [event for event in prof.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA]
-    sums = dict.fromkeys((*KINDS, "elements"), 0.0)
-    for event in events:
-        kind = next((kind for kind, parts in KINDS.items() if any(part in event.key.lower() for part in parts)), "elements")
-        sums[kind] += event.self_device_time_total / 1e6
-    print(f"-- {name}: {whole:.3f} s, of which the GPU works {sum(sums.values()):.3f}")
-    print("   " + ", ".join(f"{kind} {value:.3f}" for kind, value in sums.items() if value > 5e-4))
-    for event in sorted(events, key=lambda event: -event.self_device_time_total)[:12]:
-        print(f"   {event.self_device_time_total / 1e6:8.4f} s {event.count:6d} x {event.key[:110]}")
+def clocked(function: Callable[..., Any], marks: dict[str, float], name: str) -> Callable[..., Any]:
+    """``function``, whose seconds are added up; the GPU is waited for, as what is called here does several times itself."""
+
+    def call(*args: Any, **rest: Any) -> Any:
+        begun = time.perf_counter()
+        found = function(*args, **rest)
+        torch.cuda.synchronize() if torch.cuda.is_available() else None
+        marks[name] = marks.get(name, 0.0) + time.perf_counter() - begun
+        return found
+
+    return call
 
 
 @contextmanager
@@ -215,54 +213,77 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = measure_plain(recipe, run, args.steps, of_lora) if what == "lora" else measure_atp(recipe, run, of_atp)
         name = args.name if args.name and what != "lora" else what
         shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1}
-        shape |= {"batch": args.batch, "window": args.window}
+        shape |= {"batch": args.batch, "window": args.window} | ({} if what == "lora" else expected(recipe, shape["gpu"]))
         yield {**found, "what": name, **shape, "steps": args.steps, "overrides": " ".join(args.overrides), **versions()}
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def expected(recipe: Recipe, gpu: str) -> dict[str, float]:
+    """What ``slimtune estimate`` says of the run, of a GPU by its data sheet."""
+    sheet = next((name for name in SHEETS if name in gpu.lower().split()), None)
+    found = estimate(recipe, gpu=sheet)
+    memory = {"expected_peak_gib": sum(found.memory.values()) / 2**30} if sheet else {}
+    steps = {f"expected_{phase.name}_step_seconds": phase.step_seconds or 0.0 for phase in found.phases}
+    return {"expected_seconds": sum(phase.seconds or 0.0 for phase in found.phases), **steps, **memory}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; ratios to the plain LoRA of the same model, machine and size."""
-    print("| what | model | GPU | batch x window | M tokens | seconds | x LoRA | peak, GiB | x LoRA |")
-    print(f"|{' --- |' * 9}")
-    size = ("model", "gpu", "batch", "window", "steps")
-    plain_ = {tuple(row[key] for key in size): row for row in rows if row["what"] == "lora"}
+    lines = ["| what | model | GPU | batch x window | M tokens | seconds | x LoRA | expected | peak, GiB | x LoRA | expected |"]
+    lines.append(f"|{' --- |' * 11}")
+    size = ("model", "gpu", "gpus", "batch", "window", "steps")
+    lora = {tuple(row[key] for key in size): row for row in rows if row["what"] == "lora"}
     for row in rows:
-        base = plain_.get(tuple(row[key] for key in size), {})
+        base = lora.get(tuple(row[key] for key in size), {})
         cells = [row["what"], row["model"], row["gpu"], f"{row['batch']} x {row['window']}", f"{row['tokens'] / 1e6:.2f}"]
         for key, digits in (("seconds", 1), ("peak_gib", 2)):
             both = key in row and key in base
-            cells += [f"{row[key]:.{digits}f}" if key in row else "", f"{row[key] / base[key]:.3f}" if both else ""]
-        print(f"| {' | '.join(cells)} |")
+            cells += [f"{row[key]:.{digits}f}" if key in row else "", f"{row[key] / base[key]:.2f}" if both else ""]
+            cells.append(f"{row[f'expected_{key}']:.{digits}f}" if f"expected_{key}" in row else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def kept(file: Path | None, new: list[dict[str, Any]], same: tuple[str, ...]) -> None:
+    """Write rows into a file in place of those that measured the same."""
+    if file:
+        rows = json.loads(file.read_text()) if file.exists() else []
+        later = [tuple(row.get(key) for key in same) for row in new]
+        rows = [row for row in rows if tuple(row.get(key) for key in same) not in later] + new
+        file.write_text("[\n" + ",\n".join(json.dumps(item) for item in rows) + "\n]\n")
+
+
+def parser(about: str) -> argparse.ArgumentParser:
+    """What a measurement is told."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
+    made.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
+    made.add_argument("overrides", nargs="*", help="key=value, for atp")
+    made.add_argument("--what", nargs="+", default=["lora", "atp"], choices=("lora", "atp"))
+    made.add_argument("--name", help="of the atp row, where overrides make it another thing")
+    made.add_argument("--steps", type=int, default=200, help="of plain LoRA; atp reads as many tokens in all")
+    made.add_argument("--search", type=int, default=10, help="steps of the search")
+    made.add_argument("--prior", type=int, default=8, help="decision batches for prior and moments")
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--window", type=int, default=1024)
+    made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--profile", action="store_true", help="where the GPU's time goes, for single steps")
+    made.add_argument("--out", default="runs/cost")
+    made.add_argument("--rows", type=Path)
+    return made
 
 
 def main() -> None:
-    """Measure, print, append rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
-    parser.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
-    parser.add_argument("overrides", nargs="*", help="key=value, for atp")
-    parser.add_argument("--what", nargs="+", default=["lora", "atp"], choices=("lora", "atp"))
-    parser.add_argument("--name", help="of the atp row, where overrides make it another thing")
-    parser.add_argument("--steps", type=int, default=200, help="of plain LoRA; atp reads as many tokens in all")
-    parser.add_argument("--search", type=int, default=10, help="steps of the search")
-    parser.add_argument("--prior", type=int, default=8, help="decision batches for prior and moments")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=32)
-    parser.add_argument("--profile", action="store_true", help="where the GPU's time goes, for single steps")
-    parser.add_argument("--out", default="runs/cost")
-    parser.add_argument("--rows", type=Path)
-    args = parser.parse_intermixed_args()
+    """Measure, print, write rows."""
+    args = parser(__doc__ or "").parse_intermixed_args()
     if args.shape is None:
-        print_table(json.loads(args.rows.read_text()))
+        print(table(json.loads(args.rows.read_text())))
         return
-    rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
     new = []
     for row in rows_of(args):
         print(json.dumps(row), flush=True)
         new.append(row)
-        if args.rows:
-            args.rows.write_text("[\n" + ",\n".join(json.dumps(item) for item in [*rows, *new]) + "\n]\n")
-    print_table(new)
+        kept(args.rows, new, ("what", "model", "gpu", "gpus", "batch", "window", "steps"))
+    print(table(new))
 
 
 if __name__ == "__main__":

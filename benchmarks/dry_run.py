@@ -53,10 +53,8 @@ def expected(recipe: Recipe) -> dict[str, Any]:
     found = estimate(recipe)
     values: dict[str, Any] = {"peak_gib": sum(found.memory.values()) / 2**30}
     for phase in found.phases:
-        if found.matmul_flops and phase.name in ("search", "recover"):
-            solves = phase.solve_flops / found.solve_rate if found.solve_rate else 0.0
-            seconds = (phase.step_flops / found.matmul_flops + solves) / found.efficiency
-            values[f"{phase.name}_seconds"] = seconds / phase.steps
+        if phase.step_seconds and phase.name in ("search", "recover"):
+            values[f"{phase.name}_seconds"] = phase.step_seconds
     return values
 
 

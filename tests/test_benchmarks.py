@@ -113,6 +113,10 @@ def test_published_rows_are_flat_and_whole() -> None:
             if file.stem == "speed":
                 assert {"shape", "model", "what", "how", "batch", "ms", "seconds", "bytes", "flops", "machine"} <= set(row)
                 continue
+            if file.stem in ("cost", "growth"):
+                assert {"model", "gpu"} <= set(row)
+                assert file.stem == "growth" or {"what", "seconds", "peak_gib", "tokens", "gpus"} <= set(row)
+                continue
             if file.stem == "decode-ways":
                 assert {"way", "batch", "dense_us", "aligned_us", "by_size", "machine"} <= set(row)
                 continue
@@ -302,3 +306,41 @@ def test_perplexities_of_a_part_of_the_text_are_made_of_what_each_window_added(t
     text = clean_text.lines(board, shared, tokens)
     assert text[0] == f"words: {(~shared).sum()} of {len(shared)} windows have no run of words in train"
     assert re.match(r"0\.6 atp +\d+\.\d\d +\d+\.\d\d$", text[1])
+
+
+def test_a_whole_run_is_measured_beside_plain_lora(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = tuple((f"document.{number}", sentence * 9) for number, sentence in enumerate(sentences(60)))
+    monkeypatch.setattr("slimtune.data.sources.documents", lambda: documents)
+    cost, rows = script("cost"), tmp_path / "rows.json"
+    words = ["cost.py", "cpu-size", "model.config.num_hidden_layers=2", "budget={keep: 0.6, of: block, tolerance: 0.05}"]
+    words += ["--steps", "12", "--search", "3", "--prior", "1", "--batch", "2", "--window", "64", "--rank", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "runs"), "--rows", str(rows)])
+    cost.main()
+    cost.main()  # in place of the rows of before
+    lora, atp = json.loads(rows.read_text())
+    assert (lora["what"], atp["what"]) == ("lora", "atp")
+    assert atp["tokens"] == lora["tokens"] == 12 * 2 * 64
+    assert (atp["search_steps"], atp["recover_steps"]) == (3, 4)  # two batches before and three decide turns out of twelve
+    assert atp["seconds"] > atp["search_seconds"] + atp["recover_seconds"]
+    table = capsys.readouterr().out
+    assert f"| 0.00 | {atp['seconds']:.1f} | {atp['seconds'] / lora['seconds']:.2f} |" in table
+
+
+def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:
+    growth = script("growth")
+    args = growth.parser("").parse_args(["cpu-size"])
+    args.layers = 4
+    asked = list(growth.sizes(args))
+    assert [value for axis, value, _ in asked if axis == "layers"] == [2, 4, 8, 16]
+    assert {axis for axis, *_ in asked} == {"window", "batch", "layers", "keep"}
+    row = {
+        "axis": "layers",
+        "value": 8.0,
+        "lora_seconds": 2.0,
+        "decide_seconds": 3.0,
+        "adapt_seconds": 2.4,
+        "recover_seconds": 1.2,
+    }
+    assert "| layers | 8 | 2.000 | 1.50x | 1.20x | 0.60x |  |  |" in growth.table([row])

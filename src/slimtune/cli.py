@@ -114,6 +114,7 @@ app.command()(bench)
 def estimate(
     recipe: RecipeFile,
     overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="Tell the times of this GPU, by its data sheet: h100, h200, a100, ...")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """What a run will cost: parameters, memory, steps, time. Needs config.json only; reads no data."""
@@ -125,7 +126,7 @@ def estimate(
     from slimtune.runtime import quiet_libraries
 
     quiet_libraries()
-    result = build(loaded)
+    result = build(loaded, gpu=gpu or None)
     if os.environ.get("RANK", "0") == "0":
         if as_json:
             import json

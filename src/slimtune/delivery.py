@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from peft import PeftModel
 from rich.markup import escape
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from slimtune.data.batches import Splits
 from slimtune.errors import UserError
@@ -25,13 +25,14 @@ from slimtune.methods.outcome import Outcome
 from slimtune.models.identity import weight_bytes
 from slimtune.models.load import attention_of, straight_to, without_flash
 from slimtune.models.piecewise import in_fp32
+from slimtune.models.sharded import gathered, is_sharded, sharded, template_of
 from slimtune.models.surgery import merge_lora
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, pick_dtype, rank, writing
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import Plan, count
 from slimtune.train.progress import Progress
-from slimtune.train.session import Figures
+from slimtune.train.session import Figures, shards
 
 RELOAD_LIMIT = 1e-4
 """Largest allowed difference of the reloaded model's logits, relative to the largest logit. A tighter, absolute one would
@@ -64,25 +65,15 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
         Figures of the written model, and by how much its logits differ after a reload (None: not checked).
     """
     gc.collect()  # a method's parts know one another: its teacher, an uncut model, would stay until chance takes it
-    recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
-    total = count(run.structure, outcome.plan).total
+    target, total = run.folder / "model", count(run.structure, outcome.plan).total
     plan = _noted(run, outcome.plan)
-    bound = None
-    if rank() == 0 and recipe.export.adapter and isinstance(outcome.model, PeftModel):
-        bound = adapter.taken(outcome.model, recipe.model, run.structure, plan)
-    model: Any = merge_lora(outcome.model, dtype)
-    differences = list[float]()
-    if rank() == 0:
-        run.progress.say(f"writing {escape(str(target))} ...")
-        model = without_flash(model.cpu()).eval()
-        check = (lambda written: differences.append(_verify(run, model, written))) if recipe.export.verify else None
-        huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say)
-        if not recipe.export.adapter:  # one of before would be of other weights
-            shutil.rmtree(run.folder / adapter.FOLDER, ignore_errors=True)
-        if bound:
-            adapter.write(run.folder / adapter.FOLDER, bound, adapter.digest_of(model, dtype), dtype)
+    model, differences = gathered(outcome.model), list[float]()
+    if model is not None:
+        differences += _written(run, model, plan, total)
     run.folder.write_text("plan.json", plan.to_json())
-    model.to("meta")  # what was written is loaded now
+    del model
+    if not is_sharded(outcome.model):
+        outcome.model.to("meta")  # what was written is loaded now
     difference = differences[0] if differences else None
     run.accelerator.wait_for_everyone()
     result, influences = _measured(run, outcome.plan, target)
@@ -91,6 +82,24 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
         with writing(target / "README.md"):
             card.write(target, _facts(run, total, {**figures, "result": result}, difference), plan)
     return result, difference
+
+
+def _written(run: Made, model: Any, plan: Plan, total: int) -> list[float]:
+    """What rank 0 alone does with the whole model; by how much it differs after a reload, if that is asked for."""
+    recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
+    tuned = recipe.export.adapter and isinstance(model, PeftModel)
+    bound = adapter.taken(model, recipe.model, run.structure, plan) if tuned else None
+    model = merge_lora(model, dtype)
+    differences = list[float]()
+    run.progress.say(f"writing {escape(str(target))} ...")
+    model = without_flash(model.cpu()).eval()
+    check = (lambda written: differences.append(_verify(run, model, written))) if recipe.export.verify else None
+    huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say)
+    if not recipe.export.adapter:  # one of before would be of other weights
+        shutil.rmtree(run.folder / adapter.FOLDER, ignore_errors=True)
+    if bound:
+        adapter.write(run.folder / adapter.FOLDER, bound, adapter.digest_of(model, dtype), dtype)
+    return differences
 
 
 def export_dtype(recipe: Recipe, config: PreTrainedConfig) -> torch.dtype:
@@ -111,24 +120,36 @@ def _noted(run: Made, plan: Plan) -> Plan:
 
 def _measured(run: Made, plan: Plan, target: Path) -> tuple[Figures, Influences]:
     recipe, influences = run.recipe, Influences()
-    measured = pick_dtype(recipe.model.dtype, str(run.accelerator.device))  # as the base was
-    how = attention_of(recipe.model, run.config)
-    how |= straight_to(str(run.accelerator.device))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(target, dtype=measured, local_files_only=True, **how)
-    kind = type(loaded).__name__
-    if recipe.budget.layout == "uniform" and not type(loaded).__module__.startswith("transformers."):
+    loaded = _loaded(run, target)
+    made = type(loaded.template() if is_sharded(loaded) else loaded)
+    kind = made.__name__
+    if recipe.budget.layout == "uniform" and not made.__module__.startswith("transformers."):
         run.progress.say(
             f"[yellow]no stock class takes these equal widths, so the model is a {kind}, which the folder carries; "
             "another budget.keep or a wider budget.tolerance may give head counts that one takes[/yellow]"
         )
     figures = {
         "class": kind,
-        **run.figures.test(loaded.to(run.accelerator.device), influences),
+        **run.figures.test(loaded, influences),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "block_ratio": count(run.structure, plan).block_ratio,
         "bytes": weight_bytes(target),
     }
     return figures, influences
+
+
+def _loaded(run: Made, target: Path) -> Any:
+    """The written model, where and as the base was measured."""
+    device = run.accelerator.device
+    dtype, how = pick_dtype(run.recipe.model.dtype, str(device)), attention_of(run.recipe.model, run.config)
+
+    def read(**where: Any) -> Any:
+        return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True, **how, **where)
+
+    if not shards(run.recipe, run.accelerator):
+        return read(**straight_to(str(device)))
+    template = template_of(AutoConfig.from_pretrained(target, local_files_only=True), dtype, **how)
+    return sharded(template, run.structure, device, read() if rank() == 0 else None)
 
 
 def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: float | None) -> dict[str, Any]:

@@ -18,13 +18,13 @@ from slimtune.evaluate.figures import Measure
 from slimtune.export.folder import check_target
 from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
+from slimtune.methods.start import base_model
 from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
     check_attention,
     check_length,
     check_weights,
     load_config,
-    load_model,
     load_tokenizer,
     locate,
     structure_of,
@@ -74,7 +74,7 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
         raise UserError(f"tune needs a Recipe, not {type(recipe).__name__}: slimtune.load_recipe(file), slimtune.Recipe(...)")
     if resume and overwrite:
         raise UserError("--resume and --overwrite exclude each other; give one of them")
-    check_launcher()
+    check_launcher(recipe)
     folder = open_folder(recipe, resume, overwrite)
     seed_everything(recipe.seed)
     with folder.held():
@@ -211,8 +211,8 @@ class Run:
 
     def _measure_base(self) -> Figures:
         self.progress.say("measuring the base model ...")
-        device = str(self.accelerator.device)
-        model = load_model(self.recipe.model, device, pick_dtype(self.recipe.model.dtype, device))
+        dtype = pick_dtype(self.recipe.model.dtype, str(self.accelerator.device))
+        model = base_model(self.session("base"), dtype, lora=False)
         found = self.figures.test(model) if self.recipe.evaluate.base else self.figures.glance(model)
         preflight.check_base(found["loss"], self.recipe)
         location, local = locate(self.recipe.model.path)

@@ -188,12 +188,9 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | Path, kind: str, example: str) -> dict[str, Any]:
     """The mapping in a YAML file.
 
-    Args:
-        kind: what the file is, for the messages.
-        example: a path to name when there is no such file.
-
     Raises:
-        UserError: the file is missing, not YAML, not a mapping, or has a key twice.
+        UserError: the file is missing, not YAML, not a mapping, or has a key twice; ``kind`` says in it what the file is, and
+            ``example`` what a path may look like.
     """
     file = Path(path)
     if not file.is_file():

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "generator__prior_steps": 2,
         "compensate__weights": "decide",
     },
-    "lora_aware": {"lora__semantics": "lora_aware", "lora__settle": 0.6},
+    "lora_aware": {"lora__semantics": "lora_aware", "lora__settle": 0.6, "search__decide_every": 2},
     "lasso": {"lora__semantics": "lora_aware", "lora__settle": 0.6, "lora__lasso": "loss", "recover__lr": 1e-3},
     "joint": {"search__update": "joint", "compensate__weights": "none", "generator__prior_steps": 2},
     "dense": {"evaluate__dense_lora": True},

@@ -1,9 +1,10 @@
-"""Two processes do what one does: gradients of leaf masks under DDP and FSDP2, and a whole run, of which only one writes."""
+"""Two processes do what one does, under DDP and FSDP2: gradients of leaf masks, whole runs, and runs that the other began."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ import torch
 from accelerate import Accelerator
 
 from bases import Bench, metrics
-from parity.worker import CHECKPOINTING, WRAPPERS, Alternation, differences
+from parity.worker import CHECKPOINTING, SPREAD, WRAPPERS, Alternation, differences, kept_checkpoints
 from slimtune.pipeline import tune
+from slimtune.recipe import Recipe
 
 WORKER = Path(__file__).with_name("worker.py")
 RUN: dict[str, Any] = {
@@ -26,10 +28,35 @@ RUN: dict[str, Any] = {
 }
 
 
+SCRATCH: dict[str, Any] = {"method": "finetune", "train__steps": 4, "evaluate__every": 2, "train__micro_batch": 1}
+
+
+def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
+    """A run of ATP, or of all weights from nothing."""
+    model = {"model": {"path": bench.base, "init": "config"}} if kind == "scratch" else {}
+    wanted = SCRATCH if kind == "scratch" else RUN
+    return bench.recipe(out, **model, **wanted, train__checkpoint_every=2, **more)
+
+
 @pytest.fixture(scope="module")
-def two_ranks(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with what both ranks recorded, and in ``run`` with what a run of both left."""
+def one_run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with runs of one process, and what a kill after each of their checkpoints would leave."""
+    folder = tmp_path_factory.mktemp("one")
+    for kind in ("atp", "scratch"):
+        with kept_checkpoints():
+            tune(recipe_of(bench, kind, folder / kind))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what both ranks recorded, and with the runs of both."""
     folder = tmp_path_factory.mktemp("ranks")
+    for kind, begun in (("atp", "recover-2"), ("scratch", "tune-2")):
+        shutil.copytree(one_run / f"{kind}-{begun}", folder / f"{kind}-resumed")
+        for out in (kind, f"{kind}-resumed"):
+            recipe = recipe_of(bench, kind, folder / out, train__shard="full")
+            (folder / f"sharded-{out}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "recipe.yaml").write_text(bench.recipe(folder / "run", **RUN).to_yaml(), encoding="utf-8")
     paths = [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -71,15 +98,60 @@ def test_two_ranks_go_on_together_after_a_cut(
     assert any(value.shape != shapes[name] for name, value in expected["lora"].items()), "nothing was cut"
 
 
-def test_two_processes_do_what_one_does(bench: Bench, two_ranks: Path, tmp_path: Path) -> None:
-    one = tune(bench.recipe(tmp_path, **RUN))
-    two = json.loads((two_ranks / "run" / "summary.json").read_text(encoding="utf-8"))
-    assert two["plan"] == one["plan"]
-    assert two["tokens"] == one["tokens"]
-    rows = [[row for row in metrics(out) if "step" in row] for out in (tmp_path, two_ranks / "run")]
-    assert len(rows[0]) == len(rows[1]) == 8
-    for ours, theirs in zip(*rows, strict=True):
-        for key in ("decide_loss", "adapt_loss"):
-            if key in ours:
-                assert theirs[key] == pytest.approx(ours[key], rel=1e-5)
-    assert two["result"]["ppl"] == pytest.approx(one["result"]["ppl"], rel=1e-4)
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("name", SPREAD)
+def test_a_sharded_model_is_cut_and_gathered_as_a_whole_one(name: str, rank: int, two_ranks: Path) -> None:
+    found = torch.load(two_ranks / f"spread-{rank}.pt")[name]
+    assert found.pop("whole") <= 1e-5
+    assert found.pop("cut") <= 1e-5
+    assert found == ({"lost": 0, "gathered": 0.0, "tied": 0, "logits": found.get("logits")} if rank == 0 else {"lost": 0})
+    assert found.get("logits", 0.0) <= 1e-5
+
+
+def agree(one: Path, two: Path) -> None:
+    """The same decision and tokens, the same losses at every step, the same perplexity of what was written."""
+    ours, theirs = (json.loads((out / "summary.json").read_text(encoding="utf-8")) for out in (one, two))
+    assert theirs["plan"] == ours["plan"]
+    assert theirs["tokens"] == ours["tokens"]
+    rows = [[row for row in metrics(out) if "step" in row] for out in (one, two)]
+    assert len(rows[0]) == len(rows[1]) > 0
+    for before, after in zip(*rows, strict=True):
+        assert before.keys() == after.keys()
+        for key in ("decide_loss", "adapt_loss", "valid_loss", "adapt_grad_norm"):
+            if key in before:
+                assert after[key] == pytest.approx(before[key], rel=1e-5 if "loss" in key else 1e-4)
+    assert theirs["base"].get("ppl", 0.0) == pytest.approx(ours["base"].get("ppl", 0.0), rel=1e-4)
+    assert theirs["result"]["ppl"] == pytest.approx(ours["result"]["ppl"], rel=1e-4)
+    assert [theirs["result"][key] for key in ("parameters", "class")] == [
+        ours["result"][key] for key in ("parameters", "class")
+    ]
+
+
+def test_two_processes_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
+    agree(one_run / "atp", two_ranks / "run")
+
+
+@pytest.mark.parametrize("kind", ["atp", "scratch"])
+def test_a_model_that_is_sharded_learns_what_a_whole_one_does(kind: str, one_run: Path, two_ranks: Path) -> None:
+    agree(one_run / kind, two_ranks / kind)
+
+
+@pytest.mark.parametrize("kind", ["atp", "scratch"])
+def test_two_processes_go_on_with_what_one_began(kind: str, one_run: Path, two_ranks: Path) -> None:
+    assert json.loads((two_ranks / f"{kind}-resumed" / "summary.json").read_text(encoding="utf-8"))["resumed"]
+    agree(one_run / kind, two_ranks / f"{kind}-resumed")
+
+
+@pytest.mark.parametrize(("kind", "begun"), [("atp", "search-2"), ("atp", "recover-2"), ("scratch", "tune-2")])
+def test_one_process_goes_on_with_what_two_began(
+    bench: Bench, kind: str, begun: str, one_run: Path, two_ranks: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(two_ranks / f"{kind}-{begun}", out)
+    assert tune(recipe_of(bench, kind, out, train__shard="full"), resume=True)["resumed"]
+    agree(one_run / kind, out)
+
+
+def test_only_all_weights_are_kept_in_parts(two_ranks: Path) -> None:
+    assert not (two_ranks / "atp" / "checkpoint-main.shards").exists()
+    assert [path.name for path in (two_ranks / "scratch" / "checkpoint-main.shards").iterdir()] == ["tune-4"]

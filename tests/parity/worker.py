@@ -1,38 +1,51 @@
 """Alternating decide and adapt turns on one tiny model, in one process or (as a script) in two under DDP and FSDP2.
 
-``python worker.py OUT RECIPE`` has torchrun start two ranks for these, and two for ``slimtune tune RECIPE``. They are forked
-after the imports of this file, which take longer than everything the ranks do.
+``python worker.py OUT RECIPE`` has torchrun start two ranks for these and for whole runs of ``OUT/sharded-*.yaml``, and two for
+``slimtune tune RECIPE``. They are forked after the imports of this file, which take longer than everything the ranks do.
 """
 
 from __future__ import annotations
 
+import copy
 import os
+import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.run
-from accelerate import Accelerator
+from accelerate import Accelerator, init_empty_weights
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # as a script: tests/ holds gated.py
 
+import slimtune
 import slimtune.pipeline
-from gated import random_model, random_plan
+from families import tiny_config
+from gated import random_model, random_plan, sample_ids
 from slimtune.models.hooks import place_gates
-from slimtune.models.load import enable_checkpointing
+from slimtune.models.load import attach_lora, enable_checkpointing
+from slimtune.models.sharded import cut_model, gathered, sharded, template_of
 from slimtune.models.surgery import blocks_of, cut, quiet
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
+from slimtune.sections import LoraConfig
+from slimtune.structure.plan import Plan
+from slimtune.train import loop
 from slimtune.train.objective import IGNORE, Batch, accumulate, cross_entropy_sum, forward
 from slimtune.train.optimizers import adamw, carry_over
+from slimtune.train.session import Session
 
 CHECKPOINTING = ("none", "non_reentrant", "reentrant")
 WRAPPERS = ("ddp", "fsdp2")
 ROWS, TOKENS = 4, 12
+SPREAD = ("llama-tied", "phi", "gemma3_text")
+"""Families with tied embeddings, with biases, with constants in buffers."""
 
 
 def whole_batch() -> dict[str, Tensor]:
@@ -134,6 +147,36 @@ def differences(record: dict[str, Any], reference: dict[str, Any], key: str) -> 
     return max(float((record[key][site] - value).abs().max()) for site, value in reference[key].items()) / largest
 
 
+@torch.no_grad()
+def spread_and_cut(name: str) -> dict[str, float]:
+    """How far a sharded model, before and after a cut that takes a whole layer, and gathered, is from one that is not."""
+    model, structure = random_model(name, rank=4)
+    expected = copy.deepcopy(model)
+    base = template_of(tiny_config(name), torch.float32)
+    with init_empty_weights(include_buffers=False):
+        template = attach_lora(base, structure, LoraConfig(rank=4))
+    spread = sharded(template, structure, torch.device("cpu"), model if dist.get_rank() == 0 else None)
+    ids = sample_ids()
+    found = {"whole": float((spread(ids).logits - expected(ids).logits).abs().max())}
+    kept = [dict(layer) for layer in random_plan(structure, 4).kept]
+    plan = Plan.of(structure, [kept[0], {axis: [] for axis in kept[1]}, kept[2]])
+    small, replaced = cut_model(spread, structure, plan)
+    cut(expected, structure, plan)
+    trained = sum(parameter.requires_grad for parameter in small.parameters())
+    found |= {"cut": float((small(ids).logits - expected(ids).logits).abs().max()), "lost": trained - len(replaced)}
+    whole = gathered(small)
+    if whole is not None:
+        theirs, ours = (
+            dict(expected.named_parameters(remove_duplicate=False)),
+            dict(whole.named_parameters(remove_duplicate=False)),
+        )
+        assert theirs.keys() == ours.keys()
+        found["gathered"] = max(float((ours[key] - theirs[key]).abs().max()) for key in theirs)
+        found["tied"] = len(list(whole.parameters())) - len(list(expected.parameters()))
+        found["logits"] = float((whole(ids).logits - expected(ids).logits).abs().max())
+    return found
+
+
 def run_rank(folder: Path) -> None:
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -146,8 +189,31 @@ def run_rank(folder: Path) -> None:
             if wrapper == "ddp":
                 record["small"] = alternation.shrink()
             torch.save(record, folder / f"{wrapper}-{checkpointing}-{rank}.pt")
+    torch.save({name: spread_and_cut(name) for name in SPREAD}, folder / f"spread-{rank}.pt")
+    slimtune.pipeline.self_check = lambda config, seed: 0.0  # a quarter of such a short run, and done in the other one
+    for file in sorted(folder.glob("sharded-*.yaml")):
+        recipe = slimtune.load_recipe(file)
+        with kept_checkpoints():
+            slimtune.pipeline.tune(recipe, resume=(Path(recipe.out) / "recipe.yaml").is_file())
     dist.barrier()
     dist.destroy_process_group()
+
+
+@contextmanager
+def kept_checkpoints() -> Iterator[None]:
+    """Keep what a kill after each checkpoint would leave of ``out``, as ``out-PHASE-STEP``."""
+    write = loop._checkpoint
+
+    def checkpoint(session: Session, phase: loop.Phase, step: int) -> None:
+        write(session, phase, step)
+        if session.accelerator.process_index == 0:
+            shutil.copytree(session.recipe.out, f"{session.recipe.out}-{phase.name}-{step}")
+
+    loop._checkpoint = checkpoint
+    try:
+        yield
+    finally:
+        loop._checkpoint = write
 
 
 def torchrun(script: str, *arguments: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -12,15 +11,15 @@ from transformers import PreTrainedConfig
 
 from slimtune import runtime
 from slimtune.errors import UserError
-from slimtune.estimate.cost import Job, Phase, memory, phases
+from slimtune.estimate.cost import Job
+from slimtune.estimate.machines import Machine, named, timed
+from slimtune.estimate.memory import host_memory, memory
+from slimtune.estimate.phases import Phase, phases
 from slimtune.models.load import check_length, load_config, structure_of
 from slimtune.prune.generator import Generator
 from slimtune.prune.solve import MULTIPLES, check_budget, smallest_ratio
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
-
-EFFICIENCY = {"cpu": 0.5, "cuda": 0.4}
-"""Part of the plain matmul rate that training reaches; an assumption, printed beside every expected time."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +38,8 @@ class Estimate:
 
     Attributes:
         units: (layers, units by axis), equal neighbours together.
-        memory: bytes of one process, by item.
-        matmul_flops: measured operations a second of a plain matmul, or None.
-        solve_rate: the same in fp32, where solves (``compensate``) are among the work, else None.
+        memory: bytes of one process, by item; ``host_memory``: of all processes of one host, beside it.
+        machine: whose times are told, or None.
         problem: why ``tune`` would refuse the run (its budget, its windows), or None.
     """
 
@@ -55,11 +53,10 @@ class Estimate:
     generator_params: int
     phases: tuple[Phase, ...]
     memory: dict[str, int]
+    host_memory: dict[str, int]
     device: str
     dtype: str
-    matmul_flops: float | None
-    solve_rate: float | None
-    efficiency: float
+    machine: Machine | None
     problem: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,26 +64,26 @@ class Estimate:
         return asdict(self)
 
 
-def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
-    """The cost of a run. Reads config.json (or the inline config) only; times a matmul or two, each for less than a second.
+def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) -> Estimate:
+    """The cost of a run. Reads config.json (or the inline config) only; times this machine for two seconds at most.
 
     Args:
         recipe: the run; its data need not exist.
-        measure: time this machine's matmul; without it the expected times are None.
+        measure: time this machine; without it the expected times are None.
+        gpu: a GPU to tell the times of by its data sheet instead, as ``h200``; it need not be here.
 
     Raises:
-        UserError: the config cannot be had, or the family is refused or unknown.
+        UserError: the config cannot be had, the family is refused or unknown, or the GPU is unknown.
     """
+    machine = named(gpu) if gpu else None
     config = load_config(recipe.model)
     structure = structure_of(config)
     smallest, after = _sizes(recipe, structure)
-    kind = _device_kind(recipe.device)
+    kind = "cuda" if machine else _device_kind(recipe.device)
     dtype = runtime.pick_precision(recipe.train.precision, kind)
-    job = job_of(recipe, config, structure)
-    rate = _matmul_rate(kind, dtype) if measure and (kind == "cpu" or torch.cuda.is_available()) else None
-    exact = rate if dtype == torch.float32 else None
-    solving = (exact or _matmul_rate(kind, torch.float32)) if rate and job.solves() else None
-    speed, solver = (value and value * EFFICIENCY[kind] for value in (rate, solving))
+    if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
+        machine = timed(kind, dtype)
+    job = job_of(recipe, config, structure, kind)
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),
@@ -96,20 +93,19 @@ def estimate(recipe: Recipe, *, measure: bool = True) -> Estimate:
         lora_params=job.lora(),
         lora_params_after=job.lora(job.part),
         generator_params=job.generator,
-        phases=tuple(phases(job, speed and speed * runtime.world_size(), solver)),
+        phases=tuple(phases(job, machine, runtime.world_size())),
         memory=memory(job, kind),
+        host_memory=host_memory(job, kind) if kind == "cuda" else {},
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
-        matmul_flops=rate,
-        solve_rate=solving,
-        efficiency=EFFICIENCY[kind],
+        machine=machine,
         problem=_problem(recipe, config, structure, smallest),
     )
 
 
-def job_of(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Job:
-    """What the formulas of ``cost`` need to know of a run."""
-    dtype = runtime.pick_precision(recipe.train.precision, _device_kind(recipe.device))
+def job_of(recipe: Recipe, config: PreTrainedConfig, structure: Structure, kind: str | None = None) -> Job:
+    """What the formulas of ``cost`` need to know of a run, on ``cpu`` or ``cuda``; by default where the recipe says."""
+    dtype = runtime.pick_precision(recipe.train.precision, kind or _device_kind(recipe.device))
     whole = recipe.method == "finetune" and recipe.model.init == "config"
     generator = _generator_params(recipe, structure) if recipe.prunes else 0
     return Job(recipe, config, structure, _sizes(recipe, structure)[1].block_ratio, whole, generator, dtype.itemsize)
@@ -176,16 +172,3 @@ def _generator_params(recipe: Recipe, structure: Structure) -> int:
     with torch.device("meta"):
         generator = Generator(structure, recipe.generator, uniform=recipe.budget.layout == "uniform")
     return sum(parameter.numel() for parameter in generator.parameters())
-
-
-def _matmul_rate(kind: str, dtype: torch.dtype) -> float:
-    """Operations a second of a square matmul, the best of at least three, in less than a second."""
-    n = 8192 if kind == "cuda" else 1024
-    left, right = (torch.randn(n, n, device=kind).to(dtype) for _ in range(2))
-    best, stop = float("inf"), time.perf_counter() + 0.5
-    runs = 0
-    while runs < 3 or time.perf_counter() < stop:
-        start = time.perf_counter()
-        (left @ right)[0, 0].item()  # reading a value waits for the device
-        best, runs = min(best, time.perf_counter() - start), runs + 1
-    return 2 * n**3 / best

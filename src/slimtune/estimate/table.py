@@ -58,27 +58,20 @@ def _memory(estimate: Estimate) -> Table:
     for name, size in estimate.memory.items():
         table.add_row(name, f"{size / 1e9:,.2f}")
     table.add_row("sum", f"{sum(estimate.memory.values()) / 1e9:,.2f}", style="bold")
+    if estimate.machine and estimate.machine.memory:
+        table.add_row(f"{estimate.machine.name} has", f"{estimate.machine.memory / 1e9:,.2f}")
+    for name, size in estimate.host_memory.items():
+        table.add_row(f"host, all processes: {name}", f"{size / 1e9:,.2f}")
     return table
 
 
 def _footnote(estimate: Estimate) -> str:
-    machine = f"{estimate.device}, {estimate.dtype}"
-    if estimate.matmul_flops is None:
-        return f"No matmul was timed for {machine} on this machine, so no time is expected."
+    if estimate.machine is None:
+        what = f"{estimate.device}, {estimate.dtype}"
+        return f"Nothing was timed for {what} here: no time is expected; --gpu names a GPU of which it is."
     return (
-        f"Expected time = FLOP / ({estimate.matmul_flops / 1e9:,.0f} GFLOP/s, a matmul timed just now on {machine}, "
-        f"x {estimate.efficiency} assumed efficiency x processes); {_solves(estimate)}"
-        "evaluation, data and set-up are not in it. The formulas stand in slimtune/estimate/cost.py."
-    )
-
-
-def _solves(estimate: Estimate) -> str:
-    work = sum(phase.solve_flops for phase in estimate.phases) / 1e12
-    if not estimate.solve_rate:
-        return ""
-    return (
-        f"for the solves of compensation {work:,.1f} TFLOP more in each process, at {estimate.solve_rate / 1e9:,.0f} GFLOP/s x "
-        f"{estimate.efficiency} (fp32; those of narrow layers are in fp64 and take longer); "
+        f"Expected on {estimate.machine.name}, {estimate.dtype}, by {estimate.machine.told}. Evaluation, data, loading and "
+        "writing are not in it. The formulas stand in slimtune/estimate/."
     )
 
 

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.prepare import prepare
+from slimtune.methods.shared_compensation import Compensating
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
-from slimtune.models.surgery import compile_blocks, cut, lora_slices
+from slimtune.models.sharded import cut_model
+from slimtune.models.surgery import checkpoint_fewer, compile_blocks, lora_slices
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
 from slimtune.structure.plan import Plan, count
@@ -52,7 +53,7 @@ class _Atp:
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
         self.teacher = Teacher(session, self.model, self.bank)
-        self.compensation: Compensation | None = None
+        self.compensation: Compensating | None = None
         self.plan: Plan | None = None
         self.leak: float | None = None
 
@@ -86,7 +87,8 @@ class _Atp:
     # --- adapt turns -------------------------------------------------------------------------------------------------
 
     def _search_adapt(self, step: int) -> dict[str, Any]:
-        self.masks = self.decider.masks(step)
+        if step % self.recipe.search.decide_every == 0:  # each move of the masks has its price: see Compensation
+            self.masks = self.decider.masks(step)
         return self._adapt(step, (step + 1) / max(1, self.recipe.search.steps))
 
     def _joint(self, step: int) -> dict[str, Any]:
@@ -185,10 +187,12 @@ class _Atp:
             self.bank.follower = None
         self.bank.open()
         self.masks = {}
-        self.tuner.carry_over(cut(self.model, self.structure, self.plan))
-        if self.compensation:  # a teacher may hold the uncut ones
+        self.model, replaced = cut_model(self.model, self.structure, self.plan)
+        self.tuner.carry_over(self.model, replaced)
+        if self.compensation and self.teacher.model is not None:  # it may hold the uncut ones
             self.compensation.opened()
-            self.compensation = None
+        self.compensation = None
+        checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
         if self.recipe.recover.lr:
@@ -231,7 +235,8 @@ class _Atp:
             self.plan.check(self.structure)
             self.masks = budget.masks_of(self.plan, self.session.device)
         elif saved["step"]:
-            self.masks = self.decider.masks(saved["step"] - 1)
+            last = saved["step"] - 1
+            self.masks = self.decider.masks(last - last % self.recipe.search.decide_every)
         if self.compensation and self.masks:
             self._close_gates()  # a decide turn is made under the weights of the turn before
         if saved["phase"] == "recover":

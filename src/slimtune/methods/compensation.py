@@ -7,7 +7,7 @@ is made already, and what the search finds costly is what no kept unit can repla
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.least_squares import WIDE, Takeover
+from slimtune.prune.moments import Moments
 from slimtune.structure.axes import Side, Structure
-from slimtune.train.offload import kept_on
+from slimtune.train.offload import brought, kept_on
 
 
 @dataclass
@@ -40,33 +41,55 @@ class _Consumer:
     changed: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How consumers are fitted.
+
+    Attributes:
+        damping: in units of the mean diagonal of the kept inputs' moments.
+        judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
+            else they are taken as without compensation.
+        dtype: that the model computes in; innovations are kept in it, on the model's device.
+        matrices: the widest consumer whose innovations are told from all its inputs; those of wider ones are ``share``s.
+    """
+
+    damping: float
+    judge: bool
+    dtype: torch.dtype = torch.float32
+    matrices: int = WIDE
+
+
+def fitted(
+    structure: Structure, side: Side, mask: Tensor, moments: Tensor, original: Tensor, fit: Fit
+) -> tuple[Tensor, Innovation | None]:
+    """The weight [out, d] that compensates for ``mask`` [units], and by what sampled masks are judged under it."""
+    kept = torch.tensor(structure.indices(side, mask.nonzero().flatten().tolist()), device=moments.device)
+    takeover = Takeover.of(moments, kept, fit.damping)
+    if takeover is None:
+        return original, None
+    weight = takeover.weight(original)
+    if not fit.judge:
+        return weight, None
+    left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=moments.device)
+    left[takeover.kept] = True
+    rows = structure.rows(side)
+    residual = takeover.innovation(rows) if len(left) <= fit.matrices else takeover.share(moments, rows)
+    return weight, Innovation(residual.to(fit.dtype), left)
+
+
 class Compensation:
     """The weights that compensate; the ``follower`` of a bank.
 
     Args:
         model: gated, LoRA attached, its base weights as they were loaded.
         structure: of the model.
-        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor [d, d]}, on any device; the original weights
-            are kept on the same one.
-        damping: in units of the mean diagonal of the kept inputs' moments.
-        dtype: that the model computes in; innovations are kept in it, on the model's device.
-        matrices: the widest consumer whose innovations are told from all its inputs; those of wider ones are ``share``s.
-        judge: whether gradients of sampled masks are taken by what kept units cannot take over, under the compensating weights;
-            else they are taken as without compensation.
+        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor}, on any device; the original weights are kept
+            on the same one.
+        fit: how.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        structure: Structure,
-        moments: Mapping[Site, Tensor],
-        damping: float,
-        judge: bool,
-        dtype: torch.dtype = torch.float32,
-        matrices: int = WIDE,
-    ):
-        self.structure, self.moments, self.damping, self.judge, self.dtype = structure, moments, damping, judge, dtype
-        self.matrices = matrices
+    def __init__(self, model: nn.Module, structure: Structure, moments: Mapping[Site, Moments], fit: Fit):
+        self.structure, self.moments, self.fit, self.judge = structure, moments, fit, fit.judge
         self.consumers: list[_Consumer] = []
         self.innovations: dict[Site, Innovation] = {}
         self.open = True
@@ -74,7 +97,7 @@ class Compensation:
             if row.into:
                 inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
                 site = (layer, row.into.axis)
-                original = kept_on(moments[site].device, inner.weight.detach())
+                original = kept_on(moments[site].half.device, inner.weight.detach())
                 self.consumers.append(_Consumer(site, row.into, inner.weight, original))
 
     def opened(self) -> None:
@@ -89,14 +112,17 @@ class Compensation:
 
     def closed(self, masks: Masks) -> None:
         """The weights that compensate for ``masks``, solved anew where they are others than before."""
+        moved = list[_Consumer]()
         for consumer in self.consumers:
             mask = masks[consumer.site]
             if consumer.mask is None or not torch.equal(mask, consumer.mask):
-                with torch.autocast(mask.device.type, enabled=False):
-                    self._solve(consumer, mask)
+                moved.append(consumer)
             elif self.open:
                 assert consumer.changed is not None
                 consumer.weight.data.copy_(consumer.changed, non_blocking=True)
+        for consumer, moments in zip(moved, self._moments(moved), strict=True):
+            with torch.autocast(moments.device.type, enabled=False):
+                self._solve(consumer, masks[consumer.site], moments)
         self.open = False
 
     def sampled(self) -> None:
@@ -108,23 +134,21 @@ class Compensation:
         """By what the gradient of a sampled mask is taken."""
         return None if self.open else self.innovations.get(site)
 
+    def _moments(self, consumers: Sequence[_Consumer]) -> Iterator[Tensor]:
+        """Of each of them, where it computes."""
+        devices = {consumer.weight.device for consumer in consumers}
+        halves = brought((self.moments[each.site].half for each in consumers), devices.pop()) if devices else iter(())
+        return (self.moments[each.site].whole(half) for each, half in zip(consumers, halves, strict=True))
+
     @torch.no_grad()
-    def _solve(self, consumer: _Consumer, mask: Tensor) -> None:
-        device = consumer.weight.device
+    def _solve(self, consumer: _Consumer, mask: Tensor, moments: Tensor) -> None:
+        consumer.mask, consumer.changed = mask.clone(), None
+        self.innovations.pop(consumer.site, None)
         if mask.all() and not self.judge:
-            consumer.mask, consumer.changed = mask.clone(), None
             consumer.weight.data.copy_(consumer.original)
             return
-        kept = torch.tensor(self.structure.indices(consumer.side, mask.nonzero().flatten().tolist()), device=device)
-        moments = self.moments[consumer.site].to(device, non_blocking=True)
-        takeover = Takeover.of(moments, kept, self.damping)
-        self.innovations.pop(consumer.site, None)
-        consumer.mask, consumer.changed = mask.clone(), None
-        original = consumer.original.to(device, non_blocking=True)
-        consumer.weight.data.copy_(original if takeover is None else takeover.weight(original))
-        if takeover is not None and self.judge:
-            left = torch.zeros(len(takeover.kept) + len(takeover.gone), dtype=torch.bool, device=device)
-            left[takeover.kept] = True
-            rows = self.structure.rows(consumer.side)
-            residual = takeover.innovation(rows) if len(left) <= self.matrices else takeover.share(moments, rows)
-            self.innovations[consumer.site] = Innovation(residual.to(self.dtype), left)
+        original = consumer.original.to(consumer.weight.device, non_blocking=True)
+        weight, innovation = fitted(self.structure, consumer.side, mask, moments, original, self.fit)
+        consumer.weight.data.copy_(weight)
+        if innovation is not None:
+            self.innovations[consumer.site] = innovation

@@ -150,8 +150,9 @@ class Decider:
         The loss is a mean over the step, so each of the N squares is smaller by N^2: steps of different sizes then compare.
         """
         here = sum(len(next(iter(part.values()))) for part in leaves)
-        windows = here * self.session.accelerator.num_processes
-        return {site: value * windows for site, value in squares_over_ranks(*leaves).items()}
+        # N is here x ranks, and gradients are larger by ranks (``accumulate``): masks take their mean, squares do not
+        scale = here / self.session.accelerator.num_processes
+        return {site: value * scale for site, value in squares_over_ranks(*leaves).items()}
 
     def _use_scores(self) -> None:
         config = self.recipe.generator
@@ -192,5 +193,7 @@ class Decider:
         """Continue from a ``capture``."""
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scores, self.still = dict(state["scores"]), dict(state["still"])
+        self.scores, self.still = (
+            {site: value.to(self.session.device) for site, value in state[name].items()} for name in ("scores", "still")
+        )
         self.tokens.update(state["tokens"])

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 
 from slimtune.methods.outcome import Outcome
-from slimtune.models.load import attach_lora, enable_checkpointing, load_model
+from slimtune.methods.start import base_model
 from slimtune.models.surgery import compile_blocks
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan
-from slimtune.train.loop import Phase, Turn, hash_seed, resumed, run_phase
+from slimtune.train.loop import Phase, Turn, resumed, run_phase
 from slimtune.train.session import Session
+from slimtune.train.shards import SHARDS
 from slimtune.train.tuner import Tuner
 
 
@@ -29,7 +30,7 @@ def run(session: Session) -> Outcome:
     first = 0
     saved = resumed(session)
     if saved:
-        tuner.restore(saved["tuner"])
+        tuner.restore(saved["tuner"], saved.get(SHARDS))
         first = saved["step"]
     phase = Phase(
         name="tune",
@@ -38,6 +39,7 @@ def run(session: Session) -> Outcome:
         capture=lambda: {"tuner": tuner.capture()},
         kept=lambda: 1.0,
         figures=lambda: session.valid_figures(model),
+        in_parts=recipe.model.init == "config",
     )
     run_phase(session, phase, first)
     return Outcome(model.eval(), Plan.uncut(session.structure), {"adapt": tuner.tokens})
@@ -49,12 +51,7 @@ def _model(session: Session) -> Any:
     # weights trained from scratch stay in fp32 and are autocast; frozen ones may rest in bf16
     dtype = torch.float32 if scratch else pick_dtype(recipe.model.dtype, str(session.device))
     # the seeds of atp, so that the dense reference of a run starts from the same weights as the run itself
-    torch.manual_seed(hash_seed(recipe.seed, "weights"))
-    model: Any = load_model(recipe.model, str(session.device), dtype)
-    if not scratch:
-        torch.manual_seed(hash_seed(recipe.seed, "lora"))
-        model = attach_lora(model, session.structure, recipe.lora, session.autocast_only)
-    enable_checkpointing(model, recipe.model.checkpointing)
+    model = base_model(session, dtype, lora=not scratch)
     if recipe.train.compile:
         compile_blocks(model, session.structure)
     return model

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.errors import UserError
+from slimtune.models.sharded import owner_of
 from slimtune.models.watch import watch
 from slimtune.prune.gates import Site
+from slimtune.prune.moments import Moments
 from slimtune.train.objective import IGNORE, Batch, forward
 from slimtune.train.offload import kept_on
 from slimtune.train.session import Batches, Session
@@ -50,8 +52,10 @@ class Passes:
         self.tokens += sum(map(self.batches.tokens, range(self.count)))
         return seen
 
-    def second_moments(self, device: torch.device) -> dict[Site, Tensor]:
+    def second_moments(self, device: torch.device) -> dict[Site, Moments]:
         """Sum of x x^T over the real positions of each consumer's inputs x [d], before its gate: {site: fp32 [d, d]}.
+
+        Where the model is sharded each process gets those of the layers that are its own.
 
         Args:
             device: to keep them on.
@@ -59,18 +63,24 @@ class Passes:
         Raises:
             UserError: the base's activations are not finite.
         """
-        totals: dict[Site, Tensor] = {}
-        adding = self.session.device if self._has_room() else device
+        totals: dict[Site, Moments] = {}
+        adding, shared = self.session.device if self._has_room() else device, self.session.sharded
 
         def see(at: Tensor, layer: int, axis: str, values: Tensor) -> None:
             with torch.autocast(values.device.type, enabled=False):
                 flat = values.flatten(0, 1)
                 product = _products(flat if len(at) == len(flat) else flat.index_select(0, at))
-            site = (layer, axis)
-            if site in totals:
-                totals[site].add_(product.to(adding))
+                if shared:
+                    torch.distributed.reduce(product, owner_of(layer))
+                    if owner_of(layer) != torch.distributed.get_rank():
+                        return
+                found = Moments.of(product)
+            site, half = (layer, axis), found.half
+            if site in totals:  # added where the product is: the host would take longer than both ways there
+                total = totals[site].half
+                total.copy_(half.add_(total.to(half.device, non_blocking=True)))
             else:
-                totals[site] = product if adding == product.device else kept_on(adding, product)
+                totals[site] = found if adding == half.device else Moments(kept_on(adding, half), found.size)
 
         def watchers(real: Tensor) -> dict[str, Any]:
             at = real.flatten().nonzero().flatten()
@@ -78,17 +88,16 @@ class Passes:
 
         # on the host every pass over the totals costs seconds, and what they are not beside leaves room for longer ones
         self.run(watchers, together=1 if adding == self.session.device else TOGETHER)
-        several, moments = self.session.accelerator.num_processes > 1, {}
+        several, moments = self.session.accelerator.num_processes > 1 and not shared, {}
         for site in list(totals):
             total = totals.pop(site)
-            if several:
-                total = self.session.accelerator.reduce(total.to(self.session.device))
-            if not total.diagonal().isfinite().all():
+            half = self.session.accelerator.reduce(total.half.to(self.session.device)) if several else total.half
+            moments[site] = Moments(half if half.device == device else kept_on(device, half), total.size)
+            if not moments[site].diagonal().isfinite().all():
                 raise UserError(
                     f"the base's activations in layer {site[0]} are not finite on the decision rows: nothing can compensate; "
                     "look at model.dtype and the data, or set compensate.weights=none"
                 )
-            moments[site] = total if total.device == device else kept_on(device, total)
         return moments
 
     def _has_room(self) -> bool:
@@ -98,13 +107,13 @@ class Passes:
         structure = self.session.structure
         rows = [row.into for row in structure.family.linears if row.into]
         widths = [layer.units[side.axis] * structure.rows(side) for layer in structure.layers for side in rows]
-        return sum(4 * width**2 for width in widths) < torch.cuda.mem_get_info(self.session.device)[1] / 16
+        return sum(9 / 4 * width**2 for width in widths) < torch.cuda.mem_get_info(self.session.device)[1] / 16
 
 
 def _products(x: Tensor) -> Tensor:
     """x^T x [d, d] of x [N, d], summed in fp32."""
     exact, before = x.float(), torch.backends.cuda.matmul.allow_tf32
-    # tf32 holds every bf16 and fp16 number, so their products are exact in it, and ten times as fast as those of fp32
+    # tf32 holds every bf16 and fp16 number, so their products are exact in it, at several times the rate of fp32
     torch.backends.cuda.matmul.allow_tf32 = before or x.dtype is not torch.float32
     try:
         return exact.T @ exact

@@ -5,19 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimtune.methods.compensation import Compensation
+from slimtune.methods.compensation import Fit
 from slimtune.methods.decide import Decider
 from slimtune.methods.passes import Passes
 from slimtune.methods.scores import Scorer
+from slimtune.methods.shared_compensation import Compensating, compensation_of, diagonals
 from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Site
+from slimtune.prune.moments import Moments
 from slimtune.train.session import Session
 
 FEW = 3
 """Tokens an input of the widest consumer below which a warning is due: at one the solve does more harm than good."""
 
 
-def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider, fresh: bool) -> Compensation | None:
+def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider, fresh: bool) -> Compensating | None:
     """Read what the recipe's prior and compensation need, on the base as it is.
 
     Args:
@@ -28,7 +30,7 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         fresh: a search that begins; else the prior is in the checkpoint, and nothing that was read counts once more.
     """
     config, wanted = session.recipe.generator, session.recipe.compensate
-    moments: dict[Site, Tensor] = {}
+    moments: dict[Site, Moments] = {}
     bank.open()
     if wanted.weights != "none":
         session.progress.say(
@@ -37,7 +39,7 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
         passes = Passes(session, model, decider.batches, config.prior_steps)
         moments = passes.second_moments(torch.device("cpu") if wanted.offload else session.device)
         decider.tokens["prior"] += passes.tokens if fresh else 0
-        widest = max(len(total) for total in moments.values())
+        widest = max((total.size for total in moments.values()), default=0)
         if passes.tokens < FEW * widest:
             session.progress.say(
                 f"[yellow]second moments of {widest} inputs from {passes.tokens:,} tokens: what compensates may be noise; "
@@ -45,19 +47,19 @@ def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider
             )
     if fresh and config.prior != "none":
         _set_prior(session, model, decider, moments)
-    if not moments:
+    if wanted.weights == "none":
         return None
     loaded = next(model.parameters()).dtype  # what a model computes in outside autocast
     dtype = torch.bfloat16 if session.accelerator.mixed_precision == "bf16" else loaded
-    judge = wanted.weights == "decide"
-    compensation = Compensation(model, session.structure, moments, wanted.damping, judge, dtype, wanted.matrices)
+    fit = Fit(wanted.damping, wanted.weights == "decide", dtype, wanted.matrices)
+    compensation = compensation_of(session, model, moments, fit)
     bank.follower = compensation
     if compensation.judge:  # by innovations from the first turn on
         bank.close(budget.all_kept(session.structure, session.device))
     return compensation
 
 
-def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: dict[Site, Tensor]) -> None:
+def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: dict[Site, Moments]) -> None:
     config = session.recipe.generator
     kinds = {"wanda": "Wanda", "mixed": "Taylor and Wanda"}
     named = kinds.get(config.prior, "Taylor")
@@ -65,8 +67,8 @@ def _set_prior(session: Session, model: nn.Module, decider: Decider, moments: di
     wanda: dict[Site, Tensor] = {}
     if config.prior in kinds:
         scorer = Scorer(session, model, decider, config.prior_steps)
-        squares = {site: total.diagonal().double().to(session.device) for site, total in moments.items()}
-        wanda = scorer.wanda(squares or None)
+        known = session.recipe.compensate.weights != "none"
+        wanda = scorer.wanda(diagonals(session, moments) if known else None)
         decider.tokens["prior"] += scorer.tokens
     taylor = decider.taylor(config.prior_steps) if config.prior != "wanda" else {}
     decider.set_prior(taylor, wanda)

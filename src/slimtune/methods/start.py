@@ -1,27 +1,52 @@
-"""What every pruning method starts from: the base with LoRA and gates, drawn from the same seeds."""
+"""What every method starts from: the base, with LoRA and gates where they are wanted, drawn from the same seeds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 
 from slimtune.models.hooks import place_gates
-from slimtune.models.load import attach_lora, enable_checkpointing, load_model
+from slimtune.models.load import attach_lora, attention_of, enable_checkpointing, load_config, load_model
+from slimtune.models.sharded import sharded, template_of
 from slimtune.prune.gates import MaskBank
-from slimtune.runtime import pick_dtype
+from slimtune.runtime import pick_dtype, rank
 from slimtune.train.loop import hash_seed
 from slimtune.train.session import Session
 
 
 def gated_model(session: Session) -> tuple[nn.Module, MaskBank, list[Any]]:
     """The model with LoRA attached, the bank that its gates read (open), and the handles that take the gates out."""
-    recipe, structure, device = session.recipe, session.structure, str(session.device)
+    model, bank = base_model(session, pick_dtype(session.recipe.model.dtype, str(session.device))), MaskBank()
+    return model, bank, place_gates(model, session.structure, bank.consumer, bank.base, bank.innovation)
+
+
+def base_model(session: Session, dtype: torch.dtype, lora: bool = True) -> nn.Module:
+    """The recipe's model in ``dtype``, with LoRA unless told otherwise; spread over the processes where the recipe says so."""
+    config, structure, device = session.recipe.model, session.structure, session.device
+    if not session.sharded:
+        model = _whole(session, str(device), dtype, lora)
+        enable_checkpointing(model, config.checkpointing)
+        return model
+    described = load_config(config)
+    template: Any = template_of(described, dtype, **attention_of(config, described))
+    if lora:
+        with init_empty_weights(include_buffers=False):
+            template = attach_lora(template, structure, session.recipe.lora, session.autocast_only)
+    enable_checkpointing(template, config.checkpointing)
+    # files are read into host memory; what is drawn is drawn where one process would, for the same numbers
+    place = str(device) if config.init == "config" else "cpu"
+    source = _whole(session, place, dtype, lora) if rank() == 0 else None
+    return sharded(template, structure, device, source)
+
+
+def _whole(session: Session, device: str, dtype: torch.dtype, lora: bool) -> Any:
+    recipe = session.recipe
     torch.manual_seed(hash_seed(recipe.seed, "weights"))  # of init: config; the same ones in a resumed run
-    base = load_model(recipe.model, device, pick_dtype(recipe.model.dtype, device))
+    base = load_model(recipe.model, device, dtype)
+    if not lora:
+        return base
     torch.manual_seed(hash_seed(recipe.seed, "lora"))
-    model = attach_lora(base, structure, recipe.lora, session.autocast_only)
-    enable_checkpointing(model, recipe.model.checkpointing)
-    bank = MaskBank()
-    return model, bank, place_gates(model, structure, bank.consumer, bank.base, bank.innovation)
+    return attach_lora(base, session.structure, recipe.lora, session.autocast_only)

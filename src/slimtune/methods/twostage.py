@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.methods.compensation import Compensation
+from slimtune.methods.compensation import Fit
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.passes import Passes
 from slimtune.methods.prepare import prepare
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
+from slimtune.methods.shared_compensation import compensation_of
 from slimtune.methods.start import gated_model
-from slimtune.models.surgery import compensate, compile_blocks, cut
+from slimtune.models.sharded import cut_model
+from slimtune.models.surgery import checkpoint_fewer, compensate, compile_blocks
 from slimtune.prune import budget
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.gates import Site
@@ -123,7 +125,9 @@ class _TwoStage:
         self.bank.open()
         if self.means:
             compensate(self.model, self.structure, self.plan, self.means)
-        self.tuner.carry_over(cut(self.model, self.structure, self.plan))
+        self.model, replaced = cut_model(self.model, self.structure, self.plan)
+        self.tuner.carry_over(self.model, replaced)
+        checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
         if self.recipe.train.compile:
             compile_blocks(self.model, self.structure)
 
@@ -136,7 +140,7 @@ class _TwoStage:
         wanted = self.recipe.compensate
         moments = passes.second_moments(torch.device("cpu") if wanted.offload else self.session.device)
         self.bank.open()
-        Compensation(self.model, self.structure, moments, wanted.damping, judge=False).closed(masks)
+        compensation_of(self.session, self.model, moments, Fit(wanted.damping, judge=False)).closed(masks)
         return passes.tokens
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:

@@ -17,7 +17,9 @@ IGNORE = -100
 """Label that a loss leaves out."""
 MOST = 1 << 26
 """Logits that may stand in memory at once: 256 MB in fp32, of which a loss needs several copies."""
-_AFTERWARDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+MOST_COMPILED = 1 << 29
+"""The same of a compiled loss, which reads logits as they are and moves a fifth of the bytes that chunks do: 1 GB in bf16."""
+AFTERWARDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Keys of configs of what is done to logits after the head."""
 
 
@@ -29,7 +31,7 @@ def head_of(model: nn.Module) -> nn.Linear | None:
     head = inner.get_output_embeddings()
     if type(head) is not nn.Linear or head.weight.requires_grad:
         return None
-    return None if any(getattr(inner.config, key, None) not in (None, 1, 1.0) for key in _AFTERWARDS) else head
+    return None if any(getattr(inner.config, key, None) not in (None, 1, 1.0) for key in AFTERWARDS) else head
 
 
 @contextmanager

@@ -24,6 +24,17 @@ def blocks_of(model: nn.Module, structure: Structure) -> list[nn.Module]:
     return list(base.get_submodule(structure.family.blocks))
 
 
+def checkpoint_fewer(model: nn.Module, structure: Structure, part: float) -> None:
+    """Leave the last blocks out of activation checkpointing; those are the first in a backward pass, and freed first.
+
+    Args:
+        part: of the blocks for which nothing changes.
+    """
+    blocks: list[Any] = blocks_of(model, structure)
+    for block in blocks[round(part * len(blocks)) :]:
+        block.gradient_checkpointing = False
+
+
 def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
     """``torch.compile`` every decoder block, in place: one graph for all blocks of the same widths.
 
@@ -125,22 +136,29 @@ def _drop_layers(model: nn.Module, structure: Structure, plan: Plan) -> None:
         base.config.layer_types = [base.config.layer_types[layer] for layer in plan.layers]
 
 
-def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:
+def along(module: Any, dim: int) -> list[tuple[Any, str]]:
+    """(owner, name) of the parameters that have the output (``dim`` 0) or the input (1) of a linear on that dimension."""
     base = module.base_layer if isinstance(module, LoraLayer) else module
-    index = torch.tensor(keep, device=base.weight.device)
-    changed = [_slice_parameter(base, "weight", dim, index)]
+    found = [(base, "weight")]
     if dim == 0 and base.bias is not None:
-        changed.append(_slice_parameter(base, "bias", 0, index))
-    setattr(base, "out_features" if dim == 0 else "in_features", len(keep))
+        found.append((base, "bias"))
     if isinstance(module, LoraLayer):
         # LoRA is B (out x r) times A (r x in): rows of the output live in B, columns of the input in A
         factors: Any = module.lora_B if dim == 0 else module.lora_A
-        for factor in factors.values():
-            changed.append(_slice_parameter(factor, "weight", dim, index))
-            setattr(factor, "out_features" if dim == 0 else "in_features", len(keep))
-        for name in ("out_features",) if dim == 0 else ("in_features",):
-            if name in module.__dict__:
-                setattr(module, name, len(keep))
+        found += [(factor, "weight") for factor in factors.values()]
+    return found
+
+
+def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:
+    parts = along(module, dim)
+    index = torch.tensor(keep, device=parts[0][0].weight.device)
+    name = "out_features" if dim == 0 else "in_features"
+    changed = []
+    for owner, leaf in parts:
+        changed.append(_slice_parameter(owner, leaf, dim, index))
+        setattr(owner, name, len(keep))
+    if name in module.__dict__:
+        setattr(module, name, len(keep))
     return [item for item in changed if item.old.requires_grad]
 
 

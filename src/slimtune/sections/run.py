@@ -132,7 +132,8 @@ class SearchConfig(Section):
     batch: Positive | None = None
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
     decide_every: Positive = 1
-    """A ``decide`` turn on every n-th step."""
+    """A ``decide`` turn on every n-th step; the masks of ``adapt`` turns move with it. A large model's search costs less by
+    that, for each move is a solve of least squares for each consumer (``compensate``)."""
     update: Literal["alternating", "joint"] = "alternating"
     """``alternating``: ``decide`` turns for the generator, ``adapt`` turns for LoRA; ``joint``: both learn from one backward
     pass on training data, under the sampled gates (``hard`` semantics, no distillation)."""
@@ -171,6 +172,9 @@ class RecoverConfig(Section):
     """Steps."""
     lr: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of this phase; default: ``train.lr``."""
+    checkpointed: Fraction = 1.0
+    """Part of the cut model's blocks that ``model.checkpointing`` is for. What the cut made free can hold the activations of
+    the others, each of which saves its second forward pass; ``slimtune estimate`` tells the memory of the fullest phase."""
 
 
 class DistillConfig(Section):
@@ -242,6 +246,9 @@ class TrainConfig(Section):
     """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None
     """CPU threads; default: torch's choice."""
+    shard: Literal["none", "full"] = "none"
+    """Of several processes (``torchrun``). ``none``: each has the whole model (DDP); ``full``: each keeps its part of every
+    weight, gradient and moment, and has a block or two of the model whole at a time (FSDP2). No effect on one process."""
 
 
 class EvaluateConfig(Section):

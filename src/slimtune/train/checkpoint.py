@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from slimtune.errors import UserError
+from slimtune.models.sharded import put_whole
 from slimtune.runtime import rank
 
 _ROOM = 1 << 16
@@ -76,4 +77,4 @@ def restore_trainable(model: nn.Module, state: dict[str, torch.Tensor]) -> None:
     for name, parameter in parameters.items():
         if parameter.shape != state[name].shape:
             raise UserError(f"the checkpoint's {name!r} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
-        parameter.copy_(state[name])
+        put_whole(state[name], parameter)

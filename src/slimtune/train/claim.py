@@ -15,7 +15,7 @@ from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, rank
 
 _RECIPE = "recipe.yaml"
-_ADAPTER = "adapter"
+_FOLDERS = ("adapter", "checkpoint-main.shards", "checkpoint-dense_lora.shards")
 _FILES = (
     "summary.json",
     "windows.json",
@@ -33,13 +33,14 @@ FREE_ON_RESUME = frozenset(
         "trackers",
         "train.checkpoint_every",
         "train.threads",
+        "train.shard",
         "evaluate.batch",
         "export.verify",
         "export.dtype",
         "export.adapter",
     }
 )
-"""Keys that may be others on a resume: none of them changes what is learned (other threads: but for the last bits)."""
+"""Keys that may be others on a resume: none of them changes what is learned (threads and processes: but for the last bits)."""
 
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
@@ -56,7 +57,7 @@ def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
         foreign = [path.name for path in _of_one_run(folder) if path.name != f"{_RECIPE}.partial"]
         if (folder / _RECIPE).exists():
             foreign.append(_RECIPE)
-        foreign += [_ADAPTER] if (folder / _ADAPTER).exists() else []
+        foreign += [name for name in _FOLDERS if (folder / name).exists()]
         _refuse(recipe, foreign)
     elif resume:
         _same_recipe(stored, recipe)
@@ -112,8 +113,9 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
     if not resumed:
         for path in _of_one_run(folder.path):
             path.unlink()
-        if (folder / _ADAPTER).is_dir():
-            shutil.rmtree(folder / _ADAPTER)
+        for name in _FOLDERS:
+            if (folder / name).is_dir():
+                shutil.rmtree(folder / name)
 
 
 def read_stages(file: Path) -> dict[str, Any]:

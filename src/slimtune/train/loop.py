@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from slimtune.errors import UserError
-from slimtune.train import checkpoint
+from slimtune.models.sharded import gathered_state
+from slimtune.train import checkpoint, shards
 from slimtune.train.session import Figures, Session
 
 Step = Callable[[int], dict[str, Any]]
@@ -38,6 +39,7 @@ class Phase:
         kept: the present kept ratio, for the progress bar and the metrics.
         figures: validation figures of the current hard Plan, taken every ``evaluate.every`` or ``search_every`` steps.
         before: steps of the stage's earlier phases; trackers count on from there.
+        in_parts: all weights are trained: of a sharded model each process writes its part of a checkpoint.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Phase:
     kept: Callable[[], float]
     figures: Callable[[], Figures]
     before: int = 0
+    in_parts: bool = False
 
 
 def seed_turn(seed: int, phase: str, turn: str, step: int, rank: int = 0) -> None:
@@ -69,7 +72,9 @@ def checkpoint_path(session: Session) -> Any:
 
 def resumed(session: Session) -> dict[str, Any] | None:
     """The stage's last checkpoint, where the run is to go on from one."""
-    saved = checkpoint.load(checkpoint_path(session), session.device) if session.resume else None
+    # whole tensors: of a sharded model they are more than its device is there for
+    place = torch.device("cpu") if session.sharded else session.device
+    saved = checkpoint.load(checkpoint_path(session), place) if session.resume else None
     if saved:
         session.earlier = saved["seconds"]
     return saved
@@ -146,5 +151,8 @@ def _checkpoint(session: Session, phase: Phase, step: int) -> None:
     # the row first: a kill between the two leaves a row too many, which the resumed run cuts off again
     session.metrics.write(checkpoint=[session.stage, phase.name, step])
     state = {"phase": phase.name, "step": step, "seconds": session.seconds, **phase.capture()}
-    checkpoint.save(checkpoint_path(session), state)
+    if session.sharded and phase.in_parts:
+        shards.save(checkpoint_path(session), state, f"{phase.name}-{step}")
+    else:
+        checkpoint.save(checkpoint_path(session), gathered_state(state))
     session.accelerator.wait_for_everyone()

@@ -49,16 +49,19 @@ def cross_entropy_sum(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, 1).float(), _following(labels), ignore_index=IGNORE, reduction="sum")
 
 
-def loss_sum(model: nn.Module, batch: Batch, dense: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum) -> Tensor:
+def loss_sum(
+    model: nn.Module, batch: Batch, dense: Callable[[Tensor, Tensor], Tensor] = cross_entropy_sum, most: int | None = None
+) -> Tensor:
     """Summed next-token cross-entropy of a batch, in fp32.
 
     Args:
         dense: of logits and labels, for batches whose logits are few. The others are taken by the head chunk by chunk, where
             it is frozen and nothing comes after it.
+        most: logits that are few; default: ``models.head.MOST``.
     """
     head, at = heads.head_of(model), batch.get("targets")
     many = batch["labels"].numel() if at is None else len(at)
-    if head is None or many * len(head.weight) <= heads.MOST:
+    if head is None or many * len(head.weight) <= (most or heads.MOST):
         return dense(forward(model, batch), batch["labels"])
     with heads.loss_in_head(head, _following(batch["labels"]), at):
         return forward(model, batch)

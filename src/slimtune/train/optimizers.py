@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.errors import UserError
+from slimtune.models.sharded import spread, whole
 from slimtune.sections import TrainConfig
 
 
@@ -72,5 +73,19 @@ def carry_over(optimizer: torch.optim.Optimizer, replaced: Sequence[ReplacedPara
 
 def _sliced(value: Any, item: ReplacedParameter) -> Any:
     if isinstance(value, Tensor) and value.shape == item.old.shape and value.ndim:
-        return value.index_select(item.dim, item.index.to(value.device)).contiguous()
+        return spread(whole(value).index_select(item.dim, item.index.to(value.device)).contiguous(), item.new)
     return value
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Continue from a state whose tensors are whole, whatever lies where here."""
+    parameters = dict(enumerate(parameter for group in optimizer.param_groups for parameter in group["params"]))
+    state = {
+        number: {key: _as(value, parameters[number]) for key, value in moments.items()}
+        for number, moments in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def _as(value: Any, parameter: nn.Parameter) -> Any:
+    return spread(value, parameter) if isinstance(value, Tensor) and value.shape == parameter.shape else value

@@ -57,14 +57,38 @@ def figures_in_bf16(accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" and accelerator.mixed_precision == "bf16"
 
 
-def check_launcher() -> None:
-    """``accelerate launch`` speaks through the environment, and would be taken at its word without one of ours."""
+def check_launcher(recipe: Recipe) -> None:
+    """What shards a model is the recipe's ``train.shard``, and not all that a recipe may ask for can be had of a sharded one.
+
+    ``accelerate launch`` speaks through the environment, and would be taken at its word without one of ours.
+
+    Raises:
+        UserError: accelerate was told to shard, or a key does not go with ``train.shard=full``.
+    """
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true"):
             raise UserError(
-                f"accelerate was launched for {name} (ACCELERATE_USE_{name}), but a model that is sharded cannot be cut yet; "
-                "start it with torchrun, which gives every process the whole model (DDP)"
+                f"accelerate was launched for {name} (ACCELERATE_USE_{name}), which knows nothing of a model that is cut; "
+                "start it with torchrun: train.shard=full gives every process its part of the model, none the whole (DDP)"
             )
+    if recipe.train.shard == "none":
+        return
+    biases = recipe.method == "twostage" and recipe.twostage.scores == "flap" and recipe.twostage.compensate
+    unfit = {
+        "lora.semantics=lora_aware": recipe.lora.semantics == "lora_aware" and recipe.method == "atp",
+        "distill.weight": recipe.distill.weight > 0 and recipe.method == "atp",
+        "train.optimizer=muon": recipe.train.optimizer == "muon",
+        "train.compile=true": recipe.train.compile,
+        "twostage.compensate=true with scores=flap": biases,
+    }
+    for key, asked in unfit.items():
+        if asked:
+            raise UserError(f"{key} needs whole weights and does not go with train.shard=full; leave one of them out")
+
+
+def shards(recipe: Recipe, accelerator: Accelerator) -> bool:
+    """Whether each process has but its part of a model (FSDP2)."""
+    return recipe.train.shard == "full" and accelerator.num_processes > 1
 
 
 def _check_trackers(wanted: Sequence[str]) -> None:
@@ -112,6 +136,11 @@ class Session:
         return self.accelerator.device
 
     @property
+    def sharded(self) -> bool:
+        """Whether each process has but its part of the model."""
+        return shards(self.recipe, self.accelerator)
+
+    @property
     def autocast_only(self) -> bool:
         """Whether the model never runs outside autocast: on a GPU, where figures are taken under it too."""
         return figures_in_bf16(self.accelerator)
@@ -120,9 +149,15 @@ class Session:
         """An endless, seeded stream of step batches of ``batch`` windows over all ranks.
 
         Raises:
-            UserError: there are more processes than windows in a step.
+            UserError: there are more processes than windows in a step, or not as many for each where all must take part in
+                every pass.
         """
         ranks = self.accelerator.num_processes
+        if self.sharded and batch % ranks:
+            raise UserError(
+                f"a {purpose} step of {batch} windows cannot be shared evenly by {ranks} processes, which train.shard=full "
+                f"needs; give it {-(-batch // ranks) * ranks}"
+            )
         if batch < ranks:
             raise UserError(
                 f"a {purpose} step of {batch} windows leaves some of {ranks} processes without one; raise it to {ranks}"

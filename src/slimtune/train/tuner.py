@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.train import checkpoint
+from slimtune.models.head import MOST_COMPILED
+from slimtune.models.sharded import whole
+from slimtune.train import checkpoint, shards
+from slimtune.train.loop import checkpoint_path
 from slimtune.train.objective import Batch, accumulate, compiled_cross_entropy, cross_entropy_sum, loss_sum
-from slimtune.train.optimizers import ReplacedParameter, carry_over, model_optimizers
+from slimtune.train.optimizers import ReplacedParameter, carry_over, load_optimizer, model_optimizers
 from slimtune.train.schedule import lr_factor, set_lr
 from slimtune.train.session import Session
 
@@ -27,18 +30,21 @@ class Tuner:
         self.batches = session.batches(session.splits.train, "train", session.recipe.train.batch)
         self.tokens = 0
         self.wrapped = self._wrap()
-        self.cross_entropy = compiled_cross_entropy() if session.recipe.train.compile else cross_entropy_sum
+        compiled = session.recipe.train.compile
+        self.cross_entropy = compiled_cross_entropy() if compiled else cross_entropy_sum
+        self.most = MOST_COMPILED if compiled else None
 
     def _wrap(self) -> nn.Module:
         accelerator = self.session.accelerator
-        return accelerator.prepare_model(self.model) if accelerator.num_processes > 1 else self.model
+        alone = accelerator.num_processes == 1 or self.session.sharded  # or it sees to its gradients itself
+        return self.model if alone else accelerator.prepare_model(self.model)
 
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of a micro-batch, summed over its targets."""
-        return loss_sum(self.wrapped, batch, self.cross_entropy)
+        return loss_sum(self.wrapped, batch, self.cross_entropy, self.most)
 
     def update(self, step: int, loss: Callable[[Batch], Tensor], penalty: Callable[[], Tensor] | None = None) -> dict[str, Any]:
         """One optimiser step on batch ``step``; ``loss`` sums over a micro-batch's targets, ``penalty`` comes once."""
@@ -52,15 +58,16 @@ class Tuner:
             extra = penalty()
             extra.backward()
             figures["penalty"] = extra.detach()
-        figures["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters(), train.clip)
+        figures["grad_norm"] = whole(torch.nn.utils.clip_grad_norm_(self.parameters(), train.clip))
         for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad()
         self.tokens += self.batches.tokens(step)
         return figures
 
-    def carry_over(self, replaced: Sequence[ReplacedParameter]) -> None:
-        """After a physical cut: sliced parameters, sliced moments, a new wrapper."""
+    def carry_over(self, model: nn.Module, replaced: Sequence[ReplacedParameter]) -> None:
+        """After a physical cut: the cut model, sliced parameters, sliced moments, a new wrapper."""
+        self.model = model
         for optimizer in self.optimizers:
             carry_over(optimizer, replaced)
         left = set(map(id, self.model.parameters()))  # whole layers may have gone
@@ -82,8 +89,12 @@ class Tuner:
             "tokens": self.tokens,
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], version: str | None = None) -> None:
+        """Continue from a ``capture``; ``version`` names the folder of what was written in parts (``shards``)."""
+        if version:
+            folder = shards.folder_of(checkpoint_path(self.session)) / version
+            state = shards.filled(state, self.model, self.optimizers, folder)
         checkpoint.restore_trainable(self.model, state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+            load_optimizer(optimizer, saved)
         self.tokens = state["tokens"]

@@ -1,0 +1,102 @@
+"""How time and memory of ATP grow with windows, batch, layers and what is pruned, beside plain LoRA of the same size.
+
+    python benchmarks/growth.py llama-3-8b --layers 8 --rows docs/results/growth.json   # on a GPU
+    python benchmarks/growth.py cpu-size --window 64 --batch 2                          # ratios on a CPU
+    python benchmarks/growth.py --rows docs/results/growth.json                         # only print the table
+
+From one size, one of the four is changed at a time. All are measured in one process: plain LoRA (transformers and PEFT alone,
+as in cost.py), then a decide turn, an adapt turn while gates are closed, and a step of recovery; medians. The text is drawn.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import tempfile
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cost import HERE, kept, parser, rows_of
+
+FACTORS = (0.5, 1.0, 2.0, 4.0)
+KEEPS = (0.8, 0.6, 0.4)
+TURNS = ("decide", "adapt", "recover_step")
+
+
+def drawn_text(folder: Path, window: int) -> str:
+    """A file of random words: reading a corpus would take longer than the steps."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8))) for _ in range(5000)]
+    rows = [{"text": " ".join(draw.choices(words, k=window))} for _ in range(160)]
+    file = folder / "drawn.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def sizes(args: Namespace) -> Iterator[tuple[str, float, dict[str, Any]]]:
+    """(what is changed, to what, changes): the size that is asked for once for each."""
+    for factor in FACTORS:
+        yield "window", args.window * factor, {"window": int(args.window * factor)}
+    for factor in FACTORS:
+        yield "batch", args.batch * factor, {"batch": max(1, int(args.batch * factor))}
+    for factor in FACTORS:
+        yield "layers", args.layers * factor, {"layers": int(args.layers * factor)}
+    for keep in KEEPS:
+        yield "keep", keep, {"keep": keep}
+
+
+def measured(args: Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each size."""
+    config = json.loads((HERE / "shapes.json").read_text())[args.shape]
+    with tempfile.TemporaryDirectory() as name:
+        text = drawn_text(Path(name), int(args.window * max(FACTORS)))
+        for axis, value, changes in sizes(args):
+            layers = changes.get("layers", args.layers)
+            model = json.dumps({**config, "num_hidden_layers": layers})
+            words = [f"model.config={model}", f"budget={{keep: {changes.get('keep', 0.6)}, of: block, tolerance: 0.02}}"]
+            words += [f"data.train={text}", "data.on_overlap=drop", *args.overrides]
+            chosen = {"window": args.window, "batch": args.batch, **changes}
+            told = Namespace(**{**vars(args), **chosen, "overrides": words, "out": name, "profile": False})
+            lora, atp = rows_of(told)
+            row = {"axis": axis, "value": value, "model": args.shape, "gpu": lora["gpu"], **chosen, "layers": layers}
+            row |= {"keep": changes.get("keep", 0.6), "lora_seconds": lora["step_seconds"], "torch": lora["torch"]}
+            row |= {f"{turn.removesuffix('_step')}_seconds": atp[f"{turn}_seconds"] for turn in TURNS}
+            yield row | {f"{each['what']}_peak_gib": each["peak_gib"] for each in (lora, atp) if "peak_gib" in each}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table: plain LoRA's own, and what the turns of ATP take of it."""
+    lines = [
+        "| changed | to | LoRA step, s | decide | adapt, gated | recovery | LoRA peak, GiB | ATP peak |",
+        f"|{' --- |' * 8}",
+    ]
+    for row in rows:
+        cells = [row["axis"], f"{row['value']:g}", f"{row['lora_seconds']:.3f}"]
+        cells += [f"{row[f'{turn}_seconds'] / row['lora_seconds']:.2f}x" for turn in ("decide", "adapt", "recover")]
+        peaks = "atp_peak_gib" in row
+        cells += [f"{row['lora_peak_gib']:.2f}", f"{row['atp_peak_gib'] / row['lora_peak_gib']:.2f}x"] if peaks else ["", ""]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write rows."""
+    made = parser(__doc__ or "")
+    made.add_argument("--layers", type=int, default=4)
+    made.set_defaults(steps=12, search=3, prior=1)
+    args = made.parse_intermixed_args()
+    if args.shape is None:
+        print(table(json.loads(args.rows.read_text())))
+        return
+    rows = []
+    for row in measured(args):
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+        kept(args.rows, rows, ("model", "gpu", "axis", "value"))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What several GPUs of a host are worth: the same steps by one process, and by several with the whole model each or a part.
+
+    python benchmarks/scale.py llama-3-8b --processes 2 --rows docs/results/scale.json   # on as many GPUs
+    python benchmarks/scale.py --rows docs/results/scale.json                            # only print the table
+
+Each row is ATP from its first turn to its last, without what comes before and after (reading, measuring, writing), in
+processes of its own. All read the same batches, so their losses must agree; a pass has the same windows everywhere, one process
+makes more of them. Weights are random, of the true shape. The first step of a phase warms up and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slimtune
+from slimtune.methods import atp
+from slimtune.pipeline import Run
+from slimtune.recipe import Recipe
+from slimtune.runtime import RunFolder, machine, peak_memory, rank, seed_everything, world_size
+from slimtune.version import versions
+
+HERE = Path(__file__).parent
+WAYS = {"one": "one process", "none": "whole model each (DDP)", "full": "a part each (FSDP2)"}
+
+
+def recipe_of(args: argparse.Namespace, shard: str) -> Recipe:
+    config = json.loads((HERE / "shapes.json").read_text())[args.shape]
+    batch = args.batch * args.processes
+    changes = ["model.path=''", "model.init=config", f"model.config={json.dumps(config)}", "model.tokenizer=builtin:base-10m"]
+    changes += ["evaluate={}", "generator={}", "model.checkpointing=non_reentrant", f"data.max_length={args.window}"]
+    changes += [f"train.batch={batch}", f"train.micro_batch={args.batch}", f"search.batch={batch}", "train.checkpoint_every=0"]
+    changes += ["train.lr=1e-5", f"train.shard={shard}", "lora.rank=32", "budget.keep=0.6", f"search.steps={args.search}"]
+    changes += [
+        f"recover.steps={args.recover}",
+        f"generator.prior_steps={args.prior}",
+        f"out={args.out}/{args.shape}-{args.way}",
+    ]
+    return slimtune.load_recipe(HERE.parent / "recipes" / "demo.yaml", [*changes, *args.overrides])
+
+
+def measured(args: argparse.Namespace) -> dict[str, Any]:
+    """The row of this process group; every process of it must call this."""
+    recipe = recipe_of(args, "full" if args.way == "full" else "none")
+    run = Run(recipe, RunFolder(recipe.out), resume=False)
+    run.check()
+    seed_everything(recipe.seed)
+    outcome, cost = run.train(atp.run, "main")
+    peaks = torch.tensor(float(peak_memory(run.accelerator.device) or 0), device=run.accelerator.device)
+    peak = float(run.accelerator.gather(peaks).max())
+    lines = map(json.loads, (Path(recipe.out) / "metrics.jsonl").read_text().splitlines())
+    steps = [line for line in lines if "step" in line]
+    found: dict[str, Any] = {"way": args.way, "model": args.shape, "gpu": machine(run.accelerator.device), "gpus": world_size()}
+    found |= {"batch": recipe.train.batch, "window": args.window, "seconds": cost["seconds"], "tokens": outcome.tokens}
+    found |= {"overrides": " ".join(args.overrides), "losses": [row["adapt_loss"] for row in steps], **versions()}
+    found |= {"peak_gib": peak / 2**30} if peak else {}
+    for name, phase, turn in (("decide", "search", "decide"), ("adapt", "search", "adapt"), ("recover", "recover", "adapt")):
+        taken = [row[f"{turn}_seconds"] for row in steps if row["phase"] == phase and row["step"]]
+        found[f"{name}_seconds"] = statistics.median(taken)
+        found[f"{name}_tokens_per_second"] = recipe.train.batch * args.window / found[f"{name}_seconds"]
+    return found
+
+
+def children(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row of every way, each in processes of its own."""
+    rows = []
+    for way in args.ways:
+        ranks = 1 if way == "one" else args.processes
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+        target = Path(args.out) / f"row-{way}.json"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        command = [sys.executable, *launcher, str(Path(__file__).resolve()), *sys.argv[1:], "--way", way, "--row", str(target)]
+        done = subprocess.run(
+            command, check=False, env=os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "8")}
+        )
+        if done.returncode:
+            print(f"{way}: failed with {done.returncode}", flush=True)
+            continue
+        rows.append(json.loads(target.read_text()))
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Rows as a Markdown table; factors and differences to one process with the same steps on the same machine."""
+    print(
+        "| way | model | GPUs | batch x window | turn: decide | adapt | recover, tokens/s | x one | peak, GiB | losses differ |"
+    )
+    print(f"|{' --- |' * 10}")
+    same = ("model", "gpu", "batch", "window", "overrides")
+    alone = {tuple(row[key] for key in same): row for row in rows if row["way"] == "one"}
+    for row in rows:
+        one = alone.get(tuple(row[key] for key in same))
+        cells = [WAYS[row["way"]], row["model"], f"{row['gpus']} {row['gpu']}", f"{row['batch']} x {row['window']}"]
+        cells += [f"{row[f'{name}_tokens_per_second']:,.0f}" for name in ("decide", "adapt", "recover")]
+        parts = [
+            row[f"{name}_tokens_per_second"] / one[f"{name}_tokens_per_second"] if one else 0 for name in ("adapt", "recover")
+        ]
+        cells += [
+            " / ".join(f"{part:.2f}" for part in parts) if one else "",
+            f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
+        ]
+        pairs = list(zip(row["losses"], one["losses"], strict=True)) if one else []
+        cells += [f"{max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs):.1e}" if pairs else ""]
+        print(f"| {' | '.join(cells)} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
+    parser.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
+    parser.add_argument("overrides", nargs="*", help="key=value")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument(
+        "--batch", type=int, default=8, help="windows of a pass, and of a step of each process where there are several"
+    )
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--search", type=int, default=4)
+    parser.add_argument("--recover", type=int, default=8)
+    parser.add_argument("--prior", type=int, default=2)
+    parser.add_argument("--out", default="runs/scale")
+    parser.add_argument("--rows", type=Path)
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args()
+    if args.way:
+        row = measured(args)
+        if rank() == 0:
+            args.row.write_text(json.dumps(row))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        return
+    rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
+    if args.shape:
+        rows += children(args)
+        if args.rows:
+            args.rows.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()

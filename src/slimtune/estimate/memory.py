@@ -1,0 +1,156 @@
+"""The arithmetic of a run: bytes.
+
+Legend: as in ``cost``, s bytes of a number in the compute dtype. After the cut every axis keeps the same part of its units.
+
+Bytes of activations, a token and layer: ``16 D + s (2 A + 2 K + 4 F) + 28 r`` with LoRA and
+``24 D + s (2 A + 2 K + 4 F)`` without: what autograd saves in a llama block, as saved-tensor hooks count it (norms stay
+fp32; families with more norms save a little more), plus ``10 T heads`` where attention is eager. With checkpointing
+``s D`` a layer and one whole block. Compensation keeps ``s d^2`` bytes of a matrix of innovations (of consumers of d
+inputs, A or F, up to ``compensate.matrices``), and, in host memory unless told otherwise, ``9/4 (A^2 + F^2)`` a layer of second
+moments and the weights of ``o_proj`` and ``down_proj`` once more.
+Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), logits ``12 B T V`` bytes (``14 B T V`` in
+16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
+turn of more windows may need more.
+
+Of W processes that share one model (``train.shard``) each has 1/W of the weights and of what is trained, the whole generator,
+and in a pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way, with
+LoRA and its gradient in fp32.
+"""
+
+from __future__ import annotations
+
+from slimtune import runtime
+from slimtune.estimate.cost import GRADIENTS, Job
+from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
+from slimtune.recipe import Recipe
+from slimtune.structure.axes import FFN, KV_GROUP
+
+SOLVE = 25
+"""Bytes a squared input of the widest consumer while it is solved for: moments, half and whole, their factor, its inverse."""
+
+
+def memory(job: Job, kind: str) -> dict[str, int]:
+    """Bytes of one process at the fullest moment: before the cut, or after it where the recovery keeps more."""
+    recipe, one = job.recipe, _weight_bytes(job, kind)
+    tokens = (recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())) * recipe.data.max_length
+    teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
+    logits = _logits(job, tokens, teacher)
+    passing = {"activations": _activations(job, tokens), "logits": logits, **_meanwhile(job, one)}
+    solves: dict[str, float] = {"solves": SOLVE * max(job.consumers) ** 2} if job.solves().flops else {}
+    dense = _trained(job, one)
+    if not job.whole:
+        dense |= {"generator, gradients, AdamW": 16 * job.generator, **_compensation(job, one)}
+    dense |= passing if sum(passing.values()) > sum(solves.values()) else solves  # one after the other
+    moments = [dense]
+    if recipe.prunes:
+        again = _activations(job, tokens, job.part, recipe.recover.checkpointed)
+        moments.append(_trained(job, one, job.part) | {"activations": again, "logits": logits} | _meanwhile(job, one, job.part))
+    items = max(moments, key=lambda each: sum(each.values()))
+    if recipe.distill.teacher and teacher == 2:
+        items["teacher weights"] = dense["weights"]
+    elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
+        items["cut weights beside the teacher's (recover)"] = dense["weights"] * recipe.budget.keep
+    return {name: int(value) for name, value in items.items() if value}
+
+
+def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float = 1.0) -> float:
+    """Of all blocks, ``checkpointed`` of which keep what comes in alone."""
+    layers = len(job.structure.layers)
+    block = activation_bytes(job, part) * tokens / layers
+    if job.recipe.model.checkpointing == "none":
+        return layers * block
+    again = round(checkpointed * layers)
+    return (layers - again) * block + again * job.bytes_ * job.config.hidden_size * tokens + (block if again else 0.0)
+
+
+def _meanwhile(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]:
+    """What processes that share a model have whole in a pass."""
+    if job.parts == 1:
+        return {}
+    block = (weight_bytes * part * job.structure.prunable_params + 8 * job.lora(part)) / len(job.structure.layers)
+    return {"weights that are whole meanwhile": weight_bytes * job.structure.constant_params + 2 * block}
+
+
+def _weight_bytes(job: Job, kind: str) -> int:
+    """Of a weight in a pass: one that is trained has a gradient beside it."""
+    return 8 if job.whole else int(runtime.pick_dtype(job.recipe.model.dtype, kind).itemsize)
+
+
+def _trained(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]:
+    """What stays on the device of one process, of a model with ``part`` of its units."""
+    if job.whole:
+        return {"weights, gradients, AdamW": 16 * job.structure.total_params / job.parts}
+    weights = job.structure.constant_params + part * job.structure.prunable_params
+    return {
+        "weights": weight_bytes * weights / job.parts,
+        "LoRA, gradients, AdamW": 16 * job.lora(part) / job.parts,
+    }
+
+
+def host_memory(job: Job, kind: str) -> dict[str, int]:
+    """Bytes in host memory of all processes: what is offloaded, and the model while one process reads and hands it round."""
+    wanted, ranks = job.recipe.compensate, runtime.world_size()
+    one, items = _weight_bytes(job, kind), dict[str, float]()
+    if wanted.weights != "none" and job.searches and wanted.offload:
+        consumers = one * sum(job.config.hidden_size * width for width in job.consumers)
+        copies = ranks // job.parts  # shared, every part has its original beside the whole that a fit reads
+        items["second moments"] = copies * 9 / 4 * sum(width**2 for width in job.consumers)
+        items["weights of consumers"] = copies * consumers * (2 if job.parts > 1 else 1)
+    if job.parts > 1 and job.recipe.model.init == "pretrained":
+        items["weights, while they are read"] = one * job.structure.total_params
+    return {name: int(value) for name, value in items.items()}
+
+
+def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:
+    """Bytes on the device of what ``compensate`` keeps: innovations, and second moments and weights that are not offloaded."""
+    wanted = job.recipe.compensate
+    if wanted.weights == "none" or not job.searches:
+        return {}
+    squares = sum(width**2 for width in job.consumers)
+    narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
+    innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
+    weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
+    if job.parts > 1:  # the original weight whole where it is fitted, and each part of it
+        weights *= 2
+    return {"compensation": innovations + (0 if wanted.offload else (9 * squares // 4 + weights) / job.parts)}
+
+
+def _logits(job: Job, tokens: int, models: int) -> int:
+    """Bytes of the logits, what a loss makes of them and their gradient: of an adapt turn of ``tokens``, or a decide turn.
+
+    Args:
+        models: that read the tokens in an adapt turn; two with a teacher.
+    """
+    recipe, vocabulary = job.recipe, int(job.config.vocab_size)
+    each = 12 if job.bytes_ == 4 else 14
+    chunked = not job.whole and not any(getattr(job.config, key, None) not in (None, 1, 1.0) for key in AFTERWARDS)
+
+    def whole(count: int, compiled: bool = False) -> float:
+        if chunked and count * vocabulary > (MOST_COMPILED if compiled else MOST):
+            return 12 * MOST + job.bytes_ * job.config.hidden_size * count
+        return count * vocabulary * (2 * job.bytes_ if compiled else each)
+
+    adapt = whole(tokens, recipe.train.compile) if models == 1 else models * tokens * vocabulary * each
+    return int(max(adapt, whole(_decide_windows(recipe) * recipe.data.max_length)))
+
+
+def _decide_windows(recipe: Recipe) -> int:
+    """Windows of one process in one pass of a decide turn."""
+    if recipe.method == "finetune" or (recipe.method == "twostage" and recipe.twostage.scores not in GRADIENTS):
+        return 0
+    mine = -(-(recipe.search.batch or recipe.train.batch) // runtime.world_size())
+    return min(recipe.train.micro_batch or mine, mine)
+
+
+def activation_bytes(job: Job, part: float = 1.0) -> float:
+    """What autograd saves for one token in all blocks of ``part`` of their width, without checkpointing (see this module)."""
+    rank = 0 if job.whole else job.recipe.lora.rank
+    dims = (24 if job.whole else 16) * job.config.hidden_size + 28 * rank
+    structure, total = job.structure, 0.0
+    eager = job.recipe.model.attention == "eager" or getattr(job.config, "attn_logit_softcapping", None)
+    for layer in structure.layers:
+        keys = layer.units[KV_GROUP] * structure.head_dim
+        wide = 2 * keys * structure.group + 2 * keys + 4 * layer.units[FFN]
+        scores = 10 * job.recipe.data.max_length * layer.units[KV_GROUP] * structure.group if eager else 0
+        total += dims + part * (job.bytes_ * wide + scores)
+    return total

@@ -1,0 +1,135 @@
+"""The phases of a run: steps, tokens, operations, and the time that they take on a machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from slimtune.estimate import traffic
+from slimtune.estimate.cost import GRADIENTS, NONE, Job, Solves
+from slimtune.estimate.machines import Machine
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One phase of a run.
+
+    Attributes:
+        tokens: of all turns.
+        flops: floating-point operations; ``step_flops`` leaves out what comes before the first step (the prior).
+        seconds: None without a machine; ``step_seconds`` leaves out the same, and what comes once.
+        solve_flops: of the solves that each process makes.
+        carried: bytes that come from host memory for them.
+    """
+
+    name: str
+    steps: int
+    tokens: int
+    flops: float
+    seconds: float | None
+    step_flops: float
+    step_seconds: float | None = None
+    solve_flops: float = 0.0
+    carried: float = 0.0
+
+
+@dataclass(frozen=True)
+class Turn:
+    """``steps`` of ``train.batch`` windows, and what one of their tokens costs in operations and in bytes of memory."""
+
+    steps: float
+    flops: float
+    traffic: float
+
+
+def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
+    """The phases of the run, and their time on ``ranks`` of a machine."""
+    recipe, phase = job.recipe, _timed(job, machine, ranks)
+    compiled, part = recipe.train.compile, job.part
+    dense = job.adapt(), traffic.turn(job, compiled=compiled)
+    if recipe.method == "finetune":
+        return [phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])]
+    search, recover = recipe.search.steps, recipe.recover.steps
+    updates = search + recover
+    reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
+    kept = recipe.recover.checkpointed
+    small = job.adapt(part, kept), traffic.turn(job, part, compiled=compiled, checkpointed=kept)
+    decide, prior = _decide(job)
+    if recipe.method == "twostage":
+        score = decide if recipe.twostage.scores in GRADIENTS else Turn(0, job.forward(), traffic.look(job))
+        steps = search if recipe.twostage.scores == "generator" else 0
+        rows = [phase("decide", steps, [], first=_scoring(job, score), solves=job.solves())]
+        rows.append(phase("recover", recipe.tuning_steps, [Turn(recipe.tuning_steps, *small)]))
+        return rows + reference
+    settle, teacher = recipe.settle_steps, Turn(0, *_teacher(job))
+    gated = Turn(search, job.adapt() + teacher.flops, traffic.turn(job, gates=traffic.GATES) + teacher.traffic)
+    rows = [phase("search", search, [gated, decide], first=prior, solves=job.solves())]
+    if settle:  # on the uncut model, out of the recovery's steps
+        rows.append(phase("settle", settle, [replace(gated, steps=settle)]))
+    taught = bool(recipe.distill.recover or recipe.distill.teacher)
+    after = Turn(recover - settle, small[0] + taught * teacher.flops, small[1] + taught * teacher.traffic)
+    rows.append(phase("recover", recover - settle, [after]))
+    return rows + reference
+
+
+def _teacher(job: Job) -> tuple[float, float]:
+    return (job.forward(), traffic.look(job)) if job.recipe.distill.weight > 0 else (0.0, 0.0)
+
+
+def _decide(job: Job) -> tuple[Turn, list[Turn]]:
+    """All decide turns, and what is read before the first of them."""
+    recipe = job.recipe
+    part = (recipe.search.batch or recipe.train.batch) / recipe.train.batch
+    own = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (part * job.step_tokens)
+    moved = traffic.turn(job, gates=traffic.LEAVES)
+    gradients, looks = (part * recipe.generator.prior_steps * passes for passes in recipe.prior_passes)
+    prior = [Turn(gradients, own, moved), Turn(looks, job.forward() + job.moments(), traffic.look(job))]
+    turns = -(-recipe.search.steps // recipe.search.decide_every) if recipe.search.update == "alternating" else 0
+    return Turn(part * turns, own + 2 * job.innovations(), moved), prior
+
+
+def _timed(job: Job, machine: Machine | None, ranks: int) -> Callable[..., Phase]:
+    """What makes a phase of its turns."""
+
+    def seconds(turns: Sequence[Turn]) -> float:
+        assert machine
+        flops, moved = (sum(turn.steps * job.step_tokens * each(turn) for turn in turns) for each in (_flops, _traffic))
+        return (flops / machine.matmul + (moved / machine.copied if machine.copied else 0.0)) / ranks
+
+    def phase(name: str, steps: int, turns: Sequence[Turn], first: Sequence[Turn] = (), solves: Solves = NONE) -> Phase:
+        """``first``: before the first step."""
+        whole = [*turns, *first]
+        flops, of_steps = (sum(turn.steps * job.step_tokens * turn.flops for turn in each) for each in (whole, turns))
+        tokens = round(sum(turn.steps for turn in whole) * job.step_tokens)
+        once = 0.0
+        if machine:
+            once = solves.flops / machine.exact + (solves.carried / machine.link if machine.link else 0.0)
+        return Phase(
+            name,
+            steps,
+            tokens,
+            flops,
+            seconds(whole) + once if machine else None,
+            of_steps,
+            (seconds(turns) + once) / max(1, steps) if machine else None,
+            solves.flops,
+            solves.carried,
+        )
+
+    return phase
+
+
+def _flops(turn: Turn) -> float:
+    return turn.flops
+
+
+def _traffic(turn: Turn) -> float:
+    return turn.traffic
+
+
+def _scoring(job: Job, score: Turn) -> list[Turn]:
+    """What ``twostage`` reads before its cut; ``score``: what a token costs that a score takes."""
+    recipe = job.recipe
+    scoring, refit = recipe.scoring_windows - recipe.refit_windows, recipe.refit_windows
+    looks = Turn(refit / recipe.train.batch, job.forward() + job.moments(), traffic.look(job))
+    return [replace(score, steps=scoring / recipe.train.batch), looks]

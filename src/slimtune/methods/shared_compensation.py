@@ -1,0 +1,173 @@
+"""Consumers that compensate in a model that is spread over processes: who fits what, and how all get their part of it.
+
+The consumers of a layer belong to one process, layer by layer in turns: it alone has their second moments and their whole
+original weights, and fits them. The others get the new weight as it is made, and keep their part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from slimtune.methods.compensation import Compensation, Fit, fitted
+from slimtune.models.sharded import owner_of, put_whole, whole
+from slimtune.models.surgery import linears_of
+from slimtune.prune.gates import Innovation, Masks, Site
+from slimtune.prune.moments import Moments
+from slimtune.structure.axes import Side, Structure
+from slimtune.train.offload import brought, kept_on
+from slimtune.train.session import Session
+
+
+def compensation_of(session: Session, model: nn.Module, moments: Mapping[Site, Moments], fit: Fit) -> Compensating:
+    """What compensates in ``model``; ``moments`` are those of all consumers, or of this process's own in a sharded one."""
+    place = torch.device("cpu") if session.recipe.compensate.offload else session.device
+    if session.sharded:
+        return SharedCompensation(model, session.structure, moments, fit, place)
+    return Compensation(model, session.structure, moments, fit)
+
+
+def diagonals(session: Session, moments: Mapping[Site, Moments]) -> dict[Site, Tensor]:
+    """The mean squares of all consumers' inputs, up to a factor, on the device in fp64: {site: [d]}."""
+    found, structure = {}, session.structure
+    rows = {row.into.axis: structure.rows(row.into) for row in structure.family.linears if row.into}
+    for site in structure.sites() if session.sharded else moments:
+        if site in moments:
+            found[site] = moments[site].diagonal().double().to(session.device)
+        else:
+            width = structure.layers[site[0]].units[site[1]] * rows[site[1]]
+            found[site] = torch.empty(width, dtype=torch.float64, device=session.device)
+        if session.sharded:
+            dist.broadcast(found[site], owner_of(site[0]))
+    return found
+
+
+@dataclass
+class _Part:
+    """This process's part of a consumer's weight [out, d].
+
+    Attributes:
+        original: the part with all gates open.
+        entire: the whole original weight, where this process fits it.
+        mask, changed: as in ``compensation``.
+    """
+
+    site: Site
+    side: Side
+    weight: Any
+    original: Tensor
+    entire: Tensor | None
+    mask: Tensor | None = None
+    changed: Tensor | None = None
+
+    def put(self, part: Tensor) -> None:
+        self.weight.to_local().copy_(part, non_blocking=True)
+
+
+class SharedCompensation:
+    """``Compensation`` of a sharded model; see there.
+
+    Args:
+        moments: of the consumers that are this process's own.
+        place: where originals wait.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, structure: Structure, moments: Mapping[Site, Moments], fit: Fit, place: torch.device):
+        self.structure, self.moments, self.fit, self.place = structure, moments, fit, place
+        self.judge, self.device = fit.judge, next(model.parameters()).device
+        self.parts: list[_Part] = []
+        self.innovations: dict[Site, Innovation] = {}
+        self.open = True
+        for layer, row, module in linears_of(model, structure):
+            if row.into:
+                weight: Any = (module.base_layer if isinstance(module, LoraLayer) else module).weight
+                full = whole(weight.detach())
+                entire = kept_on(place, full) if owner_of(layer) == dist.get_rank() else None
+                original = kept_on(place, weight.to_local().detach())
+                self.parts.append(_Part((layer, row.into.axis), row.into, weight, original, entire))
+
+    @torch.no_grad()
+    def opened(self) -> None:
+        """The original weights."""
+        if self.open:
+            return
+        for part in self.parts:
+            if part.changed is None:
+                part.changed = kept_on(self.place, part.weight.to_local())
+            part.put(part.original)
+        self.open = True
+
+    @torch.no_grad()
+    def closed(self, masks: Masks) -> None:
+        """The weights that compensate for ``masks``. Every process fits those of one layer, then they are handed round."""
+        stale = []
+        for part in self.parts:
+            mask = masks[part.site]
+            if part.mask is None or not torch.equal(mask, part.mask):
+                part.mask, part.changed = mask.clone(), None
+                self.innovations.pop(part.site, None)
+                if mask.all() and not self.judge:
+                    part.put(part.original)
+                else:
+                    stale.append(part)
+            elif self.open:
+                assert part.changed is not None
+                part.put(part.changed)
+        self.open = False
+        own = [part for part in stale if part.entire is not None]
+        moments = (self.moments[part.site].whole(half) for part, half in zip(own, self._halves(own), strict=True))
+        for _, some in groupby(stale, lambda part: part.site[0] // dist.get_world_size()):
+            together = list(some)
+            solved = {part.site: self._solve(part, next(moments)) for part in together if part.entire is not None}
+            for part in together:
+                self._hand_round(part, *solved.get(part.site, (None, None)))
+
+    def _halves(self, own: Sequence[_Part]) -> Iterator[Tensor]:
+        """The moments that this process will want, where it computes."""
+        return brought((self.moments[part.site].half for part in own), self.device)
+
+    def sampled(self) -> None:
+        """Sampled masks are judged under the weights of the last fixed ones, or under the original ones."""
+        if not self.judge:
+            self.opened()
+
+    def innovation(self, site: Site) -> Innovation | None:
+        """By what the gradient of a sampled mask is taken."""
+        return None if self.open else self.innovations.get(site)
+
+    def _solve(self, part: _Part, moments: Tensor) -> tuple[Tensor, Innovation | None]:
+        assert part.mask is not None
+        assert part.entire is not None
+        with torch.autocast(moments.device.type, enabled=False):
+            original = part.entire.to(moments.device, non_blocking=True)
+            return fitted(self.structure, part.side, part.mask, moments, original, self.fit)
+
+    def _hand_round(self, part: _Part, made: Tensor | None, innovation: Innovation | None) -> None:
+        """From the process that has ``made`` a new weight and, where it is judged by, its innovation."""
+        mask, owner = part.mask, owner_of(part.site[0])
+        assert mask is not None
+        full = (
+            torch.empty(part.weight.shape, dtype=part.weight.dtype, device=mask.device) if made is None else made.contiguous()
+        )
+        dist.broadcast(full, owner)
+        put_whole(full, part.weight)
+        if not self.judge or not mask.any():
+            return
+        kept = mask.bool().repeat_interleave(self.structure.rows(part.side))
+        shape = [len(kept)] * (2 if len(kept) <= self.fit.matrices else 1)
+        residual = torch.empty(shape, dtype=self.fit.dtype, device=mask.device)
+        if innovation is not None:
+            residual.copy_(innovation.residual)
+        dist.broadcast(residual, owner)
+        self.innovations[part.site] = Innovation(residual, kept)
+
+
+Compensating = Compensation | SharedCompensation
