@@ -40,6 +40,7 @@ SMALL := cpu-size --batch 2 --window 64
 bench: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/cost.py $(SMALL) --steps 80 --search 4 --prior 2
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/growth.py $(SMALL)
+	$(BIN)/python benchmarks/startup.py
 
 # All tables on the screen, the earlier ones too (docs/results/EARLIER.md).
 GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))
