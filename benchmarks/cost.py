@@ -40,6 +40,7 @@ from slimtune.train import loop
 from slimtune.version import versions
 
 HERE = Path(__file__).parent
+Table = Callable[[list[dict[str, Any]]], str]
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -272,18 +273,23 @@ def parser(about: str) -> argparse.ArgumentParser:
     return made
 
 
+def told(args: argparse.Namespace, rows: Iterator[dict[str, Any]], shown: Table, same: tuple[str, ...]) -> None:
+    """Print rows as they come, keep them in ``--rows``, show their table; without a shape the table of ``--rows``."""
+    if args.shape is None:
+        print(shown(json.loads(args.rows.read_text())))
+        return
+    new = []
+    for row in rows:
+        print(json.dumps(row), flush=True)
+        new.append(row)
+        kept(args.rows, new, same)
+    print(shown(new))
+
+
 def main() -> None:
     """Measure, print, write rows."""
     args = parser(__doc__ or "").parse_intermixed_args()
-    if args.shape is None:
-        print(table(json.loads(args.rows.read_text())))
-        return
-    new = []
-    for row in rows_of(args):
-        print(json.dumps(row), flush=True)
-        new.append(row)
-        kept(args.rows, new, ("what", "model", "gpu", "gpus", "batch", "window", "steps"))
-    print(table(new))
+    told(args, rows_of(args), table, ("what", "model", "gpu", "gpus", "batch", "window", "steps"))
 
 
 if __name__ == "__main__":

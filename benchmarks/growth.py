@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cost import HERE, kept, parser, rows_of
+from cost import HERE, parser, rows_of, told
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 KEEPS = (0.8, 0.6, 0.4)
@@ -87,15 +87,7 @@ def main() -> None:
     made.add_argument("--layers", type=int, default=4)
     made.set_defaults(steps=12, search=3, prior=1)
     args = made.parse_intermixed_args()
-    if args.shape is None:
-        print(table(json.loads(args.rows.read_text())))
-        return
-    rows = []
-    for row in measured(args):
-        print(json.dumps(row), flush=True)
-        rows.append(row)
-        kept(args.rows, rows, ("model", "gpu", "axis", "value"))
-    print(table(rows))
+    told(args, measured(args), table, ("model", "gpu", "axis", "value"))
 
 
 if __name__ == "__main__":
