@@ -18,7 +18,7 @@ IGNORE = -100
 MOST = 1 << 26
 """Logits that may stand in memory at once: 256 MB in fp32, of which a loss needs several copies."""
 MOST_COMPILED = 1 << 29
-"""The same of a compiled loss, which reads logits as they are and moves a fifth of the bytes that chunks do: 1 GB in bf16."""
+"""The same of a compiled loss, which by count moves a fifth of the bytes that chunks do: 1 GB in bf16."""
 AFTERWARDS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 """Keys of configs of what is done to logits after the head."""
 
