@@ -25,6 +25,7 @@ from slimtune.methods.outcome import Outcome
 from slimtune.models.identity import weight_bytes
 from slimtune.models.load import attention_of, straight_to, without_flash
 from slimtune.models.piecewise import in_fp32
+from slimtune.models.quantized import unquantized
 from slimtune.models.sharded import gathered, is_sharded, sharded, template_of
 from slimtune.models.surgery import merge_lora
 from slimtune.recipe import Recipe
@@ -87,6 +88,7 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
 def _written(run: Made, model: Any, plan: Plan, total: int) -> list[float]:
     """What rank 0 alone does with the whole model; by how much it differs after a reload, if that is asked for."""
     recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
+    model = unquantized(model) if recipe.model.quantize != "none" else model
     tuned = recipe.export.adapter and isinstance(model, PeftModel)
     bound = adapter.taken(model, recipe.model, run.structure, plan) if tuned else None
     model = merge_lora(model, dtype)

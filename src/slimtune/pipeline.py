@@ -29,6 +29,7 @@ from slimtune.models.load import (
     locate,
     structure_of,
 )
+from slimtune.models.quantized import unquantized
 from slimtune.models.selfcheck import self_check
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
@@ -115,6 +116,7 @@ class Run:
         preflight.check_method(recipe, self.structure)
         preflight.check_teacher(recipe, self.config.vocab_size)
         check_attention(recipe.model, str(self.accelerator.device))
+        preflight.check_quantize(recipe, str(self.accelerator.device))
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
@@ -224,4 +226,7 @@ class Run:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
         outcome, cost = self.train(finetune.run, "dense_lora")
         cost |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
-        return {**self.figures.test(outcome.model), **cost, "tuning_tokens": sum(outcome.tokens.values())}
+        model = outcome.model
+        if self.recipe.model.quantize != "none":
+            model = unquantized(model).to(self.accelerator.device)  # what its LoRA would be merged into
+        return {**self.figures.test(model), **cost, "tuning_tokens": sum(outcome.tokens.values())}

@@ -48,6 +48,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "dense": {"evaluate__dense_lora": True},
     "finetune": {"method": "finetune", "train__steps": 7},
     "scratch": {"model": {"init": "config"}, "evaluate__dense_lora": True},
+    "quantized": {
+        "model": {"quantize": "nf4"},
+        "distill__weight": 0.5,
+        "distill__recover": True,
+        "generator__prior_steps": 2,
+        "compensate__weights": "decide",
+    },
+    "quantized rival": {
+        "model": {"quantize": "nf4"},
+        "method": "twostage",
+        "twostage__scores": "wanda",
+        "twostage__least_squares": True,
+        "twostage__batches": 2,
+    },
 }
 
 
@@ -131,6 +145,9 @@ def assert_same(out: Path, summary: dict[str, Any], whole: tuple[Path, dict[str,
         ("dense", "main", "search", 3),
         ("finetune", "main", "tune", 4),
         ("scratch", "main", "search", 2),
+        ("quantized", "main", "search", 2),
+        ("quantized", "main", "recover", 2),
+        ("quantized rival", "main", "recover", 2),
     ],
 )
 def test_a_killed_run_goes_on_as_if_nothing_had_been(

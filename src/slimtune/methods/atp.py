@@ -184,6 +184,7 @@ class _Atp:
             handle.remove()
         if self.compensation:  # the weights stay as they are
             self.bank.close(budget.masks_of(self.plan, self.session.device))
+            self.compensation.settled()
             self.bank.follower = None
         self.bank.open()
         self.masks = {}

@@ -8,7 +8,7 @@ is made already, and what the search finds costly is what no kept unit can repla
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from slimtune.models.surgery import linears_of
+from slimtune.models.weights import dense, held, is_quantized, put, put_back, put_original
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.least_squares import WIDE, Takeover
 from slimtune.prune.moments import Moments
@@ -28,7 +29,7 @@ class _Consumer:
     """A weight [out, d] that follows the gates.
 
     Attributes:
-        original: the weight with all gates open.
+        opened: what it holds with all gates open.
         mask: [units] for which it was solved last.
         changed: what that gave, once the gates have opened since.
     """
@@ -36,9 +37,15 @@ class _Consumer:
     site: Site
     side: Side
     weight: Tensor
-    original: Tensor
+    opened: list[Tensor]
     mask: Tensor | None = None
-    changed: Tensor | None = None
+    changed: list[Tensor] | None = None
+
+    def original(self) -> Tensor:
+        """With all gates open, [out, d] where it computes: what it is fitted from."""
+        if is_quantized(self.weight):
+            return dense(self.weight)
+        return self.opened[0].to(self.weight.device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -83,8 +90,8 @@ class Compensation:
     Args:
         model: gated, LoRA attached, its base weights as they were loaded.
         structure: of the model.
-        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor}, on any device; the original weights are kept
-            on the same one.
+        moments: {(layer, axis): E x x^T of the consumer's inputs, up to a factor}, on any device; what consumers hold with
+            gates open is kept on the same one.
         fit: how.
     """
 
@@ -97,8 +104,7 @@ class Compensation:
             if row.into:
                 inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
                 site = (layer, row.into.axis)
-                original = kept_on(moments[site].half.device, inner.weight.detach())
-                self.consumers.append(_Consumer(site, row.into, inner.weight, original))
+                self.consumers.append(_Consumer(site, row.into, inner.weight, self._kept(site, inner.weight)))
 
     def opened(self) -> None:
         """The original weights."""
@@ -106,8 +112,8 @@ class Compensation:
             return
         for consumer in self.consumers:
             if consumer.changed is None:
-                consumer.changed = kept_on(consumer.original.device, consumer.weight.detach())
-            consumer.weight.data.copy_(consumer.original, non_blocking=True)
+                consumer.changed = self._kept(consumer.site, consumer.weight)
+            put_back(consumer.weight, consumer.opened)
         self.open = True
 
     def closed(self, masks: Masks) -> None:
@@ -119,11 +125,24 @@ class Compensation:
                 moved.append(consumer)
             elif self.open:
                 assert consumer.changed is not None
-                consumer.weight.data.copy_(consumer.changed, non_blocking=True)
+                put_back(consumer.weight, consumer.changed)
         for consumer, moments in zip(moved, self._moments(moved), strict=True):
             with torch.autocast(moments.device.type, enabled=False):
                 self._solve(consumer, masks[consumer.site], moments)
         self.open = False
+
+    def settled(self) -> None:
+        """The originals of quantised weights, of which a cut is made, compensate for the present masks as well.
+
+        Not earlier, because each would go to host memory whenever masks move.
+        """
+        quantized = [consumer for consumer in self.consumers if is_quantized(consumer.weight)]
+        fit = replace(self.fit, judge=False)
+        for consumer, moments in zip(quantized, self._moments(quantized), strict=True):
+            assert consumer.mask is not None
+            with torch.autocast(moments.device.type, enabled=False):
+                weight, _ = fitted(self.structure, consumer.side, consumer.mask, moments, consumer.original(), fit)
+            put_original(consumer.weight, weight)
 
     def sampled(self) -> None:
         """Sampled masks are judged under the weights of the last fixed ones, or under the original ones."""
@@ -133,6 +152,10 @@ class Compensation:
     def innovation(self, site: Site) -> Innovation | None:
         """By what the gradient of a sampled mask is taken."""
         return None if self.open else self.innovations.get(site)
+
+    def _kept(self, site: Site, weight: Tensor) -> list[Tensor]:
+        """What a consumer holds now, copied to where its moments are."""
+        return [kept_on(self.moments[site].half.device, tensor) for tensor in held(weight)]
 
     def _moments(self, consumers: Sequence[_Consumer]) -> Iterator[Tensor]:
         """Of each of them, where it computes."""
@@ -145,10 +168,9 @@ class Compensation:
         consumer.mask, consumer.changed = mask.clone(), None
         self.innovations.pop(consumer.site, None)
         if mask.all() and not self.judge:
-            consumer.weight.data.copy_(consumer.original)
+            put_back(consumer.weight, consumer.opened)
             return
-        original = consumer.original.to(consumer.weight.device, non_blocking=True)
-        weight, innovation = fitted(self.structure, consumer.side, mask, moments, original, self.fit)
-        consumer.weight.data.copy_(weight)
+        weight, innovation = fitted(self.structure, consumer.side, mask, moments, consumer.original(), self.fit)
+        put(consumer.weight, weight)
         if innovation is not None:
             self.innovations[consumer.site] = innovation

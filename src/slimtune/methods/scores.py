@@ -19,6 +19,7 @@ from slimtune.methods.decide import Decider
 from slimtune.methods.passes import Passes
 from slimtune.models.sharded import whole
 from slimtune.models.surgery import linears_of
+from slimtune.models.weights import dense
 from slimtune.prune.gates import Site
 from slimtune.prune.prior import Ranking, prior_logits
 from slimtune.structure.axes import KV_GROUP
@@ -62,7 +63,7 @@ class Scorer:
             weight: Any = getattr(module, "base_layer", module).weight
             for dim, side in ((0, row.out), (1, row.into)):
                 if side:
-                    squares = whole(weight).float().square().sum(1 - dim).view(-1, self.structure.rows(side)).sum(1)
+                    squares = whole(dense(weight)).float().square().sum(1 - dim).view(-1, self.structure.rows(side)).sum(1)
                     site = (layer, side.axis)
                     scores[site] = scores[site] + squares if site in scores else squares
         return scores
@@ -144,7 +145,7 @@ class Scorer:
         for layer, row, module in linears_of(self.model, self.structure):
             if row.into:
                 weight: Any = getattr(module, "base_layer", module).weight
-                columns = whole(weight.detach()).double().abs().pow(power).sum(0)
+                columns = whole(dense(weight)).double().abs().pow(power).sum(0)
                 site = (layer, row.into.axis)
                 scores[site] = columns * values[site]
         return scores

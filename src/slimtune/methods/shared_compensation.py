@@ -134,6 +134,9 @@ class SharedCompensation:
         """The moments that this process will want, where it computes."""
         return brought((self.moments[part.site].half for part in own), self.device)
 
+    def settled(self) -> None:
+        """A cut is made of the weights as they are: none of a sharded model is quantised."""
+
     def sampled(self) -> None:
         """Sampled masks are judged under the weights of the last fixed ones, or under the original ones."""
         if not self.judge:

@@ -10,6 +10,7 @@ from torch import nn
 
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, attention_of, enable_checkpointing, load_config, load_model
+from slimtune.models.quantized import load_as_trained
 from slimtune.models.sharded import sharded, template_of
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype, rank
@@ -45,8 +46,8 @@ def base_model(session: Session, dtype: torch.dtype, lora: bool = True) -> nn.Mo
 def _whole(session: Session, device: str, dtype: torch.dtype, lora: bool) -> Any:
     recipe = session.recipe
     torch.manual_seed(hash_seed(recipe.seed, "weights"))  # of init: config; the same ones in a resumed run
-    base = load_model(recipe.model, device, dtype)
     if not lora:
-        return base
+        return load_model(recipe.model, device, dtype)
+    base = load_as_trained(recipe.model, session.structure, device, dtype)
     torch.manual_seed(hash_seed(recipe.seed, "lora"))
     return attach_lora(base, session.structure, recipe.lora, session.autocast_only)

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from slimtune.models.load import load_model
+from slimtune.models.load import load_config, structure_of
+from slimtune.models.quantized import load_as_trained
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype
 from slimtune.train.checkpoint import restore_trainable, trainable_state
@@ -62,4 +63,6 @@ class Teacher:
     def _load(self) -> nn.Module:
         assert self.config.teacher
         device, config = str(self.session.device), self.session.recipe.model.at(self.config.teacher)
-        return load_model(config, device, pick_dtype(config.dtype, device)).eval().requires_grad_(False)
+        structure = structure_of(load_config(config))
+        model: nn.Module = load_as_trained(config, structure, device, pick_dtype(config.dtype, device))
+        return model.eval().requires_grad_(False)

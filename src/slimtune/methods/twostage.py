@@ -119,6 +119,7 @@ class _TwoStage:
             self.scored += tokens if fresh else 0
         elif self.bank.follower:  # the weights that the decision was made under
             self.bank.close(masks)
+            self.bank.follower.settled()
         self.bank.follower = None
         for handle in self.handles:
             handle.remove()
@@ -140,7 +141,9 @@ class _TwoStage:
         wanted = self.recipe.compensate
         moments = passes.second_moments(torch.device("cpu") if wanted.offload else self.session.device)
         self.bank.open()
-        compensation_of(self.session, self.model, moments, Fit(wanted.damping, judge=False)).closed(masks)
+        compensation = compensation_of(self.session, self.model, moments, Fit(wanted.damping, judge=False))
+        compensation.closed(masks)
+        compensation.settled()
         return passes.tokens
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:

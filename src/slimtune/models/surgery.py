@@ -13,6 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from slimtune.errors import UserError
+from slimtune.models.weights import dense, like
 from slimtune.structure.axes import Linear, Structure
 from slimtune.structure.families import check_biases
 from slimtune.structure.plan import Plan
@@ -79,13 +80,14 @@ def compensate(model: nn.Module, structure: Structure, plan: Plan, means: Mappin
         setattr(base.config, key, True)
     for layer, row, module in linears_of(model, structure):
         inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
+        weight = dense(inner.weight)
         if inner.bias is None:
-            inner.bias = nn.Parameter(torch.zeros_like(inner.weight[:, 0]), requires_grad=False)
+            inner.bias = nn.Parameter(torch.zeros_like(weight[:, 0]), requires_grad=False)
         if row.into:
             kept = set(structure.indices(row.into, plan.kept[layer][row.into.axis]))
             gone = [index for index in range(inner.in_features) if index not in kept]
-            mean = means[layer, row.into.axis][gone].to(inner.weight.device)
-            inner.bias += (inner.weight[:, gone].float() @ mean.float()).to(inner.bias.dtype)
+            mean = means[layer, row.into.axis][gone].to(weight.device)
+            inner.bias += (weight[:, gone].float() @ mean.float()).to(inner.bias.dtype)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,7 @@ class Replaced:
 def cut(model: nn.Module, structure: Structure, plan: Plan) -> list[Replaced]:
     """Delete what ``plan`` does not keep, in place: base weights, biases and LoRA factors, whole layers where both axes go.
 
+    Quantised weights are cut as their originals and quantised anew, one after another.
     ``model.config`` stays the base's but for the number of layers and their types.
 
     Raises:
@@ -164,7 +167,7 @@ def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:
 
 def _slice_parameter(owner: nn.Module, name: str, dim: int, index: Tensor) -> Replaced:
     old = getattr(owner, name)
-    new = nn.Parameter(old.data.index_select(dim, index).contiguous(), requires_grad=old.requires_grad)
+    new = like(old, dense(old).index_select(dim, index).contiguous())
     setattr(owner, name, new)
     return Replaced(old, new, dim, index)
 
@@ -222,11 +225,14 @@ def merge_lora(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
             if isinstance(module, LoraLayer):
                 weight = module.get_base_layer().weight
                 wide = weight.data.float() if dtype else weight.data
+                wide = wide.to(next(iter(module.lora_A.values())).weight.device)  # an original waits in host memory
                 for name in module.active_adapters:
                     left, right = module.lora_B[name].weight, module.lora_A[name].weight
                     _add_product(wide, left, right, float(module.scaling[name]))
                 # into the memory that it had, where that fits: with blocks of two sizes by turns the heap would grow by holes
-                weight.data = weight.data.copy_(wide) if weight.dtype is (dtype or weight.dtype) else wide.to(dtype)
+                weight.data = (
+                    weight.data.copy_(wide) if weight.dtype is (dtype or weight.dtype) else wide.to(weight.device, dtype)
+                )
         model = cast(nn.Module, model.unload())
     for parameter in model.parameters() if dtype else ():
         if parameter.dtype is not dtype:

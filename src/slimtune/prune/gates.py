@@ -41,6 +41,9 @@ class Follower(Protocol):
     def closed(self, masks: Masks) -> None:
         """Fixed masks are in force."""
 
+    def settled(self) -> None:
+        """What is in force stays: a cut comes next."""
+
     def sampled(self) -> None:
         """Sampled masks are in force, which collect gradients."""
 

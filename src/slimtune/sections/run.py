@@ -25,6 +25,9 @@ class ModelConfig(Section):
     """Revision of the hub model ``path`` (and of its tokenizer, unless ``tokenizer`` is another one)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base weights while training. ``auto``: bfloat16 on a GPU, float32 on CPU."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Of the blocks' linears while training. ``nf4``: 4 bits (QLoRA; ``pip install slimtune[qlora]``); the cut and what is
+    written are made of the original weights, which wait in host memory."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention implementation. ``auto``: what transformers chooses for the family."""
     checkpointing: Literal["none", "non_reentrant", "reentrant"] = "none"

@@ -79,6 +79,7 @@ def check_launcher(recipe: Recipe) -> None:
         "distill.weight": recipe.distill.weight > 0 and recipe.method == "atp",
         "train.optimizer=muon": recipe.train.optimizer == "muon",
         "train.compile=true": recipe.train.compile,
+        "model.quantize": recipe.model.quantize != "none",
         "twostage.compensate=true with scores=flap": biases,
     }
     for key, asked in unfit.items():

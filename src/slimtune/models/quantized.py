@@ -1,0 +1,88 @@
+"""A frozen base in 4 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
+
+The linears of the blocks are quantised on the device, one at a time, so that it never holds a whole unquantised model. Each
+keeps the weight that it was quantised from in host memory, where a weight of the file's own type is the mapped file. Forward
+passes compute with 4 bits; what is decided from weights, cut, merged and written is of originals (``models.weights``).
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from slimtune.errors import UserError
+from slimtune.models.load import load_model
+from slimtune.models.surgery import blocks_of
+from slimtune.models.weights import is_quantized, quantize
+from slimtune.sections import ModelConfig
+from slimtune.structure.axes import Structure
+
+
+def check_bitsandbytes(kind: str, device: str) -> None:
+    """Raise UserError where ``model.quantize=kind`` cannot be had on ``device``: by quantising a few numbers there."""
+    asked = f"model.quantize={kind}"
+    if find_spec("bitsandbytes") is None:
+        raise UserError(f"{asked} needs the package bitsandbytes: pip install 'slimtune[qlora]', or set model.quantize=none")
+    try:
+        quantize(torch.ones(64, 64), device)
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # it has as many ways to lack a kernel
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{asked}: bitsandbytes cannot quantise on {device} ({reason}); install a build of it for this machine, or set "
+            "model.quantize=none"
+        ) from error
+
+
+def load_as_trained(config: ModelConfig, structure: Structure, device: str, dtype: torch.dtype) -> Any:
+    """The causal LM on ``device`` in ``dtype``, its blocks' linears quantised where the recipe says so."""
+    if config.quantize == "none":
+        return load_model(config, device, dtype)
+    return quantized(load_model(config, "cpu", dtype), structure, device)
+
+
+@torch.no_grad()
+def quantized(model: Any, structure: Structure, device: str) -> Any:
+    """A plain ``model``, which lies in host memory, brought to ``device`` with the linears of its blocks in 4 bits."""
+    for block in blocks_of(model, structure):
+        for row in structure.family.linears:
+            block.set_submodule(row.path, _in_4_bits(block.get_submodule(row.path), device))
+    model.is_loaded_in_4bit = True  # PEFT asks for it
+    return model.to(device)
+
+
+def unquantized(model: Any) -> Any:
+    """``model`` with the originals of its quantised weights, which lie in host memory; all else stays where it is."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and is_quantized(module.weight):
+            model.set_submodule(name, _whole(module))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base.is_loaded_in_4bit = False
+    return model
+
+
+def _in_4_bits(linear: Any, device: str) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    weight = linear.weight
+    made = Linear4bit(
+        # in the weights' own type, or it would round the biases to another one as it computes
+        linear.in_features,
+        linear.out_features,
+        linear.bias is not None,
+        weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    made.weight, made.bias = quantize(weight, device), linear.bias
+    made.support_avx512bf16_for_cpu = False  # in eval mode it would round to bf16 for good
+    return made.train(linear.training)
+
+
+def _whole(linear: Any) -> nn.Module:
+    made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
+    made.weight, made.bias = nn.Parameter(linear.weight.original, requires_grad=False), linear.bias
+    return made.train(linear.training)
