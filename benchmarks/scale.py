@@ -3,9 +3,10 @@
     python benchmarks/scale.py llama-3-8b --processes 2 --rows docs/results/scale.json   # on as many GPUs
     python benchmarks/scale.py --rows docs/results/scale.json                            # only print the table
 
-Each row is ATP from its first turn to its last, without what comes before and after (reading, measuring, writing), in
-processes of its own. All read the same batches, so their losses must agree; a pass has the same windows everywhere, one process
-makes more of them. Weights are random, of the true shape. The first step of a phase warms up and is left out.
+Each row is ATP from its first turn to its last, without what comes before and after (reading, drawing weights, measuring,
+writing), in processes of its own; the peak is the largest of any process. All read the same batches, so losses must agree; a
+pass has the same windows everywhere, one process makes more of them. Weights are random, of the true shape. The first step of
+a phase warms up and is left out.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import slimtune
 from slimtune.methods import atp
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
-from slimtune.runtime import RunFolder, machine, peak_memory, rank, seed_everything, world_size
+from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, rank, seed_everything, world_size
 from slimtune.version import versions
 
 HERE = Path(__file__).parent
@@ -53,6 +54,14 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     run = Run(recipe, RunFolder(recipe.out), resume=False)
     run.check()
     seed_everything(recipe.seed)
+    load = atp.gated_model
+
+    def loaded(session: Any) -> Any:  # rank 0 draws random weights whole; files it would read into host memory
+        found = load(session)
+        forget_peak(run.accelerator.device)
+        return found
+
+    atp.gated_model = loaded
     outcome, cost = run.train(atp.run, "main")
     peaks = torch.tensor(float(peak_memory(run.accelerator.device) or 0), device=run.accelerator.device)
     peak = float(run.accelerator.gather(peaks).max())
