@@ -241,6 +241,19 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [f"{row[key]:.{digits}f}" if key in row else "", f"{row[key] / base[key]:.2f}" if both else ""]
             cells.append(f"{row[f'expected_{key}']:.{digits}f}" if f"expected_{key}" in row else "")
         lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\n" + times(rows)
+
+
+def times(rows: list[dict[str, Any]]) -> str:
+    """Where the seconds of runs that search went, as a Markdown table; a step's are medians."""
+    parts = ("prepare", "moments", "taylor", "search", "decide", "adapt", "solves", "recover", "recover_step")
+    lines = ["| what | model | GPU | steps | prepare | moments in it | Taylor in it | search | a decide turn | an adapt turn |"]
+    lines = [f"{lines[0]} solves in all | recovery | a step |", f"|{' --- |' * 13}"]
+    for row in rows:
+        if "search_steps" in row:
+            steps = f"{row['search_steps']} + {row['recover_steps']}"
+            told = (f"{row[f'{part}_seconds']:.3g}" if f"{part}_seconds" in row else "" for part in parts)
+            lines.append(f"| {' | '.join((row['what'], row['model'], row['gpu'], steps, *told))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,9 +3,10 @@
     python benchmarks/scale.py llama-3-8b --processes 2 --rows docs/results/scale.json   # on as many GPUs
     python benchmarks/scale.py --rows docs/results/scale.json                            # only print the table
 
-Each row is ATP from its first turn to its last, without what comes before and after (reading, measuring, writing), in
-processes of its own. All read the same batches, so their losses must agree; a pass has the same windows everywhere, one process
-makes more of them. Weights are random, of the true shape. The first step of a phase warms up and is left out.
+Each row is ATP from its first turn to its last, without what comes before and after (reading, drawing weights, measuring,
+writing), in processes of its own; the peak is the largest of any process. All read the same batches, so losses must agree; a
+pass has the same windows everywhere, one process makes more of them. Weights are random, of the true shape. The first step of
+a phase warms up and is left out.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from cost import told
 
 import slimtune
 from slimtune.methods import atp
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
-from slimtune.runtime import RunFolder, machine, peak_memory, rank, seed_everything, world_size
+from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, rank, seed_everything, world_size
 from slimtune.version import versions
 
 HERE = Path(__file__).parent
@@ -53,14 +56,27 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     run = Run(recipe, RunFolder(recipe.out), resume=False)
     run.check()
     seed_everything(recipe.seed)
+    load = atp.gated_model
+
+    def loaded(session: Any) -> Any:  # rank 0 draws random weights whole; files it would read into host memory
+        found = load(session)
+        forget_peak(run.accelerator.device)
+        return found
+
+    atp.gated_model = loaded
     outcome, cost = run.train(atp.run, "main")
     peaks = torch.tensor(float(peak_memory(run.accelerator.device) or 0), device=run.accelerator.device)
     peak = float(run.accelerator.gather(peaks).max())
     lines = map(json.loads, (Path(recipe.out) / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "step" in line]
     found: dict[str, Any] = {"way": args.way, "model": args.shape, "gpu": machine(run.accelerator.device), "gpus": world_size()}
-    found |= {"batch": recipe.train.batch, "window": args.window, "seconds": cost["seconds"], "tokens": outcome.tokens}
-    found |= {"overrides": " ".join(args.overrides), "losses": [row["adapt_loss"] for row in steps], **versions()}
+    found |= {
+        "batch": recipe.train.batch,
+        "window": args.window,
+        "seconds": cost["seconds"],
+        "tokens": sum(outcome.tokens.values()),
+    }
+    found |= {"overrides": " ".join(args.overrides), "losses": " ".join(str(row["adapt_loss"]) for row in steps), **versions()}
     found |= {"peak_gib": peak / 2**30} if peak else {}
     for name, phase, turn in (("decide", "search", "decide"), ("adapt", "search", "adapt"), ("recover", "recover", "adapt")):
         taken = [row[f"{turn}_seconds"] for row in steps if row["phase"] == phase and row["step"]]
@@ -69,9 +85,8 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def children(args: argparse.Namespace) -> list[dict[str, Any]]:
+def children(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row of every way, each in processes of its own."""
-    rows = []
     for way in args.ways:
         ranks = 1 if way == "one" else args.processes
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
@@ -84,37 +99,31 @@ def children(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         if done.returncode:
             print(f"{way}: failed with {done.returncode}", flush=True)
-            continue
-        rows.append(json.loads(target.read_text()))
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        else:
+            yield json.loads(target.read_text())
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
+def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; factors and differences to one process with the same steps on the same machine."""
-    print(
-        "| way | model | GPUs | batch x window | turn: decide | adapt | recover, tokens/s | x one | peak, GiB | losses differ |"
-    )
-    print(f"|{' --- |' * 10}")
+    lines = ["| way | model | GPUs | batch x window | decide, tokens/s | x one | adapt, gated | x one | recovery | x one |"]
+    lines = [f"{lines[0]} peak, GiB | losses differ by |", f"|{' --- |' * 12}"]
     same = ("model", "gpu", "batch", "window", "overrides")
     alone = {tuple(row[key] for key in same): row for row in rows if row["way"] == "one"}
     for row in rows:
         one = alone.get(tuple(row[key] for key in same))
         cells = [WAYS[row["way"]], row["model"], f"{row['gpus']} {row['gpu']}", f"{row['batch']} x {row['window']}"]
-        cells += [f"{row[f'{name}_tokens_per_second']:,.0f}" for name in ("decide", "adapt", "recover")]
-        parts = [
-            row[f"{name}_tokens_per_second"] / one[f"{name}_tokens_per_second"] if one else 0 for name in ("adapt", "recover")
-        ]
-        cells += [
-            " / ".join(f"{part:.2f}" for part in parts) if one else "",
-            f"{row['peak_gib']:.1f}" if "peak_gib" in row else "",
-        ]
-        pairs = list(zip(row["losses"], one["losses"], strict=True)) if one else []
-        cells += [f"{max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs):.1e}" if pairs else ""]
-        print(f"| {' | '.join(cells)} |")
+        for name in (f"{turn}_tokens_per_second" for turn in ("decide", "adapt", "recover")):
+            cells += [f"{row[name]:,.0f}", f"{row[name] / one[name]:.2f}" if one else ""]
+        cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
+        losses = [map(float, each["losses"].split()) for each in (row, one)] if one and one is not row else []
+        pairs = list(zip(*losses, strict=True))
+        cells.append(f"{max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs):.1e}" if pairs else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def parsed() -> argparse.Namespace:
+    """What the measurement is told."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
     parser.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
@@ -132,20 +141,19 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--row", type=Path, help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args()
-    if args.way:
-        row = measured(args)
-        if rank() == 0:
-            args.row.write_text(json.dumps(row))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    return parser.parse_intermixed_args()
+
+
+def main() -> None:
+    args = parsed()
+    if not args.way:
+        told(args, children(args), table, ("way", "model", "gpu", "gpus", "batch", "window", "overrides"))
         return
-    rows = json.loads(args.rows.read_text()) if args.rows and args.rows.exists() else []
-    if args.shape:
-        rows += children(args)
-        if args.rows:
-            args.rows.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-    print_table(rows)
+    row = measured(args)
+    if rank() == 0:
+        args.row.write_text(json.dumps(row))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class Job:
 
     @property
     def parts(self) -> int:
-        """Processes that share the weights of one model, and the fits of its consumers."""
+        """Processes that share the weights of one model."""
         return runtime.world_size() if self.recipe.train.shard == "full" else 1
 
     def lora(self, part: float = 1.0) -> int:
@@ -145,7 +145,8 @@ class Job:
             flops += sum(self.solve(self.part ** min(1.0, (step + 1) / fall), judging) for step in moved)
             times += len(moved) + judging
         each = sum(9 / 4 * width**2 + self.bytes_ * self.config.hidden_size * width for width in self.consumers)
-        return Solves(flops / self.parts, times * each / self.parts if wanted.offload else 0.0)
+        ranks = runtime.world_size()  # each fits its own layers' consumers
+        return Solves(flops / ranks, times * each / ranks if wanted.offload else 0.0)
 
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""

@@ -12,9 +12,8 @@ Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), l
 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
 turn of more windows may need more.
 
-Of W processes that share one model (``train.shard``) each has 1/W of the weights and of what is trained, the whole generator,
-and in a pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way, with
-LoRA and its gradient in fp32.
+Of W processes that share one model (``train.shard``) each has 1/W of its weights, all of LoRA and of the generator, and in a
+pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def _meanwhile(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, floa
     """What processes that share a model have whole in a pass."""
     if job.parts == 1:
         return {}
-    block = (weight_bytes * part * job.structure.prunable_params + 8 * job.lora(part)) / len(job.structure.layers)
+    block = weight_bytes * part * job.structure.prunable_params / len(job.structure.layers)
     return {"weights that are whole meanwhile": weight_bytes * job.structure.constant_params + 2 * block}
 
 
@@ -83,7 +82,7 @@ def _trained(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]
     weights = job.structure.constant_params + part * job.structure.prunable_params
     return {
         "weights": weight_bytes * weights / job.parts,
-        "LoRA, gradients, AdamW": 16 * job.lora(part) / job.parts,
+        "LoRA, gradients, AdamW": 16 * job.lora(part),
     }
 
 
@@ -92,10 +91,12 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
     wanted, ranks = job.recipe.compensate, runtime.world_size()
     one, items = _weight_bytes(job, kind), dict[str, float]()
     if wanted.weights != "none" and job.searches and wanted.offload:
+        moments = 9 / 4 * sum(width**2 for width in job.consumers)
         consumers = one * sum(job.config.hidden_size * width for width in job.consumers)
-        copies = ranks // job.parts  # shared, every part has its original beside the whole that a fit reads
-        items["second moments"] = copies * 9 / 4 * sum(width**2 for width in job.consumers)
-        items["weights of consumers"] = copies * consumers * (2 if job.parts > 1 else 1)
+        # shared, every part has its original beside the whole that a fit reads; else every process has the whole
+        items = {"second moments": moments, "weights of consumers": consumers * (2 if job.parts > 1 else ranks)}
+        if job.parts == 1 and ranks * moments > sum(items.values()):  # each process's own sums, before they are added up
+            items = {"second moments": ranks * moments}
     if job.parts > 1 and job.recipe.model.init == "pretrained":
         items["weights, while they are read"] = one * job.structure.total_params
     return {name: int(value) for name, value in items.items()}
@@ -111,8 +112,9 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:
     innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
     weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
     if job.parts > 1:  # the original weight whole where it is fitted, and each part of it
-        weights *= 2
-    return {"compensation": innovations + (0 if wanted.offload else (9 * squares // 4 + weights) / job.parts)}
+        weights *= 2 / job.parts
+    moments = 9 * squares / 4 / job.parts  # without parts each process sums up its own first
+    return {"compensation": innovations + (0 if wanted.offload else moments + weights)}
 
 
 def _logits(job: Job, tokens: int, models: int) -> int:

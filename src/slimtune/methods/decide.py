@@ -15,7 +15,7 @@ from slimtune.models.surgery import quiet
 from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, squares_over_ranks
 from slimtune.prune.generator import Generator
-from slimtune.prune.prior import Ranking, prior_logits
+from slimtune.prune.prior import prior_logits
 from slimtune.prune.sampling import draw_noise, sample
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import Counts, Plan
@@ -48,6 +48,7 @@ class Decider:
         self.batches = session.batches(windows, "decision", self.recipe.search.batch or self.recipe.train.batch)
         self.scores: dict[Site, Any] = {}
         self.still: dict[Site, Any] = {}
+        self._still_logits: dict[Site, Tensor] = {}
         self.tokens = {"prior": 0, "decide": 0}
 
     def turn(self, step: int) -> dict[str, Any]:
@@ -123,7 +124,7 @@ class Decider:
 
     def set_prior(self, taylor: dict[Site, Tensor], wanda: dict[Site, Tensor]) -> None:
         """Starting logits from either score {site: [units]}, or the mean of both's; an empty one is none."""
-        self.scores, self.still = taylor, wanda
+        self.scores, self.still, self._still_logits = taylor, wanda, {}
         self._use_scores()
 
     def taylor(self, batches: int) -> dict[Site, Tensor]:
@@ -156,9 +157,12 @@ class Decider:
 
     def _use_scores(self) -> None:
         config = self.recipe.generator
-        # Wanda's scores do not compare between layers: ranked over the model they empty whole layers
-        rankings: tuple[tuple[dict[Site, Any], Ranking], ...] = ((self.scores, config.prior_ranking), (self.still, "layer"))
-        parts = [prior_logits(scores, self.structure, config.prior_scale, rank) for scores, rank in rankings if scores]
+        if self.still and not self._still_logits:
+            # Wanda's scores do not compare between layers: ranked over the model they empty whole layers
+            self._still_logits = prior_logits(self.still, self.structure, config.prior_scale, "layer")
+        parts = [self._still_logits] if self.still else []
+        if self.scores:
+            parts.append(prior_logits(self.scores, self.structure, config.prior_scale, config.prior_ranking))
         self.generator.set_prior({site: torch.stack([part[site] for part in parts]).mean(0) for site in parts[0]})
 
     def target(self, step: int) -> float:

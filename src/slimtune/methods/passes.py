@@ -55,7 +55,7 @@ class Passes:
     def second_moments(self, device: torch.device) -> dict[Site, Moments]:
         """Sum of x x^T over the real positions of each consumer's inputs x [d], before its gate: {site: fp32 [d, d]}.
 
-        Where the model is sharded each process gets those of the layers that are its own.
+        Of several processes each gets those of the layers that are its own.
 
         Args:
             device: to keep them on.
@@ -88,10 +88,20 @@ class Passes:
 
         # on the host every pass over the totals costs seconds, and what they are not beside leaves room for longer ones
         self.run(watchers, together=1 if adding == self.session.device else TOGETHER)
-        several, moments = self.session.accelerator.num_processes > 1 and not shared, {}
+        return self._owned(totals, device)
+
+    def _owned(self, totals: dict[Site, Moments], device: torch.device) -> dict[Site, Moments]:
+        """``totals``, which are used up, on ``device``; of several processes with the whole model the sums of all totals."""
+        # not in the passes, of which such processes need not make equally many
+        several, moments = self.session.accelerator.num_processes > 1 and not self.session.sharded, dict[Site, Moments]()
         for site in list(totals):
             total = totals.pop(site)
-            half = self.session.accelerator.reduce(total.half.to(self.session.device)) if several else total.half
+            half = total.half
+            if several:
+                half = half.to(self.session.device)
+                torch.distributed.reduce(half, owner_of(site[0]))
+                if owner_of(site[0]) != torch.distributed.get_rank():
+                    continue
             moments[site] = Moments(half if half.device == device else kept_on(device, half), total.size)
             if not moments[site].diagonal().isfinite().all():
                 raise UserError(

@@ -1,7 +1,8 @@
-"""Consumers that compensate in a model that is spread over processes: who fits what, and how all get their part of it.
+"""Consumers that compensate where there are several processes: who fits what, and how all get it.
 
-The consumers of a layer belong to one process, layer by layer in turns: it alone has their second moments and their whole
-original weights, and fits them. The others get the new weight as it is made, and keep their part.
+The consumers of a layer belong to one process, layer by layer in turns: it alone has their second moments, and fits them from
+their whole original weights. The others get the new weight as it is made, and keep their part of it: all, or what a model that
+is spread gives them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from slimtune.methods.compensation import Compensation, Fit, fitted
-from slimtune.models.sharded import owner_of, put_whole, whole
+from slimtune.models.sharded import local, owner_of, put_whole, whole
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.moments import Moments
@@ -27,24 +28,24 @@ from slimtune.train.session import Session
 
 
 def compensation_of(session: Session, model: nn.Module, moments: Mapping[Site, Moments], fit: Fit) -> Compensating:
-    """What compensates in ``model``; ``moments`` are those of all consumers, or of this process's own in a sharded one."""
+    """What compensates in ``model``; ``moments`` are those of all consumers, of several processes each one's own."""
     place = torch.device("cpu") if session.recipe.compensate.offload else session.device
-    if session.sharded:
+    if session.accelerator.num_processes > 1:
         return SharedCompensation(model, session.structure, moments, fit, place)
     return Compensation(model, session.structure, moments, fit)
 
 
 def diagonals(session: Session, moments: Mapping[Site, Moments]) -> dict[Site, Tensor]:
     """The mean squares of all consumers' inputs, up to a factor, on the device in fp64: {site: [d]}."""
-    found, structure = {}, session.structure
+    found, structure, several = {}, session.structure, session.accelerator.num_processes > 1
     rows = {row.into.axis: structure.rows(row.into) for row in structure.family.linears if row.into}
-    for site in structure.sites() if session.sharded else moments:
+    for site in structure.sites() if several else moments:
         if site in moments:
             found[site] = moments[site].diagonal().double().to(session.device)
         else:
             width = structure.layers[site[0]].units[site[1]] * rows[site[1]]
             found[site] = torch.empty(width, dtype=torch.float64, device=session.device)
-        if session.sharded:
+        if several:
             dist.broadcast(found[site], owner_of(site[0]))
     return found
 
@@ -55,7 +56,7 @@ class _Part:
 
     Attributes:
         original: the part with all gates open.
-        entire: the whole original weight, where this process fits it.
+        entire: the whole original weight, where this process fits it; the same tensor where it has no part but the whole.
         mask, changed: as in ``compensation``.
     """
 
@@ -68,11 +69,11 @@ class _Part:
     changed: Tensor | None = None
 
     def put(self, part: Tensor) -> None:
-        self.weight.to_local().copy_(part, non_blocking=True)
+        local(self.weight).copy_(part, non_blocking=True)
 
 
 class SharedCompensation:
-    """``Compensation`` of a sharded model; see there.
+    """``Compensation`` where there are several processes; see there.
 
     Args:
         moments: of the consumers that are this process's own.
@@ -90,8 +91,10 @@ class SharedCompensation:
             if row.into:
                 weight: Any = (module.base_layer if isinstance(module, LoraLayer) else module).weight
                 full = whole(weight.detach())
-                entire = kept_on(place, full) if owner_of(layer) == dist.get_rank() else None
-                original = kept_on(place, weight.to_local().detach())
+                original = kept_on(place, local(weight.detach()))
+                entire = None
+                if owner_of(layer) == dist.get_rank():
+                    entire = original if original.shape == full.shape else kept_on(place, full)
                 self.parts.append(_Part((layer, row.into.axis), row.into, weight, original, entire))
 
     @torch.no_grad()
@@ -101,7 +104,7 @@ class SharedCompensation:
             return
         for part in self.parts:
             if part.changed is None:
-                part.changed = kept_on(self.place, part.weight.to_local())
+                part.changed = kept_on(self.place, local(part.weight))
             part.put(part.original)
         self.open = True
 

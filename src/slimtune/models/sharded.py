@@ -1,5 +1,8 @@
 """A model whose parameters lie spread over all processes (FSDP2), and every way in and out of it.
 
+What is spread is the base. LoRA is small, and to gather it and scatter its gradients block by block takes longer than one sum
+of them at the end: every process has all of it.
+
 A *template* is the model on the meta device (its buffers, which are small, are real): LoRA attached, no gates, no weights. A
 sharded model keeps one of itself, so that a smaller or a whole model can be built anew and filled tensor by tensor: at no time
 does one process hold more than one whole tensor on its device.
@@ -8,7 +11,7 @@ does one process hold more than one whole tensor on its device.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,6 +28,9 @@ from slimtune.models.surgery import Replaced, along, blocks_of, cut, linears_of
 from slimtune.runtime import rank
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import Plan
+
+BUCKET = 1 << 24
+"""Gradients that are summed over processes at once."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -47,15 +53,29 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def put_whole(tensor: Tensor, onto: Tensor) -> None:
     """Copy a tensor that is whole, or lies as ``onto`` does, into a parameter that may be sharded."""
-    if isinstance(onto, DTensor):
-        onto.to_local().copy_(_local(spread(tensor, onto)))
-    else:
-        onto.copy_(tensor)
+    local(onto).copy_(local(spread(tensor, onto)))
 
 
-def _local(tensor: Any) -> Tensor:
-    found: Tensor = tensor.to_local()
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor: all of it where it is not sharded."""
+    found: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return found
+
+
+@torch.no_grad()
+def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every process the mean of all gradients of what each has whole. FSDP has seen to those of what is spread."""
+    own = [parameter.grad for parameter in parameters if parameter.grad is not None and not isinstance(parameter, DTensor)]
+    while own:
+        size, some = 0, list[Tensor]()
+        while own and (not some or size + own[-1].numel() <= BUCKET):
+            some.append(own.pop())
+            size += some[-1].numel()
+        flat = torch.cat([gradient.flatten() for gradient in some])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([gradient.numel() for gradient in some])
+        torch._foreach_copy_(some, [part.view_as(gradient) for part, gradient in zip(parts, some, strict=True)])
 
 
 def owner_of(layer: int) -> int:
@@ -83,13 +103,16 @@ def sharded(template: nn.Module, structure: Structure, device: torch.device, sou
     _like_rank_0(template, theirs)
     model = _spread_empty(template, structure, device)
     for name, parameter in model.named_parameters():
-        mine: Any = parameter
         if rank() == 0:
             full = theirs[name].detach().to(device)
             theirs[name].data = torch.empty(0, dtype=full.dtype)
         else:
             full = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-        mine.to_local().copy_(_local(distribute_tensor(full, mine.device_mesh, mine.placements, src_data_rank=0)))
+        if isinstance(parameter, DTensor):
+            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=0)
+        else:
+            dist.broadcast(full, 0)
+        local(parameter).copy_(local(full))
     # what stands in buffers may have been corrected after loading
     buffers = dict(source.named_buffers()) if source is not None else {}
     for name, buffer in model.named_buffers():
@@ -115,8 +138,9 @@ def _spread_empty(template: nn.Module, structure: Structure, device: torch.devic
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # the causal model is the root, not PEFT's wrapper: who generates calls it by itself
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    lora = {parameter for parameter in model.parameters() if parameter.requires_grad} if inner is not model else None
     for module in (*blocks_of(model, structure), inner):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
     tied = _tied(model)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for name, *others in tied:
@@ -148,10 +172,10 @@ def _cut_sharded(model: Any, structure: Structure, plan: Plan) -> tuple[nn.Modul
     for old, new in _pairs(_resharded(model), small, structure, plan, "named_parameters"):
         dim, index = taken.get(id(old)) or (0, torch.arange(len(old), device=device))
         if old.shape == new.shape:
-            new.to_local().copy_(old.to_local())
+            local(new).copy_(local(old))
         else:
             put_whole(whole(old).index_select(dim, index), new)
-        old.to_local().untyped_storage().resize_(0)
+        local(old).untyped_storage().resize_(0)
         if new.requires_grad:
             replaced.append(Replaced(old, new, dim, index))
     return small, replaced

@@ -45,10 +45,10 @@ def prior_logits(
 
 
 def _quantiles(scores: Mapping[Site, Tensor], structure: Structure, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    costs = torch.cat(
-        [torch.full((len(scores[site]),), float(structure.layers[site[0]].unit_params[site[1]])) for site in sites]
-    ).double()
-    density = torch.cat([scores[site].detach().double().cpu() for site in sites]) / costs
+    given = torch.cat([scores[site].detach().double() for site in sites])  # they stay where they are: to sort takes a host long
+    owned = torch.tensor([float(structure.layers[layer].unit_params[axis]) for layer, axis in sites], dtype=torch.float64)
+    costs = owned.repeat_interleave(torch.tensor([len(scores[site]) for site in sites])).to(given.device)
+    density = given / costs
     order = torch.argsort(density, stable=True)
     below = torch.cumsum(costs[order], 0) - costs[order] / 2
     quantile = torch.empty_like(density)

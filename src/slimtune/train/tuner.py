@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.models.head import MOST_COMPILED
-from slimtune.models.sharded import whole
+from slimtune.models.sharded import share_gradients, whole
 from slimtune.train import checkpoint, shards
 from slimtune.train.loop import checkpoint_path
 from slimtune.train.objective import Batch, accumulate, compiled_cross_entropy, cross_entropy_sum, loss_sum
@@ -53,6 +53,8 @@ class Tuner:
         rates = [set_lr(optimizer, factor) for optimizer in self.optimizers]
         self.wrapped.train()
         value = accumulate(self.wrapped, self.batches.at(step), session.accelerator, loss)
+        if session.sharded:
+            share_gradients(self.parameters())
         figures: dict[str, Any] = {"loss": value, "lr": rates[0]}
         if penalty is not None:
             extra = penalty()
