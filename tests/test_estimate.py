@@ -23,6 +23,8 @@ from slimtune.estimate.build import job_of
 from slimtune.estimate.machines import Machine, named
 from slimtune.estimate.phases import phases
 from slimtune.models.load import attach_lora, structure_of
+from slimtune.models.quantized import quantized
+from slimtune.models.weights import held
 from slimtune.prune import least_squares
 from slimtune.prune.least_squares import Takeover
 from slimtune.recipe import Recipe, load, parse
@@ -240,6 +242,19 @@ def test_compensation_costs_what_its_tensors_do() -> None:
         assert found.phases[0].tokens == plain.phases[0].tokens + 16 * 64
         assert (found.phases[0].step_flops > plain.phases[0].step_flops) == (bytes_ in (squares, squares + halves + weights))
     assert "compensation" not in plain.memory
+
+
+def test_a_quantised_base_costs_what_its_tensors_do() -> None:
+    config, model = tiny(**WIDE)
+    found = cost(config, model={"quantize": "nf4", "init": "config", "config": config}, compensate={"weights": "adapt"})
+    structure = structure_of(model.config)
+    tensors = [tensor for each in quantized(model, structure, "cpu").parameters() for tensor in held(each)]
+    assert found.memory["weights"] == pytest.approx(sum(each.numel() * each.element_size() for each in tensors), rel=0.005)
+    assert found.memory["a weight that is dequantised meanwhile"] == 4 * 128 * 256
+    plain = cost(LLAMA_3_8B, device="cuda", model={"dtype": "bfloat16"})
+    small = cost(LLAMA_3_8B, device="cuda", model={"dtype": "bfloat16", "quantize": "nf4"})
+    assert small.host_memory["original weights"] == plain.memory["weights"]
+    assert small.memory["weights"] < 0.4 * plain.memory["weights"], "embeddings and head stay in bf16"
 
 
 def test_training_from_scratch_has_neither_lora_nor_generator() -> None:

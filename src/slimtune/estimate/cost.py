@@ -89,6 +89,11 @@ class Job:
         """Processes that share the weights of one model."""
         return runtime.world_size() if self.recipe.train.shard == "full" else 1
 
+    @property
+    def quantized(self) -> bool:
+        """Whether the blocks' linears rest in 4 bits."""
+        return self.recipe.model.quantize != "none" and not self.whole
+
     def lora(self, part: float = 1.0) -> int:
         """LoRA parameters when ``part`` of the units is left (0 when all weights are trained)."""
         if self.whole:

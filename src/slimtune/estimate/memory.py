@@ -12,6 +12,9 @@ Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), l
 16-bit), twice with a teacher; ``2 s B T V`` in an adapt turn whose loss is compiled (``train.compile``, no teacher); a decide
 turn of more windows may need more.
 
+With ``model.quantize: nf4`` a weight of the blocks takes 4.127 bits: 4, an 8-bit scale for 64 of them, an fp32 scale for 256 of
+those. The widest of a block is dequantised in a pass; originals are in host memory (a file's pages, if it has the model's type).
+
 Of W processes that share one model (``train.shard``) each has 1/W of its weights, all of LoRA and of the generator, and in a
 pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way.
 """
@@ -21,6 +24,7 @@ from __future__ import annotations
 from slimtune import runtime
 from slimtune.estimate.cost import GRADIENTS, Job
 from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
+from slimtune.models.weights import BITS
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import FFN, KV_GROUP
 
@@ -63,7 +67,9 @@ def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float =
 
 
 def _meanwhile(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]:
-    """What processes that share a model have whole in a pass."""
+    """What processes that share a model have whole in a pass, or a model in 4 bits has in more."""
+    if job.quantized:
+        return {"a weight that is dequantised meanwhile": job.bytes_ * part * job.config.hidden_size * max(job.consumers)}
     if job.parts == 1:
         return {}
     block = weight_bytes * part * job.structure.prunable_params / len(job.structure.layers)
@@ -75,13 +81,20 @@ def _weight_bytes(job: Job, kind: str) -> int:
     return 8 if job.whole else int(runtime.pick_dtype(job.recipe.model.dtype, kind).itemsize)
 
 
+def _block_bytes(job: Job, weight_bytes: int) -> float:
+    """Of a weight of the blocks, at rest."""
+    return BITS / 8 if job.quantized else weight_bytes
+
+
 def _trained(job: Job, weight_bytes: int, part: float = 1.0) -> dict[str, float]:
     """What stays on the device of one process, of a model with ``part`` of its units."""
     if job.whole:
         return {"weights, gradients, AdamW": 16 * job.structure.total_params / job.parts}
-    weights = job.structure.constant_params + part * job.structure.prunable_params
+    weights = (
+        weight_bytes * job.structure.constant_params + _block_bytes(job, weight_bytes) * part * job.structure.prunable_params
+    )
     return {
-        "weights": weight_bytes * weights / job.parts,
+        "weights": weights / job.parts,
         "LoRA, gradients, AdamW": 16 * job.lora(part),
     }
 
@@ -92,13 +105,15 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
     one, items = _weight_bytes(job, kind), dict[str, float]()
     if wanted.weights != "none" and job.searches and wanted.offload:
         moments = 9 / 4 * sum(width**2 for width in job.consumers)
-        consumers = one * sum(job.config.hidden_size * width for width in job.consumers)
+        consumers = _block_bytes(job, one) * sum(job.config.hidden_size * width for width in job.consumers)
         # shared, every part has its original beside the whole that a fit reads; else every process has the whole
         items = {"second moments": moments, "weights of consumers": consumers * (2 if job.parts > 1 else ranks)}
         if job.parts == 1 and ranks * moments > sum(items.values()):  # each process's own sums, before they are added up
             items = {"second moments": ranks * moments}
     if job.parts > 1 and job.recipe.model.init == "pretrained":
         items["weights, while they are read"] = one * job.structure.total_params
+    if job.quantized:
+        items["original weights"] = ranks * one * job.structure.total_params
     return {name: int(value) for name, value in items.items()}
 
 
@@ -110,7 +125,7 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:
     squares = sum(width**2 for width in job.consumers)
     narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
     innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
-    weights = weight_bytes * sum(job.config.hidden_size * width for width in job.consumers)
+    weights = _block_bytes(job, weight_bytes) * sum(job.config.hidden_size * width for width in job.consumers)
     if job.parts > 1:  # the original weight whole where it is fitted, and each part of it
         weights *= 2 / job.parts
     moments = 9 * squares / 4 / job.parts  # without parts each process sums up its own first
