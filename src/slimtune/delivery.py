@@ -68,6 +68,8 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
     gc.collect()  # a method's parts know one another: its teacher, an uncut model, would stay until chance takes it
     target, total = run.folder / "model", count(run.structure, outcome.plan).total
     plan = _noted(run, outcome.plan)
+    if run.recipe.model.quantize != "none":
+        unquantized(outcome.model)
     model, differences = gathered(outcome.model), list[float]()
     if model is not None:
         differences += _written(run, model, plan, total)
@@ -88,7 +90,6 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
 def _written(run: Made, model: Any, plan: Plan, total: int) -> list[float]:
     """What rank 0 alone does with the whole model; by how much it differs after a reload, if that is asked for."""
     recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
-    model = unquantized(model) if recipe.model.quantize != "none" else model
     tuned = recipe.export.adapter and isinstance(model, PeftModel)
     bound = adapter.taken(model, recipe.model, run.structure, plan) if tuned else None
     model = merge_lora(model, dtype)

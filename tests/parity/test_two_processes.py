@@ -32,8 +32,9 @@ SCRATCH: dict[str, Any] = {"method": "finetune", "train__steps": 4, "evaluate__e
 
 
 def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
-    """A run of ATP, or of all weights from nothing."""
-    model = {"model": {"path": bench.base, "init": "config"}} if kind == "scratch" else {}
+    """A run of ATP, on 4 bits or not, or of all weights from nothing."""
+    own = {"scratch": {"init": "config"}, "quantized": {"quantize": "nf4"}}
+    model = {"model": {"path": bench.base, **own.get(kind, {})}}
     wanted = SCRATCH if kind == "scratch" else RUN
     return bench.recipe(out, **model, **wanted, train__checkpoint_every=2, **more)
 
@@ -42,7 +43,7 @@ def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
 def one_run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with runs of one process, and what a kill after each of their checkpoints would leave."""
     folder = tmp_path_factory.mktemp("one")
-    for kind in ("atp", "scratch"):
+    for kind in ("atp", "scratch", "quantized"):
         with kept_checkpoints():
             tune(recipe_of(bench, kind, folder / kind))
     return folder
@@ -57,6 +58,8 @@ def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFact
         for out in (kind, f"{kind}-resumed"):
             recipe = recipe_of(bench, kind, folder / out, train__shard="full")
             (folder / f"sharded-{out}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    recipe = recipe_of(bench, "quantized", folder / "quantized")
+    (folder / "sharded-none.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "recipe.yaml").write_text(bench.recipe(folder / "run", **RUN).to_yaml(), encoding="utf-8")
     paths = [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -129,6 +132,10 @@ def agree(one: Path, two: Path) -> None:
 
 def test_two_processes_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
     agree(one_run / "atp", two_ranks / "run")
+
+
+def test_two_processes_on_4_bits_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
+    agree(one_run / "quantized", two_ranks / "quantized")
 
 
 @pytest.mark.parametrize("kind", ["atp", "scratch"])

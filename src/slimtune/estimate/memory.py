@@ -13,7 +13,7 @@ Trained weights cost 16 bytes each (fp32 weight, gradient, two AdamW moments), l
 turn of more windows may need more.
 
 With ``model.quantize: nf4`` a weight of the blocks takes 4.127 bits: 4, an 8-bit scale for 64 of them, an fp32 scale for 256 of
-those. The widest of a block is dequantised in a pass; originals are in host memory (a file's pages, if it has the model's type).
+those. The widest of a block is dequantised in a pass; originals are in host memory (a file's pages where the types agree).
 
 Of W processes that share one model (``train.shard``) each has 1/W of its weights, all of LoRA and of the generator, and in a
 pass whole: what is in no block (embeddings, head, norms) and two blocks, the present one and the next on its way.

@@ -8,7 +8,7 @@ is spread gives them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from slimtune.methods.compensation import Compensation, Fit, fitted
 from slimtune.models.sharded import local, owner_of, put_whole, whole
 from slimtune.models.surgery import linears_of
+from slimtune.models.weights import dense, held, is_quantized, put_back, put_original
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.moments import Moments
 from slimtune.structure.axes import Side, Structure
@@ -55,21 +56,22 @@ class _Part:
     """This process's part of a consumer's weight [out, d].
 
     Attributes:
-        original: the part with all gates open.
+        form: of the whole weight, on the meta device.
         entire: the whole original weight, where this process fits it; the same tensor where it has no part but the whole.
-        mask, changed: as in ``compensation``.
+        opened, mask, changed: as in ``compensation``.
     """
 
     site: Site
     side: Side
     weight: Any
-    original: Tensor
+    form: Tensor
+    opened: list[Tensor]
     entire: Tensor | None
     mask: Tensor | None = None
-    changed: Tensor | None = None
+    changed: list[Tensor] | None = None
 
-    def put(self, part: Tensor) -> None:
-        local(self.weight).copy_(part, non_blocking=True)
+    def put_back(self, tensors: list[Tensor]) -> None:
+        put_back(local(self.weight), tensors)
 
 
 class SharedCompensation:
@@ -90,12 +92,10 @@ class SharedCompensation:
         for layer, row, module in linears_of(model, structure):
             if row.into:
                 weight: Any = (module.base_layer if isinstance(module, LoraLayer) else module).weight
-                full = whole(weight.detach())
-                original = kept_on(place, local(weight.detach()))
-                entire = None
+                full, opened, entire = whole(dense(weight)), self._kept(weight), None
                 if owner_of(layer) == dist.get_rank():
-                    entire = original if original.shape == full.shape else kept_on(place, full)
-                self.parts.append(_Part((layer, row.into.axis), row.into, weight, original, entire))
+                    entire = opened[0] if opened[0].shape == full.shape else kept_on(place, full)
+                self.parts.append(_Part((layer, row.into.axis), row.into, weight, full.to("meta"), opened, entire))
 
     @torch.no_grad()
     def opened(self) -> None:
@@ -104,8 +104,8 @@ class SharedCompensation:
             return
         for part in self.parts:
             if part.changed is None:
-                part.changed = kept_on(self.place, local(part.weight))
-            part.put(part.original)
+                part.changed = self._kept(part.weight)
+            part.put_back(part.opened)
         self.open = True
 
     @torch.no_grad()
@@ -118,27 +118,41 @@ class SharedCompensation:
                 part.mask, part.changed = mask.clone(), None
                 self.innovations.pop(part.site, None)
                 if mask.all() and not self.judge:
-                    part.put(part.original)
+                    part.put_back(part.opened)
                 else:
                     stale.append(part)
             elif self.open:
                 assert part.changed is not None
-                part.put(part.changed)
+                part.put_back(part.changed)
         self.open = False
-        own = [part for part in stale if part.entire is not None]
+        for part, made, innovation in self._fitted(stale, self.fit):
+            put_whole(self._from_owner(part, made), part.weight)
+            self._judge_by(part, innovation)
+
+    @torch.no_grad()
+    def settled(self) -> None:
+        """The originals of quantised weights compensate as well, see ``Compensation``."""
+        quantized = [part for part in self.parts if is_quantized(part.weight)]
+        for part, made, _ in self._fitted(quantized, replace(self.fit, judge=False)):
+            put_original(part.weight, self._from_owner(part, made))
+
+    def _kept(self, weight: Tensor) -> list[Tensor]:
+        """What this process's part of a consumer holds now, copied to where it waits."""
+        return [kept_on(self.place, tensor) for tensor in held(local(weight))]
+
+    def _fitted(self, parts: Sequence[_Part], fit: Fit) -> Iterator[tuple[_Part, Tensor | None, Innovation | None]]:
+        """Each part with what its present mask makes of it, in the process that fits it; in the others with nothing."""
+        own = [part for part in parts if part.entire is not None]
         moments = (self.moments[part.site].whole(half) for part, half in zip(own, self._halves(own), strict=True))
-        for _, some in groupby(stale, lambda part: part.site[0] // dist.get_world_size()):
+        for _, some in groupby(parts, lambda part: part.site[0] // dist.get_world_size()):
             together = list(some)
-            solved = {part.site: self._solve(part, next(moments)) for part in together if part.entire is not None}
+            solved = {part.site: self._solve(part, next(moments), fit) for part in together if part.entire is not None}
             for part in together:
-                self._hand_round(part, *solved.get(part.site, (None, None)))
+                yield part, *solved.get(part.site, (None, None))
 
     def _halves(self, own: Sequence[_Part]) -> Iterator[Tensor]:
         """The moments that this process will want, where it computes."""
         return brought((self.moments[part.site].half for part in own), self.device)
-
-    def settled(self) -> None:
-        """A cut is made of the weights as they are: none of a sharded model is quantised."""
 
     def sampled(self) -> None:
         """Sampled masks are judged under the weights of the last fixed ones, or under the original ones."""
@@ -149,22 +163,23 @@ class SharedCompensation:
         """By what the gradient of a sampled mask is taken."""
         return None if self.open else self.innovations.get(site)
 
-    def _solve(self, part: _Part, moments: Tensor) -> tuple[Tensor, Innovation | None]:
+    def _solve(self, part: _Part, moments: Tensor, fit: Fit) -> tuple[Tensor, Innovation | None]:
         assert part.mask is not None
         assert part.entire is not None
         with torch.autocast(moments.device.type, enabled=False):
             original = part.entire.to(moments.device, non_blocking=True)
-            return fitted(self.structure, part.side, part.mask, moments, original, self.fit)
+            return fitted(self.structure, part.side, part.mask, moments, original, fit)
 
-    def _hand_round(self, part: _Part, made: Tensor | None, innovation: Innovation | None) -> None:
-        """From the process that has ``made`` a new weight and, where it is judged by, its innovation."""
+    def _from_owner(self, part: _Part, made: Tensor | None) -> Tensor:
+        """The whole weight, from the process that has ``made`` it."""
+        full = torch.empty_like(part.form, device=self.device) if made is None else made.contiguous()
+        dist.broadcast(full, owner_of(part.site[0]))
+        return full
+
+    def _judge_by(self, part: _Part, innovation: Innovation | None) -> None:
+        """The innovation from the process that has it, where sampled masks are judged by them."""
         mask, owner = part.mask, owner_of(part.site[0])
         assert mask is not None
-        full = (
-            torch.empty(part.weight.shape, dtype=part.weight.dtype, device=mask.device) if made is None else made.contiguous()
-        )
-        dist.broadcast(full, owner)
-        put_whole(full, part.weight)
         if not self.judge or not mask.any():
             return
         kept = mask.bool().repeat_interleave(self.structure.rows(part.side))

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimtune.models.surgery import Replaced, along, blocks_of, cut, linears_of
+from slimtune.models.weights import put
 from slimtune.runtime import rank
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import Plan
@@ -53,7 +54,7 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def put_whole(tensor: Tensor, onto: Tensor) -> None:
     """Copy a tensor that is whole, or lies as ``onto`` does, into a parameter that may be sharded."""
-    local(onto).copy_(local(spread(tensor, onto)))
+    put(local(onto), local(spread(tensor, onto)))
 
 
 def local(tensor: Tensor) -> Tensor:
