@@ -25,7 +25,7 @@ from slimtune.methods.outcome import Outcome
 from slimtune.models.identity import weight_bytes
 from slimtune.models.load import attention_of, straight_to, without_flash
 from slimtune.models.piecewise import in_fp32
-from slimtune.models.quantized import unquantized
+from slimtune.models.quantized import to_measure, unquantized
 from slimtune.models.sharded import gathered, is_sharded, sharded, template_of
 from slimtune.models.surgery import merge_lora
 from slimtune.recipe import Recipe
@@ -149,6 +149,8 @@ def _loaded(run: Made, target: Path) -> Any:
     def read(**where: Any) -> Any:
         return AutoModelForCausalLM.from_pretrained(target, dtype=dtype, local_files_only=True, **how, **where)
 
+    if run.recipe.model.quantize != "none":
+        return to_measure(read(), run.structure, device)
     if not shards(run.recipe, run.accelerator):
         return read(**straight_to(str(device)))
     template = template_of(AutoConfig.from_pretrained(target, local_files_only=True), dtype, **how)

@@ -18,7 +18,7 @@ from slimtune.evaluate.figures import Measure
 from slimtune.export.folder import check_target
 from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
-from slimtune.methods.start import base_model
+from slimtune.methods.start import untuned_model
 from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
     check_attention,
@@ -29,7 +29,7 @@ from slimtune.models.load import (
     locate,
     structure_of,
 )
-from slimtune.models.quantized import unquantized
+from slimtune.models.quantized import to_measure, unquantized
 from slimtune.models.selfcheck import self_check
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
@@ -214,7 +214,7 @@ class Run:
     def _measure_base(self) -> Figures:
         self.progress.say("measuring the base model ...")
         dtype = pick_dtype(self.recipe.model.dtype, str(self.accelerator.device))
-        model = base_model(self.session("base"), dtype, lora=False)
+        model = untuned_model(self.session("base"), dtype)
         found = self.figures.test(model) if self.recipe.evaluate.base else self.figures.glance(model)
         preflight.check_base(found["loss"], self.recipe)
         location, local = locate(self.recipe.model.path)
@@ -228,5 +228,7 @@ class Run:
         cost |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
         model = outcome.model
         if self.recipe.model.quantize != "none":
-            model = unquantized(model).to(self.accelerator.device)  # what its LoRA would be merged into
+            model = to_measure(
+                unquantized(model), self.structure, self.accelerator.device
+            )  # what its LoRA would be merged into
         return {**self.figures.test(model), **cost, "tuning_tokens": sum(outcome.tokens.values())}

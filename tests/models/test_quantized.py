@@ -13,7 +13,7 @@ from torch import Tensor
 from families import FAMILY_NAMES
 from gated import logits_of, padded_sample, random_model, random_plan
 from slimtune.models.load import attach_lora
-from slimtune.models.quantized import check_bitsandbytes, quantized, unquantized
+from slimtune.models.quantized import check_bitsandbytes, lent, quantized, to_measure, unquantized
 from slimtune.models.surgery import cut, linears_of, merge_lora
 from slimtune.models.weights import dense, held, is_quantized, put, put_back, put_original, quantize
 from slimtune.sections import LoraConfig
@@ -110,6 +110,34 @@ def test_a_model_keeps_what_it_computes_in_eval_mode() -> None:
     logits_of(model, padded_sample())
     after = [held(module.base_layer.weight) for _, _, module in linears_of(model, structure)]
     assert all(torch.equal(one, two) for a, b in zip(before, after, strict=True) for one, two in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "phi", "gemma3_text"])
+def test_linears_come_for_as_long_as_they_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model, structure = in_4_bits(name)
+    model = unquantized(model)
+    expected, device = logits_of(model, padded_sample()), torch.device("cpu")
+    resting = [each.data_ptr() for _, _, module in linears_of(model, structure) for each in module.base_layer.parameters()]
+    brought, real = list[int](), Tensor.to
+
+    def to(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if args == (device,) and tensor.data_ptr() in resting:
+            brought.append(tensor.data_ptr())
+            return tensor.clone()
+        return real(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(Tensor, "to", to)
+    lent(model, structure, device)
+    assert not brought
+    assert torch.equal(logits_of(model, padded_sample()), expected)
+    assert sorted(brought) == sorted(resting)
+    after = [each.data_ptr() for _, _, module in linears_of(model, structure) for each in module.base_layer.parameters()]
+    assert after == resting
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (1000, 1000))
+    monkeypatch.setattr("torch.cuda.empty_cache", lambda: None)
+    monkeypatch.setattr("slimtune.models.quantized.lent", lambda *_: "lent")
+    assert to_measure(model, structure, torch.device("cuda")) == "lent"
+    assert to_measure(model, structure, device) is model
 
 
 def test_a_device_that_bitsandbytes_knows_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:

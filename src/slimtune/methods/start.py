@@ -10,7 +10,7 @@ from torch import nn
 
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, attention_of, enable_checkpointing, load_config, load_model
-from slimtune.models.quantized import load_as_trained
+from slimtune.models.quantized import load_as_trained, to_measure
 from slimtune.models.sharded import sharded, template_of
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype, rank
@@ -41,6 +41,14 @@ def base_model(session: Session, dtype: torch.dtype, lora: bool = True) -> nn.Mo
     place = str(device) if config.init == "config" else "cpu"
     source = _whole(session, place, dtype, lora) if rank() == 0 else None
     return sharded(template, structure, device, source)
+
+
+def untuned_model(session: Session, dtype: torch.dtype) -> nn.Module:
+    """The base to take figures of: never in 4 bits, whatever it is trained in."""
+    if session.recipe.model.quantize == "none":
+        return base_model(session, dtype, lora=False)
+    model: nn.Module = to_measure(_whole(session, "cpu", dtype, lora=False), session.structure, session.device)
+    return model
 
 
 def _whole(session: Session, device: str, dtype: torch.dtype, lora: bool) -> Any:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import nn
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
 
 from slimtune.errors import UserError
 from slimtune.models.load import load_model
-from slimtune.models.surgery import blocks_of
+from slimtune.models.surgery import blocks_of, linears_of
 from slimtune.models.weights import is_quantized, quantize
 from slimtune.sections import ModelConfig
 from slimtune.structure.axes import Structure
@@ -61,6 +62,43 @@ def unquantized(model: Any) -> Any:
             model.set_submodule(name, _whole(module))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.is_loaded_in_4bit = False
+    return model
+
+
+def to_measure(model: Any, structure: Structure, device: torch.device) -> Any:
+    """A whole model, its blocks' linears in host memory, brought to ``device``, which may have no room but for 4 bits of it.
+
+    Where it would take more than half of what is free there, those linears stay, and each comes for as long as it computes.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what training gave back is free as well
+        if sum(each.numel() * each.element_size() for each in model.parameters()) > torch.cuda.mem_get_info(device)[0] / 2:
+            return lent(model, structure, device)
+    return model.to(device)
+
+
+def lent(model: Any, structure: Structure, device: torch.device) -> Any:
+    """``model`` on ``device`` but for the linears of its blocks, each of which is there while it computes."""
+    linears: dict[nn.Module, list[Tensor]] = {}
+    for _, _, module in linears_of(model, structure):
+        inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
+        linears[inner] = [each.data for each in inner.parameters(recurse=False)]
+
+    def come(module: nn.Module, _: Any) -> None:
+        for each, resting in zip(module.parameters(recurse=False), linears[module], strict=True):
+            each.data = resting.to(device)
+
+    def go(module: nn.Module, _: Any, __: Any) -> None:
+        for each, resting in zip(module.parameters(recurse=False), linears[module], strict=True):
+            each.data = resting
+
+    for module in model.modules():
+        if module in linears:
+            module.register_forward_pre_hook(come)
+            module.register_forward_hook(go, always_call=True)
+            continue
+        for each in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            each.data = each.data.to(device)
     return model
 
 

@@ -25,14 +25,21 @@ def is_quantized(weight: Any) -> bool:
 
 def quantize(weight: Tensor, device: torch.device | str) -> nn.Parameter:
     """A frozen parameter in 4 bits on ``device``; ``weight`` [out, in] stays in host memory as its original."""
-    from bitsandbytes.functional import quantize_4bit  # costs seconds, and not all have it
-    from bitsandbytes.nn import Params4bit
+    from bitsandbytes.nn import Params4bit  # costs seconds, and not all have it
 
-    data, state = quantize_4bit(weight.to(device), blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    data, state = _in_4_bits(weight.to(device))
     parameter: Any = Params4bit(data, quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True)
     parameter.original = weight.detach().cpu()
     made: nn.Parameter = parameter
     return made
+
+
+def _in_4_bits(weight: Tensor) -> tuple[Tensor, Any]:
+    """Packed numbers, and bitsandbytes' state of their scales."""
+    from bitsandbytes.functional import quantize_4bit
+
+    data, state = quantize_4bit(weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+    return data, state
 
 
 def dense(weight: Tensor) -> Tensor:
@@ -50,10 +57,11 @@ def like(weight: Tensor, value: Tensor) -> nn.Parameter:
 
 def held(weight: Any) -> list[Tensor]:
     """The tensors that a frozen parameter computes with, to be copied from and into: it is what they are."""
-    if not is_quantized(weight):
-        return [weight.detach()]
-    state = weight.quant_state
-    return [weight.data, state.absmax, state.offset, state.state2.absmax]
+    return _tensors(weight.data, weight.quant_state) if is_quantized(weight) else [weight.detach()]
+
+
+def _tensors(data: Tensor, state: Any) -> list[Tensor]:
+    return [data, state.absmax, state.offset, state.state2.absmax]
 
 
 @torch.no_grad()
@@ -67,7 +75,7 @@ def put_back(weight: Tensor, tensors: Sequence[Tensor]) -> None:
 def put(weight: Any, value: Tensor) -> None:
     """Let a parameter compute with ``value`` [out, in], quantised where it is; its original stays."""
     if is_quantized(weight):
-        put_back(weight, held(quantize(value.to(weight.original.dtype), weight.device)))
+        put_back(weight, _tensors(*_in_4_bits(value.to(weight.device, weight.original.dtype))))
     else:
         weight.data.copy_(value)
 
