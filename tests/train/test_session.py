@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from bases import Bench, session_of
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
+from slimtune.runtime import short_collections
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
@@ -47,3 +49,19 @@ def test_steps_that_cannot_be_shared_evenly_are_refused_of_a_sharded_model(bench
     session.accelerator = SimpleNamespace(num_processes=3)  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"a train step of 4 windows cannot be shared evenly by 3 processes, .* give it 6"):
         session.batches(session.splits.train, "train", 4)
+
+
+def test_collections_are_short_inside_and_as_before_outside() -> None:
+    seen = list[int]()
+    gc.unfreeze()  # as in a process that nobody has seen to
+    try:
+        with short_collections():
+            seen.append(gc.get_freeze_count())
+            with short_collections():
+                pass
+            seen.append(gc.get_freeze_count())
+        assert gc.get_freeze_count() == 0
+        assert seen[0] > 1000
+        assert seen[1] >= seen[0], "what another one froze is its own"
+    finally:
+        gc.freeze()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +12,7 @@ import torch
 
 from slimtune.errors import UserError
 from slimtune.models.sharded import gathered_state
+from slimtune.runtime import short_collections
 from slimtune.train import checkpoint, shards
 from slimtune.train.session import Figures, Session
 
@@ -88,18 +88,14 @@ def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
         UserError: a loss, or another figure of a turn such as its gradient norm, is not finite.
     """
     session.progress.start(phase.name, first, phase.steps)
-    # a full collection goes over all that a model is made of, a third of a second for thousands of modules, at any time; where
-    # there are several processes all wait for the one that it happens to
-    gc.collect()
-    gc.freeze()
     try:
-        for step in range(first, phase.steps):
-            _run_step(session, phase, step)
-            every = session.recipe.train.checkpoint_every
-            if every and (step + 1) % every == 0 and step + 1 < phase.steps:
-                _checkpoint(session, phase, step + 1)
+        with short_collections():
+            for step in range(first, phase.steps):
+                _run_step(session, phase, step)
+                every = session.recipe.train.checkpoint_every
+                if every and (step + 1) % every == 0 and step + 1 < phase.steps:
+                    _checkpoint(session, phase, step + 1)
     finally:
-        gc.unfreeze()
         session.progress.stop()
     if first < phase.steps or not first:  # a resumed phase that was already complete has its checkpoint
         _checkpoint(session, phase, phase.steps)
