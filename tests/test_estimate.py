@@ -255,6 +255,9 @@ def test_a_quantised_base_costs_what_its_tensors_do() -> None:
     small = cost(LLAMA_3_8B, device="cuda", model={"dtype": "bfloat16", "quantize": "nf4"})
     assert small.host_memory["original weights"] == plain.memory["weights"]
     assert small.memory["weights"] < 0.4 * plain.memory["weights"], "embeddings and head stay in bf16"
+    later = cost(LLAMA_3_8B, device="cuda", model={"quantize": "nf4"}, recover={"quantize": False}, budget={"keep": 0.9}).memory
+    assert later["weights"] == pytest.approx(0.9 * plain.memory["weights"], rel=1e-3), "the fullest phase is the recovery"
+    assert "a weight that is dequantised meanwhile" not in later
 
 
 def test_training_from_scratch_has_neither_lora_nor_generator() -> None:

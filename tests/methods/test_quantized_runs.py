@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bases import Bench, plan_of, session_of
+from bases import Bench, metrics, plan_of, session_of
 from slimtune.errors import UserError
 from slimtune.export.apply import apply_plan
-from slimtune.methods import atp, compensation
+from slimtune.methods import atp, compensation, twostage
 from slimtune.methods.compensation import Fit, fitted
 from slimtune.models.load import load_config, structure_of
 from slimtune.models.piecewise import cut_values
@@ -34,24 +34,24 @@ def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
 
 
-def quantized(bench: Bench, out: Path, **overrides: Any) -> Any:
-    return bench.recipe(out, model={"path": bench.base, "quantize": "nf4", **overrides.pop("model", {})}, **overrides)
+def quantized(bench: Bench, out: Path, model: dict[str, Any] | None = None, **overrides: Any) -> Any:
+    return bench.recipe(out, model={"path": bench.base, "quantize": "nf4", **(model or {})}, **overrides)
 
 
 def written(out: Path) -> dict[str, Tensor]:
     return load_file(out / "model" / "model.safetensors")
 
 
-def base_of(bench: Bench) -> Any:
-    return AutoModelForCausalLM.from_pretrained(bench.base, dtype=torch.float32)
+def base_of(bench: Bench, dtype: str = "float32") -> Any:
+    return AutoModelForCausalLM.from_pretrained(bench.base, dtype=dtype)
 
 
-def expected_of(bench: Bench, out: Path, changed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The base with some weights ``changed``, cut by the run's Plan."""
-    model = base_of(bench)
+def expected_of(bench: Bench, out: Path, dtype: str, changed: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The base in ``dtype`` with some weights ``changed``, cut by the run's Plan; in fp32, as it is written."""
+    model = base_of(bench, dtype)
     for name, value in (changed or {}).items():
         model.get_parameter(name).data.copy_(value)
-    return dict(cut_values(model, structure_of(model.config), plan_of(out)))
+    return {name: value.float() for name, value in cut_values(model, structure_of(model.config), plan_of(out))}
 
 
 def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -62,18 +62,19 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     "how",
     [
-        {"compensate__weights": "none"},
+        {"compensate__weights": "none", "model": {"dtype": "bfloat16"}},
         {"compensate__weights": "none", "search__update": "joint"},
         {"compensate__weights": "none", "lora__semantics": "lora_aware", "lora__settle": 0.5},
-        {"compensate__weights": "none", "generator__prior": "mixed", "evaluate__dense_lora": True},
+        {"compensate__weights": "none", "generator__prior": "mixed", "evaluate__dense_lora": True, "recover__quantize": False},
         {"method": "twostage", "twostage__scores": "magnitude"},
         {"method": "twostage", "twostage__scores": "layer_drop"},
         {"method": "finetune"},
     ],
 )
 def test_without_learning_the_written_weights_are_those_of_the_base(bench: Bench, tmp_path: Path, how: dict[str, Any]) -> None:
+    dtype = how.get("model", {}).get("dtype", "float32")
     tune(quantized(bench, tmp_path, train__lr=STILL, **how))
-    assert_equal(written(tmp_path), expected_of(bench, tmp_path))
+    assert_equal(written(tmp_path), expected_of(bench, tmp_path, dtype))
 
 
 @pytest.fixture
@@ -93,18 +94,19 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> dict[Site, Tensor]:
 @pytest.mark.parametrize(
     "how",
     [
-        {"compensate__weights": "adapt"},
+        {"compensate__weights": "adapt", "model": {"dtype": "bfloat16"}},
         {"compensate__weights": "decide", "distill__weight": 0.5, "distill__recover": True},
         {"method": "twostage", "twostage__scores": "generator"},
-        {"method": "twostage", "twostage__scores": "wanda", "twostage__least_squares": True},
+        {"method": "twostage", "twostage__scores": "wanda", "twostage__least_squares": True, "recover__quantize": False},
     ],
 )
 def test_consumers_compensate_from_the_weights_of_the_base(
     bench: Bench, tmp_path: Path, moments: dict[Site, Tensor], how: dict[str, Any]
 ) -> None:
+    dtype = how.get("model", {}).get("dtype", "float32")
     recipe = quantized(bench, tmp_path, train__lr=STILL, **how)
     tune(recipe)
-    model, structure = base_of(bench), structure_of(load_config(recipe.model))
+    model, structure = base_of(bench, dtype), structure_of(load_config(recipe.model))
     masks, changed = masks_of(plan_of(tmp_path), torch.device("cpu")), {}
     for layer, axis in structure.sites():
         row = structure.family.consumer(axis)
@@ -113,12 +115,36 @@ def test_consumers_compensate_from_the_weights_of_the_base(
         original, site = model.get_parameter(name).detach(), (layer, axis)
         fit = Fit(recipe.compensate.damping, judge=False)
         changed[name] = fitted(structure, row.into, masks[site], moments[site], original, fit)[0]
-    assert_equal(written(tmp_path), expected_of(bench, tmp_path, changed))
+    assert_equal(written(tmp_path), expected_of(bench, tmp_path, dtype, changed))
     assert any(not torch.equal(value, model.get_parameter(name)) for name, value in changed.items())
 
 
+def test_biases_compensate_from_the_weights_of_the_base(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    means, real = dict[Site, Tensor](), twostage.compensate
+
+    def compensate(model: Any, structure: Any, plan: Any, given: dict[Site, Tensor]) -> None:
+        means.update(given)
+        real(model, structure, plan, given)
+
+    monkeypatch.setattr(twostage, "compensate", compensate)
+    recipe = quantized(bench, tmp_path, train__lr=STILL, method="twostage", twostage__scores="flap")
+    tune(recipe)
+    found, model, structure = written(tmp_path), base_of(bench), structure_of(load_config(recipe.model))
+    weights = expected_of(bench, tmp_path, "float32")
+    assert_equal({name: found[name] for name in weights}, weights)
+    masks = masks_of(plan_of(tmp_path), torch.device("cpu"))
+    for layer, axis in structure.sites():
+        row = structure.family.consumer(axis)
+        assert row.into is not None
+        gone = masks[layer, axis].repeat_interleave(structure.rows(row.into)) == 0
+        original = model.get_parameter(f"model.layers.{layer}.{row.path}.weight").detach()
+        expected = original[:, gone] @ means[layer, axis][gone].float()
+        torch.testing.assert_close(found[f"model.layers.{layer}.{row.path}.bias"], expected)
+
+
 def test_what_was_learned_is_merged_into_the_weights_of_the_base(bench: Bench, tmp_path: Path) -> None:
-    summary = tune(quantized(bench, tmp_path / "run", compensate__weights="decide", export__verify=False))
+    how = {"compensate__weights": "decide", "distill__weight": 0.1, "distill__teacher": bench.base}
+    summary = tune(quantized(bench, tmp_path / "run", **how))
     assert apply_plan(tmp_path / "run", bench.base, out=tmp_path / "again")["same"]
     assert_equal(load_file(tmp_path / "again" / "model.safetensors"), written(tmp_path / "run"))
     assert summary["result"]["ppl"] < summary["base"]["ppl"]
@@ -149,6 +175,15 @@ def test_the_run_computes_with_4_bits_and_gates_change_them(bench: Bench, tmp_pa
     assert same(opened, held_now())
     run.bank.close(halves)
     assert same(closed, held_now())
+
+
+@pytest.mark.parametrize("quantize", [True, False])
+def test_what_is_written_is_what_recovery_tuned_where_that_was_whole(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: bool
+) -> None:
+    summary = tune(quantized(bench, tmp_path, evaluate__every=4, evaluate__windows=64, recover__quantize=quantize))
+    last = [row["valid_ppl"] for row in metrics(tmp_path) if "valid_ppl" in row][-1]
+    assert (summary["result"]["valid_ppl"] == pytest.approx(last, rel=1e-5)) == (not quantize)
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": "twostage",
         "twostage__scores": "wanda",
         "twostage__least_squares": True,
+        "recover__quantize": False,
         "twostage__batches": 2,
     },
 }

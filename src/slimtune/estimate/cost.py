@@ -18,7 +18,7 @@ target; a consumer whose mask stays costs nothing.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
@@ -93,6 +93,14 @@ class Job:
     def quantized(self) -> bool:
         """Whether the blocks' linears rest in 4 bits."""
         return self.recipe.model.quantize != "none" and not self.whole
+
+    @property
+    def recovering(self) -> Job:
+        """The same as its weights rest after the cut."""
+        if self.recipe.recover.quantize or not self.quantized:
+            return self
+        model = self.recipe.model.model_copy(update={"quantize": "none"})
+        return replace(self, recipe=self.recipe.model_copy(update={"model": model}))
 
     def lora(self, part: float = 1.0) -> int:
         """LoRA parameters when ``part`` of the units is left (0 when all weights are trained)."""

@@ -46,8 +46,9 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     dense |= passing if sum(passing.values()) > sum(solves.values()) else solves  # one after the other
     moments = [dense]
     if recipe.prunes:
-        again = _activations(job, tokens, job.part, recipe.recover.checkpointed)
-        moments.append(_trained(job, one, job.part) | {"activations": again, "logits": logits} | _meanwhile(job, one, job.part))
+        small, again = job.recovering, _activations(job, tokens, job.part, recipe.recover.checkpointed)
+        passing = {"activations": again, "logits": logits, **_meanwhile(small, one, job.part)}
+        moments.append(_trained(small, one, job.part) | passing)
     items = max(moments, key=lambda each: sum(each.values()))
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = dense["weights"]

@@ -19,9 +19,8 @@ from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.prepare import prepare
 from slimtune.methods.shared_compensation import Compensating
-from slimtune.methods.start import gated_model
+from slimtune.methods.start import cut_to_recover, gated_model
 from slimtune.methods.teacher import Teacher
-from slimtune.models.sharded import cut_model
 from slimtune.models.surgery import checkpoint_fewer, compile_blocks, lora_slices
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
@@ -188,7 +187,7 @@ class _Atp:
             self.bank.follower = None
         self.bank.open()
         self.masks = {}
-        self.model, replaced = cut_model(self.model, self.structure, self.plan)
+        self.model, replaced = cut_to_recover(self.session, self.model, self.plan)
         self.tuner.carry_over(self.model, replaced)
         if self.compensation and self.teacher.model is not None:  # it may hold the uncut ones
             self.compensation.opened()

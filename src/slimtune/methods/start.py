@@ -10,10 +10,12 @@ from torch import nn
 
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, attention_of, enable_checkpointing, load_config, load_model
-from slimtune.models.quantized import load_as_trained, to_measure
-from slimtune.models.sharded import sharded, template_of
+from slimtune.models.quantized import load_as_trained, to_measure, unquantized
+from slimtune.models.sharded import cut_model, sharded, template_of
+from slimtune.models.surgery import Replaced
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype, rank
+from slimtune.structure.plan import Plan
 from slimtune.train.loop import hash_seed
 from slimtune.train.session import Session
 
@@ -49,6 +51,14 @@ def untuned_model(session: Session, dtype: torch.dtype) -> nn.Module:
         return base_model(session, dtype, lora=False)
     model: nn.Module = to_measure(_whole(session, "cpu", dtype, lora=False), session.structure, session.device)
     return model
+
+
+def cut_to_recover(session: Session, model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Replaced]]:
+    """``sharded.cut_model``; in 4 bits or with whole weights, as ``recover`` wants it."""
+    small, replaced = cut_model(model, session.structure, plan)
+    if session.recipe.model.quantize != "none" and not session.recipe.recover.quantize:
+        small = unquantized(small).to(session.device)
+    return small, replaced
 
 
 def _whole(session: Session, device: str, dtype: torch.dtype, lora: bool) -> Any:

@@ -21,8 +21,7 @@ from slimtune.methods.passes import Passes
 from slimtune.methods.prepare import prepare
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
 from slimtune.methods.shared_compensation import compensation_of
-from slimtune.methods.start import gated_model
-from slimtune.models.sharded import cut_model
+from slimtune.methods.start import cut_to_recover, gated_model
 from slimtune.models.surgery import checkpoint_fewer, compensate, compile_blocks
 from slimtune.prune import budget
 from slimtune.prune.depth import drop_layers
@@ -126,7 +125,7 @@ class _TwoStage:
         self.bank.open()
         if self.means:
             compensate(self.model, self.structure, self.plan, self.means)
-        self.model, replaced = cut_model(self.model, self.structure, self.plan)
+        self.model, replaced = cut_to_recover(self.session, self.model, self.plan)
         self.tuner.carry_over(self.model, replaced)
         checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
         if self.recipe.train.compile:

@@ -50,7 +50,7 @@ def quantized(model: Any, structure: Structure, device: str) -> Any:
     """A plain ``model``, which lies in host memory, brought to ``device`` with the linears of its blocks in 4 bits."""
     for block in blocks_of(model, structure):
         for row in structure.family.linears:
-            block.set_submodule(row.path, _in_4_bits(block.get_submodule(row.path), device))
+            block.set_submodule(row.path, _quantized_linear(block.get_submodule(row.path), device))
     model.is_loaded_in_4bit = True  # PEFT asks for it
     return model.to(device)
 
@@ -59,7 +59,7 @@ def unquantized(model: Any) -> Any:
     """``model`` with the originals of its quantised weights, which lie in host memory; all else stays where it is."""
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantized(module.weight):
-            model.set_submodule(name, _whole(module))
+            model.set_submodule(name, _whole_linear(module))
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     base.is_loaded_in_4bit = False
     return model
@@ -102,25 +102,19 @@ def lent(model: Any, structure: Structure, device: torch.device) -> Any:
     return model
 
 
-def _in_4_bits(linear: Any, device: str) -> nn.Module:
+def _quantized_linear(linear: Any, device: str) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
     weight = linear.weight
-    made = Linear4bit(
-        # in the weights' own type, or it would round the biases to another one as it computes
-        linear.in_features,
-        linear.out_features,
-        linear.bias is not None,
-        weight.dtype,
-        quant_type="nf4",
-        device="meta",
-    )
+    shape = linear.in_features, linear.out_features, linear.bias is not None
+    # it computes in the weights' own type: biases of another than it computes in it would round for good
+    made = Linear4bit(*shape, compute_dtype=weight.dtype, quant_type="nf4", device="meta")
     made.weight, made.bias = quantize(weight, device), linear.bias
     made.support_avx512bf16_for_cpu = False  # in eval mode it would round to bf16 for good
     return made.train(linear.training)
 
 
-def _whole(linear: Any) -> nn.Module:
+def _whole_linear(linear: Any) -> nn.Module:
     made = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None, device="meta")
     made.weight, made.bias = nn.Parameter(linear.weight.original, requires_grad=False), linear.bias
     return made.train(linear.training)
