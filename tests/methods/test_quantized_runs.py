@@ -95,7 +95,7 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> dict[Site, Tensor]:
     "how",
     [
         {"compensate__weights": "adapt", "model": {"dtype": "bfloat16"}},
-        {"compensate__weights": "decide", "distill__weight": 0.5, "distill__recover": True},
+        {"compensate__weights": "decide", "distill__weight": 0.5, "distill__recover": True, "recover__quantize": False},
         {"method": "twostage", "twostage__scores": "generator"},
         {"method": "twostage", "twostage__scores": "wanda", "twostage__least_squares": True, "recover__quantize": False},
     ],

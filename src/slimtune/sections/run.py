@@ -176,7 +176,8 @@ class RecoverConfig(Section):
     lr: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of this phase; default: ``train.lr``."""
     quantize: bool = True
-    """Where ``model.quantize`` is on: quantise the cut model anew. Off: tune it on whole weights, as they will be written."""
+    """With ``model.quantize``: quantise the cut model anew. Off, it is tuned on whole weights, those that are written: better
+    where they fit."""
     checkpointed: Fraction = 1.0
     """Part of the cut model's blocks that ``model.checkpointing`` is for. What the cut made free can hold the activations of
     the others, each of which saves its second forward pass; ``slimtune estimate`` tells the memory of the fullest phase."""
