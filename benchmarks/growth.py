@@ -48,22 +48,30 @@ def sizes(args: Namespace) -> Iterator[tuple[str, float, dict[str, Any]]]:
 
 
 def measured(args: Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each size."""
-    config = json.loads((HERE / "shapes.json").read_text())[args.shape]
+    """A row for each size; that which all start from is measured once."""
+    known = dict[tuple[Any, ...], dict[str, Any]]()
+    start = {"window": args.window, "batch": args.batch, "layers": args.layers, "keep": 0.6}
     with tempfile.TemporaryDirectory() as name:
         text = drawn_text(Path(name), int(args.window * max(FACTORS)))
         for axis, value, changes in sizes(args):
-            layers = changes.get("layers", args.layers)
-            model = json.dumps({**config, "num_hidden_layers": layers})
-            words = [f"model.config={model}", f"budget={{keep: {changes.get('keep', 0.6)}, of: block, tolerance: 0.02}}"]
-            words += [f"data.train={text}", "data.on_overlap=drop", *args.overrides]
-            chosen = {"window": args.window, "batch": args.batch, **changes}
-            told = Namespace(**{**vars(args), **chosen, "overrides": words, "out": name, "profile": False})
-            lora, atp = rows_of(told)
-            row = {"axis": axis, "value": value, "model": args.shape, "gpu": lora["gpu"], **chosen, "layers": layers}
-            row |= {"keep": changes.get("keep", 0.6), "lora_seconds": lora["step_seconds"], "torch": lora["torch"]}
-            row |= {f"{turn.removesuffix('_step')}_seconds": atp[f"{turn}_seconds"] for turn in TURNS}
-            yield row | {f"{each['what']}_peak_gib": each["peak_gib"] for each in (lora, atp) if "peak_gib" in each}
+            size = {**start, **changes}
+            key = tuple(size.values())
+            if key not in known:
+                known[key] = at(args, size, text, name)
+            yield {"axis": axis, "value": value, **known[key]}
+
+
+def at(args: Namespace, size: dict[str, Any], text: str, folder: str) -> dict[str, Any]:
+    """What plain LoRA and the turns of ATP take at one size."""
+    config = json.loads((HERE / "shapes.json").read_text())[args.shape]
+    model = json.dumps({**config, "num_hidden_layers": size["layers"]})
+    words = [f"model.config={model}", f"budget={{keep: {size['keep']}, of: block, tolerance: 0.02}}"]
+    words += [f"data.train={text}", "data.on_overlap=drop", *args.overrides]
+    told = {"window": size["window"], "batch": size["batch"], "overrides": words, "out": folder, "profile": False}
+    lora, atp = rows_of(Namespace(**{**vars(args), **told}))
+    row = {"model": args.shape, "gpu": lora["gpu"], **size, "lora_seconds": lora["step_seconds"], "torch": lora["torch"]}
+    row |= {f"{turn.removesuffix('_step')}_seconds": atp[f"{turn}_seconds"] for turn in TURNS}
+    return row | {f"{each['what']}_peak_gib": each["peak_gib"] for each in (lora, atp) if "peak_gib" in each}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
