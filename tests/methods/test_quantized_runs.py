@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from bases import Bench, metrics, plan_of, session_of
+from bases import Bench, losses, metrics, plan_of, session_of
 from slimtune.errors import UserError
 from slimtune.export.apply import apply_plan
 from slimtune.methods import atp, compensation, twostage
@@ -175,6 +175,15 @@ def test_the_run_computes_with_4_bits_and_gates_change_them(bench: Bench, tmp_pa
     assert same(opened, held_now())
     run.bank.close(halves)
     assert same(closed, held_now())
+
+
+def test_checkpointing_of_activations_changes_nothing(bench: Bench, tmp_path: Path) -> None:
+    found = []
+    for kind in ("none", "non_reentrant", "reentrant"):
+        tune(quantized(bench, tmp_path / kind, model={"checkpointing": kind}, compensate__weights="decide"))
+        found.append(losses(tmp_path / kind))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("quantize", [True, False])
