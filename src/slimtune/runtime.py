@@ -80,21 +80,18 @@ def forget_peak(device: Any) -> None:
 
 
 @contextmanager
-def short_collections() -> Iterator[None]:
-    """Inside, Python's garbage collector does not go over what was there before, unless the process has seen to that itself.
+def no_full_collections() -> Iterator[None]:
+    """Inside, Python's garbage collector goes over young objects alone, unless it is called.
 
     A full collection takes a third of a second with a model's thousands of modules in memory, at any time; of several processes
     all wait for the one that it happens to.
     """
-    if gc.get_freeze_count():
-        yield
-        return
-    gc.collect()  # what is garbage already would stay
-    gc.freeze()
+    before = gc.get_threshold()
+    gc.set_threshold(*before[:2], 1 << 30)
     try:
         yield
     finally:
-        gc.unfreeze()
+        gc.set_threshold(*before)
 
 
 def rank() -> int:

@@ -12,7 +12,7 @@ import pytest
 from bases import Bench, session_of
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
-from slimtune.runtime import short_collections
+from slimtune.train import loop
 
 
 @pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
@@ -51,17 +51,23 @@ def test_steps_that_cannot_be_shared_evenly_are_refused_of_a_sharded_model(bench
         session.batches(session.splits.train, "train", 4)
 
 
-def test_collections_are_short_inside_and_as_before_outside() -> None:
-    seen = list[int]()
-    gc.unfreeze()  # as in a process that nobody has seen to
-    try:
-        with short_collections():
-            seen.append(gc.get_freeze_count())
-            with short_collections():
-                pass
-            seen.append(gc.get_freeze_count())
-        assert gc.get_freeze_count() == 0
-        assert seen[0] > 1000
-        assert seen[1] >= seen[0], "what another one froze is its own"
-    finally:
-        gc.freeze()
+def test_full_collections_are_made_where_all_processes_are_at_the_same_step(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen, collected = gc.get_threshold(), list[int](), list[int]()
+    figures = loop._run_step
+
+    def step(session: Any, phase: Any, step: int) -> None:
+        figures(session, phase, step)
+        seen.append(gc.get_threshold()[2])
+
+    monkeypatch.setattr(loop, "_run_step", step)
+    monkeypatch.setattr(loop, "COLLECT_EVERY", 2)
+    monkeypatch.setattr(loop.gc, "collect", lambda: collected.append(len(seen)))
+    session = session_of(bench, tmp_path)
+    turn = loop.Turn("adapt", lambda step: {"loss": 1.0})
+    loop.run_phase(session, loop.Phase("tune", 5, [turn], dict, lambda: 1.0, dict))
+    assert gc.get_threshold() == before
+    assert len(seen) == 5
+    assert min(seen) > 1 << 20
+    assert collected == [2, 4]

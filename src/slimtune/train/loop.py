@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,11 +13,14 @@ import torch
 
 from slimtune.errors import UserError
 from slimtune.models.sharded import gathered_state
-from slimtune.runtime import short_collections
+from slimtune.runtime import no_full_collections
 from slimtune.train import checkpoint, shards
 from slimtune.train.session import Figures, Session
 
 Step = Callable[[int], dict[str, Any]]
+
+COLLECT_EVERY = 200
+"""Steps between full collections of garbage, which all processes make together."""
 
 SEARCHES = ("search", "decide")
 """Phases in which gates close."""
@@ -89,9 +93,11 @@ def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
     """
     session.progress.start(phase.name, first, phase.steps)
     try:
-        with short_collections():
+        with no_full_collections():
             for step in range(first, phase.steps):
                 _run_step(session, phase, step)
+                if (step + 1) % COLLECT_EVERY == 0:
+                    gc.collect()
                 every = session.recipe.train.checkpoint_every
                 if every and (step + 1) % every == 0 and step + 1 < phase.steps:
                     _checkpoint(session, phase, step + 1)
