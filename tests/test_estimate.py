@@ -21,8 +21,9 @@ from slimtune.errors import UserError
 from slimtune.estimate import Estimate, estimate, render, traffic
 from slimtune.estimate.build import job_of
 from slimtune.estimate.machines import Machine, named
+from slimtune.estimate.memory import memory, with_room
 from slimtune.estimate.phases import phases
-from slimtune.models.load import attach_lora, structure_of
+from slimtune.models.load import attach_lora, load_config, structure_of
 from slimtune.models.quantized import quantized
 from slimtune.models.weights import held
 from slimtune.prune import least_squares
@@ -252,12 +253,27 @@ def test_a_quantised_base_costs_what_its_tensors_do() -> None:
     assert found.memory["weights"] == pytest.approx(sum(each.numel() * each.element_size() for each in tensors), rel=0.005)
     assert found.memory["a weight that is dequantised meanwhile"] == 4 * 128 * 256
     plain = cost(LLAMA_3_8B, device="cuda", model={"dtype": "bfloat16"})
-    small = cost(LLAMA_3_8B, device="cuda", model={"dtype": "bfloat16", "quantize": "nf4"})
+    small = cost(LLAMA_3_8B, device="cuda", model={"dtype": "bfloat16", "quantize": "nf4"}, recover={"quantize": True})
     assert small.host_memory["original weights"] == plain.memory["weights"]
     assert small.memory["weights"] < 0.4 * plain.memory["weights"], "embeddings and head stay in bf16"
-    later = cost(LLAMA_3_8B, device="cuda", model={"quantize": "nf4"}, recover={"quantize": False}, budget={"keep": 0.9}).memory
+    nf4, most = {"model": {"quantize": "nf4"}, "budget": {"keep": 0.9}}, {"recover": {"quantize": False}}
+    later = cost(LLAMA_3_8B, device="cuda", **nf4, **most).memory
     assert later["weights"] == pytest.approx(0.9 * plain.memory["weights"], rel=1e-3), "the fullest phase is the recovery"
     assert "a weight that is dequantised meanwhile" not in later
+    assert cost(LLAMA_3_8B, device="cuda", **nf4).memory == later, "auto, on a device that nobody knows"
+
+
+def test_the_recovery_is_in_4_bits_where_whole_weights_do_not_fit() -> None:
+    wanted = {"model": {"quantize": "nf4", "dtype": "bfloat16"}, "device": "cuda", "train": {"precision": "bfloat16"}}
+    recipe = recipe_of({**LLAMA_3_8B, "num_hidden_layers": 80}, **wanted, budget={"keep": 0.9})
+    config = load_config(recipe.model)
+    job = job_of(recipe, config, structure_of(config), "cuda")
+    whole = sum(memory(job, "cuda").values())
+    for room, tight in ((int(whole / 0.89), False), (int(whole / 0.91), True), (None, False)):
+        decided = with_room(job, "cuda", room)
+        assert decided.recipe.recover.quantize is tight
+        assert with_room(decided, "cuda", 1) is decided
+    assert estimate(recipe, gpu="h200").memory["weights"] > 2 * estimate(recipe, gpu="a10").memory["weights"]
 
 
 def test_training_from_scratch_has_neither_lora_nor_generator() -> None:

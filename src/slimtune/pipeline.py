@@ -102,6 +102,7 @@ class Run:
         self.accelerator = make_accelerator(recipe)
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
+        self.recover_in_4_bits = preflight.recovers_in_4_bits(recipe, self.config, self.structure, self.accelerator.device)
         self.metrics, self.resumed = Metrics(folder), False
         self.stages: dict[str, Any] = {"cwd": str(Path.cwd())}  # that relative paths of the recipe go by
         self.tokenizer: Any = None
@@ -122,6 +123,8 @@ class Run:
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
         self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator, self.config, self.progress.say)
         difference = self_check(self.config, recipe.seed)
+        if self.recover_in_4_bits and recipe.recover.quantize == "auto":
+            self.progress.say("[yellow]the cut model's whole weights are not expected to fit: recovery in 4 bits, too[/yellow]")
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)
         if self.resume and not (self.folder / "recipe.yaml").is_file():
@@ -204,6 +207,7 @@ class Run:
             valid_figures=self.figures.valid,
             stage=stage,
             resume=self.resume,
+            recover_in_4_bits=self.recover_in_4_bits,
         )
 
     def _made(self) -> Made:

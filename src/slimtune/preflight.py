@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
-from slimtune.estimate import job_of, phases
+from slimtune.estimate import job_of, phases, with_room
 from slimtune.evaluate.rows import held_out
 from slimtune.evaluate.tasks import find_task
 from slimtune.models.load import check_weights, load_config, locate
@@ -84,6 +84,14 @@ def check_quantize(recipe: Recipe, device: str) -> None:
     if recipe.train.compile:
         raise UserError(f"model.quantize={kind} does not go with train.compile=true; leave one of them out")
     check_bitsandbytes(kind, device)
+
+
+def recovers_in_4_bits(recipe: Recipe, config: PreTrainedConfig, structure: Structure, device: torch.device) -> bool:
+    """What ``recover.quantize`` means on ``device``."""
+    if recipe.model.quantize == "none" or not recipe.prunes:
+        return False
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    return with_room(job_of(recipe, config, structure, device.type), device.type, room).recipe.recover.quantize is True
 
 
 def check_teacher(recipe: Recipe, vocabulary: int) -> None:

@@ -35,7 +35,8 @@ def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def quantized(bench: Bench, out: Path, model: dict[str, Any] | None = None, **overrides: Any) -> Any:
-    return bench.recipe(out, model={"path": bench.base, "quantize": "nf4", **(model or {})}, **overrides)
+    given = {"recover__quantize": True, **overrides}
+    return bench.recipe(out, model={"path": bench.base, "quantize": "nf4", **(model or {})}, **given)
 
 
 def written(out: Path) -> dict[str, Tensor]:
@@ -186,13 +187,13 @@ def test_checkpointing_of_activations_changes_nothing(bench: Bench, tmp_path: Pa
     assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
-@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("quantize", [True, "auto"])
 def test_what_is_written_is_what_recovery_tuned_where_that_was_whole(
-    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: bool
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantize: bool | str
 ) -> None:
     summary = tune(quantized(bench, tmp_path, evaluate__every=4, evaluate__windows=64, recover__quantize=quantize))
     last = [row["valid_ppl"] for row in metrics(tmp_path) if "valid_ppl" in row][-1]
-    assert (summary["result"]["valid_ppl"] == pytest.approx(last, rel=1e-5)) == (not quantize)
+    assert (summary["result"]["valid_ppl"] == pytest.approx(last, rel=1e-5)) == (quantize == "auto")
 
 
 @pytest.mark.parametrize(

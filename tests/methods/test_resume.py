@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "distill__recover": True,
         "generator__prior_steps": 2,
         "compensate__weights": "decide",
+        "recover__quantize": True,
     },
     "quantized rival": {
         "model": {"quantize": "nf4"},

@@ -13,7 +13,7 @@ from slimtune import runtime
 from slimtune.errors import UserError
 from slimtune.estimate.cost import Job
 from slimtune.estimate.machines import Machine, named, timed
-from slimtune.estimate.memory import host_memory, memory
+from slimtune.estimate.memory import host_memory, memory, with_room
 from slimtune.estimate.phases import Phase, phases
 from slimtune.models.load import check_length, load_config, structure_of
 from slimtune.prune.generator import Generator
@@ -83,7 +83,7 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
     dtype = runtime.pick_precision(recipe.train.precision, kind)
     if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
         machine = timed(kind, dtype)
-    job = job_of(recipe, config, structure, kind)
+    job = with_room(job_of(recipe, config, structure, kind), kind, machine.memory if machine else None)
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),

@@ -96,8 +96,8 @@ class Job:
 
     @property
     def recovering(self) -> Job:
-        """The same as its weights rest after the cut."""
-        if self.recipe.recover.quantize or not self.quantized:
+        """The same as its weights rest after the cut: whole ones, where nothing has decided it (``memory.with_room``)."""
+        if self.recipe.recover.quantize is True or not self.quantized:
             return self
         model = self.recipe.model.model_copy(update={"quantize": "none"})
         return replace(self, recipe=self.recipe.model_copy(update={"model": model}))

@@ -21,6 +21,8 @@ pass whole: what is in no block (embeddings, head, norms) and two blocks, the pr
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slimtune import runtime
 from slimtune.estimate.cost import GRADIENTS, Job
 from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
@@ -30,6 +32,19 @@ from slimtune.structure.axes import FFN, KV_GROUP
 
 SOLVE = 25
 """Bytes a squared input of the widest consumer while it is solved for: moments, half and whole, their factor, its inverse."""
+
+
+ROOM = 0.9
+"""Part of a device's memory that what is expected may fill."""
+
+
+def with_room(job: Job, kind: str, room: int | None) -> Job:
+    """``job`` with ``recover.quantize=auto`` decided: whole weights where they fit in ``room`` bytes, or nobody knows."""
+    if job.recipe.recover.quantize != "auto":
+        return job
+    fits = room is None or sum(memory(job, kind).values()) <= ROOM * room
+    recover = job.recipe.recover.model_copy(update={"quantize": not fits})
+    return replace(job, recipe=job.recipe.model_copy(update={"recover": recover}))
 
 
 def memory(job: Job, kind: str) -> dict[str, int]:

@@ -54,9 +54,9 @@ def untuned_model(session: Session, dtype: torch.dtype) -> nn.Module:
 
 
 def cut_to_recover(session: Session, model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Replaced]]:
-    """``sharded.cut_model``; in 4 bits or with whole weights, as ``recover`` wants it."""
+    """``sharded.cut_model``; of a base in 4 bits quantised anew or with whole weights, as the session says."""
     small, replaced = cut_model(model, session.structure, plan)
-    if session.recipe.model.quantize != "none" and not session.recipe.recover.quantize:
+    if session.recipe.model.quantize != "none" and not session.recover_in_4_bits:
         small = unquantized(small).to(session.device)
     return small, replaced
 

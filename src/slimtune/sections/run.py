@@ -175,9 +175,9 @@ class RecoverConfig(Section):
     """Steps."""
     lr: Annotated[float, Field(gt=0.0)] | None = None
     """Peak learning rate of this phase; default: ``train.lr``."""
-    quantize: bool = True
-    """With ``model.quantize``: quantise the cut model anew. Off, it is tuned on whole weights, those that are written: better
-    where they fit."""
+    quantize: bool | Literal["auto"] = "auto"
+    """With ``model.quantize``: quantise the cut model anew. ``false``: it is tuned on whole weights, those that are written,
+    which is better. ``auto``: on whole weights where ``slimtune estimate`` expects them to fit in the GPU's memory."""
     checkpointed: Fraction = 1.0
     """Part of the cut model's blocks that ``model.checkpointing`` is for. What the cut made free can hold the activations of
     the others, each of which saves its second forward pass; ``slimtune estimate`` tells the memory of the fullest phase."""

@@ -112,6 +112,7 @@ class Session:
             evaluation lives beside the methods, not below them.
         stage: name of the checkpoint and prefix of the metric rows (``main``, or ``dense_lora`` for the reference).
         earlier: seconds of work that a resumed stage had behind it.
+        recover_in_4_bits: whether a base in 4 bits is quantised anew after the cut; the pipeline knows what fits.
     """
 
     recipe: Recipe
@@ -125,6 +126,7 @@ class Session:
     stage: str = "main"
     resume: bool = False
     earlier: float = 0.0
+    recover_in_4_bits: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     @property
