@@ -84,9 +84,9 @@ def moments(monkeypatch: pytest.MonkeyPatch) -> dict[Site, Tensor]:
     found: dict[Site, Tensor] = {}
     real = compensation.Compensation.__init__
 
-    def init(self: Any, model: Any, structure: Any, given: Any, fit: Fit) -> None:
+    def init(self: Any, model: Any, structure: Any, given: Any, fit: Fit, place: Any) -> None:
         found.update({site: each.whole(each.half).clone() for site, each in given.items()})
-        real(self, model, structure, given, fit)
+        real(self, model, structure, given, fit, place)
 
     monkeypatch.setattr(compensation.Compensation, "__init__", init)
     return found

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.prepare import prepare
-from slimtune.methods.shared_compensation import Compensating
 from slimtune.methods.start import cut_to_recover, gated_model
 from slimtune.methods.teacher import Teacher
 from slimtune.models.surgery import checkpoint_fewer, compile_blocks, lora_slices
@@ -52,7 +52,7 @@ class _Atp:
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
         self.teacher = Teacher(session, self.model, self.bank)
-        self.compensation: Compensating | None = None
+        self.compensation: Compensation | None = None
         self.plan: Plan | None = None
         self.leak: float | None = None
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from slimtune.methods.compensation import Fit
+from slimtune.methods.compensation import Compensation, Fit, compensation_of, diagonals
 from slimtune.methods.decide import Decider
 from slimtune.methods.passes import Passes
 from slimtune.methods.scores import Scorer
-from slimtune.methods.shared_compensation import Compensating, compensation_of, diagonals
 from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Site
 from slimtune.prune.moments import Moments
@@ -19,7 +18,7 @@ FEW = 3
 """Tokens an input of the widest consumer below which a warning is due: at one the solve does more harm than good."""
 
 
-def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider, fresh: bool) -> Compensating | None:
+def prepare(session: Session, model: nn.Module, bank: MaskBank, decider: Decider, fresh: bool) -> Compensation | None:
     """Read what the recipe's prior and compensation need, on the base as it is.
 
     Args:

@@ -14,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.methods.compensation import Fit
+from slimtune.methods.compensation import Fit, compensation_of
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.passes import Passes
 from slimtune.methods.prepare import prepare
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
-from slimtune.methods.shared_compensation import compensation_of
 from slimtune.methods.start import cut_to_recover, gated_model
 from slimtune.models.surgery import checkpoint_fewer, compensate, compile_blocks
 from slimtune.prune import budget

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from slimtune.models.surgery import Replaced, along, blocks_of, cut, linears_of
 from slimtune.models.weights import put
-from slimtune.runtime import rank
+from slimtune.runtime import rank, world_size
 from slimtune.structure.axes import Structure
 from slimtune.structure.plan import Plan
 
@@ -81,7 +81,7 @@ def share_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 def owner_of(layer: int) -> int:
     """The process that does what only one need do for a layer."""
-    return layer % dist.get_world_size()
+    return layer % world_size()
 
 
 def template_of(config: PreTrainedConfig, dtype: torch.dtype, **how: Any) -> PreTrainedModel:
