@@ -10,7 +10,7 @@ from torch import nn
 
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, attention_of, enable_checkpointing, load_config, load_model
-from slimtune.models.quantized import load_as_trained, to_measure, unquantized
+from slimtune.models.quantized import load_as_trained, load_on_host, to_measure, unquantized
 from slimtune.models.sharded import cut_model, sharded, template_of
 from slimtune.models.surgery import Replaced
 from slimtune.prune.gates import MaskBank
@@ -49,7 +49,9 @@ def untuned_model(session: Session, dtype: torch.dtype) -> nn.Module:
     """The base to take figures of: never in 4 bits, whatever it is trained in."""
     if session.recipe.model.quantize == "none":
         return base_model(session, dtype, lora=False)
-    model: nn.Module = to_measure(_whole(session, "cpu", dtype, lora=False), session.structure, session.device)
+    torch.manual_seed(hash_seed(session.recipe.seed, "weights"))
+    whole = load_on_host(session.recipe.model, str(session.device), dtype)
+    model: nn.Module = to_measure(whole, session.structure, session.device)
     return model
 
 

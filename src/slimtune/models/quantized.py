@@ -42,7 +42,12 @@ def load_as_trained(config: ModelConfig, structure: Structure, device: str, dtyp
     """The causal LM on ``device`` in ``dtype``, its blocks' linears quantised where the recipe says so."""
     if config.quantize == "none":
         return load_model(config, device, dtype)
-    return quantized(load_model(config, "cpu", dtype), structure, device)
+    return quantized(load_on_host(config, device, dtype), structure, device)
+
+
+def load_on_host(config: ModelConfig, device: str, dtype: torch.dtype) -> Any:
+    """The causal LM in host memory; random weights are drawn on ``device``, for the same numbers as an unquantised run's."""
+    return load_model(config, device if config.init == "config" else "cpu", dtype).to("cpu")
 
 
 @torch.no_grad()
