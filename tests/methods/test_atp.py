@@ -17,13 +17,14 @@ from bases import Bench, losses, metrics, plan_of, session_of, stored_shapes
 from slimtune import delivery
 from slimtune.errors import UserError
 from slimtune.evaluate.perplexity import perplexity
-from slimtune.methods import atp
+from slimtune.methods import atp, decide
 from slimtune.models.load import load_config, load_model, load_tokenizer, structure_of
 from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
 from slimtune.prune.gates import mean_over_ranks
 from slimtune.prune.solve import solve
 from slimtune.structure.plan import count
+from slimtune.train import objective, tuner
 from slimtune.train.objective import forward
 
 CPU = torch.device("cpu")
@@ -214,6 +215,25 @@ def test_the_teacher_is_the_model_with_open_gates(bench: Bench, tmp_path: Path) 
 
 
 # --- turns -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_module_is_in_train_mode_in_every_turn(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, seen = atp._Atp(session_of(bench, tmp_path)), list[bool]()
+    real = objective.loss_sum
+
+    def loss_sum(*args: Any, **rest: Any) -> torch.Tensor:
+        seen.append(all(each.training for each in run.model.modules()))
+        return real(*args, **rest)
+
+    for module in (decide, tuner):  # activations are recomputed in train mode alone
+        monkeypatch.setattr(module, "loss_sum", loss_sum)
+    run.tuner.update(0, run.tuner.loss)
+    run.model.eval()
+    run.decider.turn(0)
+    run.model.eval()
+    run.tuner.update(1, run.tuner.loss)
+    assert len(seen) >= 3
+    assert all(seen)
 
 
 def test_a_decide_turn_leaves_lora_alone_and_an_adapt_turn_the_generator(bench: Bench, tmp_path: Path) -> None:

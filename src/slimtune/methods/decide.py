@@ -107,7 +107,6 @@ class Decider:
         """
         wrapped = self.wrapped()
         leaves: list[dict[Site, Tensor]] = []
-        wrapped.train()
         with quiet(self.model):
             value = accumulate(wrapped, parts, self.session.accelerator, self.gated_loss(masks, leaves), sync=False)
         return value, leaves

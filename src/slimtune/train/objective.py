@@ -96,7 +96,7 @@ def accumulate(
     loss: Callable[[Batch], Tensor],
     sync: bool = True,
 ) -> Tensor:
-    """Backward of ``loss`` (a sum over targets) over micro-batches, scaled to the mean over the whole step.
+    """Backward of ``loss`` (a sum over targets) over micro-batches, scaled to the mean over the whole step, in train mode.
 
     Args:
         sync: let DDP average parameter gradients at the last micro-batch; off for turns without parameter gradients.
@@ -104,6 +104,9 @@ def accumulate(
     Returns:
         The mean loss over all ranks, detached.
     """
+    # a model and what wraps it are told apart; to go through thousands of modules takes milliseconds of every step
+    if not all(module.training for module in (model, *model.children())):
+        model.train()
     targets = count_targets(batches, accelerator)
     total = torch.zeros((), device=accelerator.device)
     for number, batch in enumerate(batches):

@@ -37,10 +37,12 @@ class Tuner:
     def _wrap(self) -> nn.Module:
         accelerator = self.session.accelerator
         alone = accelerator.num_processes == 1 or self.session.sharded  # or it sees to its gradients itself
-        return self.model if alone else accelerator.prepare_model(self.model)
+        wrapped: nn.Module = self.model if alone else accelerator.prepare_model(self.model)
+        return wrapped.train()  # all of it: LoRA came to a loaded model, which is in eval mode
 
     def parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        """All that is trained."""
+        return [each for optimizer in self.optimizers for group in optimizer.param_groups for each in group["params"]]
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross-entropy of a micro-batch, summed over its targets."""
@@ -51,7 +53,6 @@ class Tuner:
         session, train = self.session, self.session.recipe.train
         factor = lr_factor(step, self.total_steps, train)
         rates = [set_lr(optimizer, factor) for optimizer in self.optimizers]
-        self.wrapped.train()
         value = accumulate(self.wrapped, self.batches.at(step), session.accelerator, loss)
         if session.sharded:
             share_gradients(self.parameters())
