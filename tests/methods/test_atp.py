@@ -413,9 +413,14 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
         torch.testing.assert_close(written[name], weight, rtol=1e-6 if dtype == "float32" else 0, atol=1e-7)
 
 
-def test_another_teacher_teaches_in_every_phase(bench: Bench, tmp_path: Path) -> None:
+def test_another_teacher_teaches_in_every_phase(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tmp_path / "dense"
     tune(bench.recipe(teacher, method="finetune", train__steps=6, train__lr=1e-2))
+
+    def refused(config: Any) -> Any:
+        raise UserError("a teacher may be of a family that cannot be cut")
+
+    monkeypatch.setattr("slimtune.methods.teacher.structure_of", refused)
     given = {"distill__weight": 1.0, "distill__teacher": str(teacher / "model")}
     tune(bench.recipe(tmp_path / "taught", **given))
     tune(bench.recipe(tmp_path / "alone"))

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from slimtune.models.load import load_config, structure_of
+from slimtune.models.load import load_config, load_model, structure_of
 from slimtune.models.quantized import load_as_trained
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype
@@ -63,6 +63,10 @@ class Teacher:
     def _load(self) -> nn.Module:
         assert self.config.teacher
         device, config = str(self.session.device), self.session.recipe.model.at(self.config.teacher)
-        structure = structure_of(load_config(config))
-        model: nn.Module = load_as_trained(config, structure, device, pick_dtype(config.dtype, device))
+        dtype = pick_dtype(config.dtype, device)
+        model: nn.Module
+        if config.quantize == "none":  # of any family: nothing of it is cut
+            model = load_model(config, device, dtype)
+        else:
+            model = load_as_trained(config, structure_of(load_config(config)), device, dtype)
         return model.eval().requires_grad_(False)
