@@ -15,6 +15,8 @@ from slimtune.methods import atp, twostage
 from slimtune.methods.passes import Passes
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import Site
+from slimtune.prune.moments import Moments
+from slimtune.structure.axes import FFN
 from slimtune.train.objective import forward
 
 
@@ -207,3 +209,12 @@ def test_the_wanda_prior_is_the_rivals_score_whoever_reads_the_inputs(bench: Ben
 def test_a_joint_update_that_would_compensate_is_an_error(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"search\.update=joint .* needs compensate\.weights=none"):
         bench.recipe(tmp_path, search__update="joint", compensate__weights="adapt")
+
+
+def test_moments_that_are_not_finite_are_told_with_their_first_layer(bench: Bench, tmp_path: Path) -> None:
+    session = session_of(bench, tmp_path)
+    passes = Passes(session, torch.nn.Linear(1, 1), session.batches(session.splits.decision, "decision", 1), 1)
+    good, bad = Moments.of(torch.eye(4)), Moments.of(torch.full((4, 4), torch.nan))
+    passes._check({(0, FFN): good})
+    with pytest.raises(UserError, match=r"in layer 1 are not finite on the decision rows.*set compensate\.weights=none"):
+        passes._check({(0, FFN): good, (2, FFN): bad, (1, FFN): bad})

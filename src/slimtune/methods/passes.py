@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -103,12 +104,20 @@ class Passes:
                 if owner_of(site[0]) != torch.distributed.get_rank():
                     continue
             moments[site] = Moments(half if half.device == device else kept_on(device, half), total.size)
-            if not moments[site].diagonal().isfinite().all():
-                raise UserError(
-                    f"the base's activations in layer {site[0]} are not finite on the decision rows: nothing can compensate; "
-                    "look at model.dtype and the data, or set compensate.weights=none"
-                )
+        self._check(moments)
         return moments
+
+    def _check(self, moments: dict[Site, Moments]) -> None:
+        """Raise UserError in every process where those of any are not finite: one alone would leave the others waiting."""
+        bad = [layer for (layer, _), total in moments.items() if not total.diagonal().isfinite().all()]
+        first = torch.tensor(float(min(bad, default=math.inf)), device=self.session.device)
+        if self.session.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(first, torch.distributed.ReduceOp.MIN)
+        if first.isfinite():
+            raise UserError(
+                f"the base's activations in layer {int(first)} are not finite on the decision rows: nothing can compensate; "
+                "look at model.dtype and the data, or set compensate.weights=none"
+            )
 
     def _has_room(self) -> bool:
         """Whether all moments are little beside the device's memory: training will want the rest, and no more."""
