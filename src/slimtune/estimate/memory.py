@@ -68,7 +68,8 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = dense["weights"]
     elif recipe.distill.recover and teacher == 2:  # it shares the frozen weights until the cut gives the student others
-        items["cut weights beside the teacher's (recover)"] = dense["weights"] * recipe.budget.keep
+        kept = moments[-1] if items is dense else dense  # whichever of the two is not counted yet
+        items["cut weights beside the teacher's (recover)"] = kept["weights"]
     return {name: int(value) for name, value in items.items() if value}
 
 
