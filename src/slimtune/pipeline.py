@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from rich.markup import escape
 
 from slimtune import preflight
@@ -102,7 +103,8 @@ class Run:
         self.accelerator = make_accelerator(recipe)
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
-        self.recover_in_4_bits = preflight.recovers_in_4_bits(recipe, self.config, self.structure, self.accelerator.device)
+        tight = preflight.recovers_in_4_bits(recipe, self.config, self.structure, self.accelerator.device)
+        self.recover_in_4_bits = any(gather_object([tight]))  # the processes' GPUs may differ
         self.metrics, self.resumed = Metrics(folder), False
         self.stages: dict[str, Any] = {"cwd": str(Path.cwd())}  # that relative paths of the recipe go by
         self.tokenizer: Any = None
