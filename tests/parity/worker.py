@@ -34,6 +34,7 @@ from slimtune.models.sharded import cut_model, gathered, sharded, template_of
 from slimtune.models.surgery import blocks_of, cut, quiet
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
+from slimtune.prune.generator import Generator
 from slimtune.sections import LoraConfig
 from slimtune.structure.plan import Plan
 from slimtune.train import loop
@@ -191,12 +192,19 @@ def run_rank(folder: Path) -> None:
             torch.save(record, folder / f"{wrapper}-{checkpointing}-{rank}.pt")
     torch.save({name: spread_and_cut(name) for name in SPREAD}, folder / f"spread-{rank}.pt")
     slimtune.pipeline.self_check = lambda config, seed: 0.0  # a quarter of such a short run, and done in the other one
+    decide = Generator.forward
+    Generator.forward = lambda self: decide(self) if rank == 0 or torch.is_grad_enabled() else contrary(decide(self))
     for file in sorted(folder.glob("sharded-*.yaml")):
         recipe = slimtune.load_recipe(file)
         with kept_checkpoints():
             slimtune.pipeline.tune(recipe, resume=(Path(recipe.out) / "recipe.yaml").is_file())
     dist.barrier()
     dist.destroy_process_group()
+
+
+def contrary(logits: dict[Site, Tensor]) -> dict[Site, Tensor]:
+    """What would prune what the others keep: rank 0 decides alone."""
+    return {site: -value for site, value in logits.items()}
 
 
 @contextmanager

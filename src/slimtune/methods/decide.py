@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from slimtune.models.surgery import quiet
 from slimtune.prune import budget
-from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, squares_over_ranks
+from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, of_rank_0, squares_over_ranks
 from slimtune.prune.generator import Generator
 from slimtune.prune.prior import prior_logits
 from slimtune.prune.sampling import draw_noise, sample
@@ -174,13 +174,13 @@ class Decider:
         """Deterministic masks at the present target."""
         wanted = self.recipe.budget
         return budget.threshold_masks(
-            self.generator(), self.structure, self.target(step), wanted.of, uniform=wanted.layout == "uniform"
+            of_rank_0(self.generator()), self.structure, self.target(step), wanted.of, uniform=wanted.layout == "uniform"
         )
 
     @torch.no_grad()
     def plan(self) -> tuple[Plan, Counts]:
         """The decision."""
-        return solve(self.generator(), self.structure, self.recipe.budget)
+        return solve(of_rank_0(self.generator()), self.structure, self.recipe.budget)
 
     def capture(self) -> dict[str, Any]:
         """State for a checkpoint."""

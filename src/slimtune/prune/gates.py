@@ -105,6 +105,15 @@ def squares_over_ranks(*parts: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
     return _over_ranks([{site: _summed(leaf, 2) for site, leaf in _with_gradient(part)} for part in parts], mean=False)
 
 
+def of_rank_0(values: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
+    """Rank 0's ``values``, in one broadcast: collectives that follow from a decision hang if any process decides otherwise."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(values)
+    flat = torch.cat(list(values.values()))
+    torch.distributed.broadcast(flat, 0)
+    return dict(zip(values, flat.split([len(value) for value in values.values()]), strict=True))
+
+
 def _with_gradient(leaves: Mapping[Site, Tensor]) -> list[tuple[Site, Tensor]]:
     missing = [site for site, leaf in leaves.items() if leaf.grad is None]
     if missing:
