@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -140,8 +141,11 @@ def _spread_empty(template: nn.Module, structure: Structure, device: torch.devic
     # the causal model is the root, not PEFT's wrapper: who generates calls it by itself
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     lora = {parameter for parameter in model.parameters() if parameter.requires_grad} if inner is not model else None
-    for module in (*blocks_of(model, structure), inner):
+    blocks = blocks_of(model, structure)
+    for module in (*blocks, inner):
         fully_shard(module, mesh=mesh, reshard_after_forward=True, ignored_params=lora)
+    for module, following in pairwise((inner, *blocks)):  # else it is begun on when the host comes to it, which may be late
+        module.set_modules_to_forward_prefetch([following])
     tied = _tied(model)
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for name, *others in tied:
