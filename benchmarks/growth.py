@@ -22,6 +22,7 @@ from cost import HERE, parser, rows_of, told
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 KEEPS = (0.8, 0.6, 0.4)
+AXES = ("window", "batch", "layers", "keep")
 TURNS = ("decide", "adapt", "recover_step")
 
 
@@ -37,14 +38,10 @@ def drawn_text(folder: Path, window: int) -> str:
 
 def sizes(args: Namespace) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """(what is changed, to what, changes): the size that is asked for once for each."""
-    for factor in FACTORS:
-        yield "window", args.window * factor, {"window": int(args.window * factor)}
-    for factor in FACTORS:
-        yield "batch", args.batch * factor, {"batch": max(1, int(args.batch * factor))}
-    for factor in FACTORS:
-        yield "layers", args.layers * factor, {"layers": int(args.layers * factor)}
-    for keep in KEEPS:
-        yield "keep", keep, {"keep": keep}
+    for axis in args.axes:
+        start = {"window": args.window, "batch": args.batch, "layers": args.layers}.get(axis)
+        for value in KEEPS if start is None else [max(1, int(start * factor)) for factor in FACTORS]:
+            yield axis, value, {axis: value}
 
 
 def measured(args: Namespace) -> Iterator[dict[str, Any]]:
@@ -64,7 +61,8 @@ def measured(args: Namespace) -> Iterator[dict[str, Any]]:
 def at(args: Namespace, size: dict[str, Any], text: str, folder: str) -> dict[str, Any]:
     """What plain LoRA and the turns of ATP take at one size."""
     config = json.loads((HERE / "shapes.json").read_text())[args.shape]
-    model = json.dumps({**config, "num_hidden_layers": size["layers"]})
+    longest = int(args.window * max(FACTORS))
+    model = json.dumps({**config, "num_hidden_layers": size["layers"], "max_position_embeddings": longest})
     words = [f"model.config={model}", f"budget={{keep: {size['keep']}, of: block, tolerance: 0.02}}"]
     words += [f"data.train={text}", "data.on_overlap=drop", *args.overrides]
     told = {"window": size["window"], "batch": size["batch"], "overrides": words, "out": folder, "profile": False}
@@ -93,6 +91,7 @@ def main() -> None:
     """Measure, print, write rows."""
     made = parser(__doc__ or "")
     made.add_argument("--layers", type=int, default=4)
+    made.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
     made.set_defaults(steps=12, search=3, prior=1)
     args = made.parse_intermixed_args()
     told(args, measured(args), table, ("model", "gpu", "axis", "value"))

@@ -32,10 +32,11 @@ GRADIENTS = ("taylor", "generator")
 
 @dataclass(frozen=True)
 class Solves:
-    """Operations of fits of consumers, and bytes that come from host memory for them."""
+    """Operations of fits of consumers, bytes that come from host memory for them, and bytes that are new there."""
 
     flops: float = 0.0
     carried: float = 0.0
+    written: float = 0.0
 
 
 NONE = Solves()
@@ -57,6 +58,12 @@ class Job:
     def step_tokens(self) -> int:
         """Tokens of an adapt turn over all processes."""
         return self.recipe.train.batch * self.recipe.data.max_length
+
+    @property
+    def pass_tokens(self) -> int:
+        """Tokens of one pass of one process."""
+        mine = -(-self.recipe.train.batch // runtime.world_size())
+        return (self.recipe.train.micro_batch or mine) * self.recipe.data.max_length
 
     @property
     def query_widths(self) -> int:
@@ -157,9 +164,15 @@ class Job:
             flops += self.solve(1.0, judging) if judging else 0.0  # innovations of the open model, for the first turn
             flops += sum(self.solve(self.part ** min(1.0, (step + 1) / fall), judging) for step in moved)
             times += len(moved) + judging
+        originals = 0.0
+        if times and self.quantized:  # of the consumers, as they compensate, and of all that a cut leaves
+            flops += self.solve(self.part)
+            consumers = self.config.hidden_size * sum(self.consumers)
+            originals = self.bytes_ * (consumers + self.part * self.structure.prunable_params)
         each = sum(9 / 4 * width**2 + self.bytes_ * self.config.hidden_size * width for width in self.consumers)
         ranks = runtime.world_size()  # each fits its own layers' consumers
-        return Solves(flops / ranks, times * each / ranks if wanted.offload else 0.0)
+        resting = each / ranks if wanted.offload and times else 0.0
+        return Solves(flops / ranks, times * resting, resting + originals)
 
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""

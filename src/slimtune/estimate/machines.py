@@ -21,6 +21,7 @@ class Machine:
         exact: the same in fp32, of solves.
         copied: bytes of device memory, read and written, a second; None where no time is counted for them.
         link: bytes a second from page-locked host memory; None likewise.
+        host: bytes a second that new host memory is filled with; None likewise.
         memory: bytes of the device; None where it is not told.
         told: how the rates were had.
     """
@@ -30,6 +31,7 @@ class Machine:
     exact: float
     copied: float | None = None
     link: float | None = None
+    host: float | None = None
     memory: int | None = None
     told: str = ""
 
@@ -48,6 +50,8 @@ SHEETS: dict[str, tuple[float, float, float, float, int]] = {
 """Data sheets: TFLOP/s of dense bf16 products and of fp32, TB/s of device memory, GB/s of the link one way, GB of memory."""
 ATTAINED = {"matmul": 0.69, "exact": 0.4, "copied": 0.83, "link": 0.8}
 """Parts of a data sheet that training reaches: products and memory as ``benchmarks/cost.py --profile`` found on an H200."""
+FILLED = 2.5e9
+"""Bytes a second of host memory that is new and mostly page-locked: 1.8e9 and 4e9 on hosts of ``benchmarks/cost.py``'s runs."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
@@ -63,6 +67,7 @@ def named(name: str) -> Machine:
         exact * 1e12 * ATTAINED["exact"],
         copied * 1e12 * ATTAINED["copied"],
         link * 1e9 * ATTAINED["link"],
+        FILLED,
         memory * 10**9,
         f"the data sheet of an {name}, of which training attains {ATTAINED['matmul']:.0%}",
     )
@@ -81,6 +86,7 @@ def timed(kind: str, dtype: torch.dtype) -> Machine:
         exact * part,
         _copy_rate(torch.device(kind)),
         _copy_rate(torch.device("cpu")),
+        FILLED,
         torch.cuda.get_device_properties(0).total_memory,
         told,
     )

@@ -50,7 +50,7 @@ def with_room(job: Job, kind: str, room: int | None) -> Job:
 def memory(job: Job, kind: str) -> dict[str, int]:
     """Bytes of one process at the fullest moment: before the cut, or after it where the recovery keeps more."""
     recipe, one = job.recipe, _weight_bytes(job, kind)
-    tokens = (recipe.train.micro_batch or -(-recipe.train.batch // runtime.world_size())) * recipe.data.max_length
+    tokens = job.pass_tokens
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
     logits = _logits(job, tokens, teacher)
     passing = {"activations": _activations(job, tokens), "logits": logits, **_meanwhile(job, one)}
@@ -122,9 +122,12 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
     one, items = _weight_bytes(job, kind), dict[str, float]()
     if wanted.weights != "none" and job.searches and wanted.offload:
         moments = 9 / 4 * sum(width**2 for width in job.consumers)
-        consumers = _block_bytes(job, one) * sum(job.config.hidden_size * width for width in job.consumers)
+        numbers = sum(job.config.hidden_size * width for width in job.consumers)
         # shared, every part has its original beside the whole that a fit reads; else every process has the whole
-        items = {"second moments": moments, "weights of consumers": consumers * (2 if job.parts > 1 else ranks)}
+        consumers = numbers * _block_bytes(job, one) * (2 if job.parts > 1 else ranks)
+        if job.quantized:  # and what a fit reads is another
+            consumers += numbers * one
+        items = {"second moments": moments, "weights of consumers": consumers}
         if job.parts == 1 and ranks * moments > sum(items.values()):  # each process's own sums, before they are added up
             items = {"second moments": ranks * moments}
     if job.parts > 1 and job.recipe.model.init == "pretrained":

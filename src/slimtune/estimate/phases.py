@@ -17,7 +17,7 @@ class Phase:
     Attributes:
         tokens: of all turns.
         flops: floating-point operations; ``step_flops`` leaves out what comes before the first step (the prior).
-        seconds: None without a machine; ``step_seconds`` leaves out the same, and what comes once.
+        seconds: None without a machine; ``step_seconds`` leaves out the same, and what fills host memory once.
         solve_flops: of the solves that each process makes.
         carried: bytes that come from host memory for them.
     """
@@ -53,7 +53,7 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     updates = search + recover
     reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
     kept = recipe.recover.checkpointed
-    small = job.adapt(part, kept), traffic.turn(job, part, compiled=compiled, checkpointed=kept)
+    small = job.adapt(part, kept), traffic.turn(job.recovering, part, compiled=compiled, checkpointed=kept)
     decide, prior = _decide(job)
     if recipe.method == "twostage":
         score = decide if recipe.twostage.scores in GRADIENTS else Turn(0, job.forward(), traffic.look(job))
@@ -101,15 +101,16 @@ def _timed(job: Job, machine: Machine | None, ranks: int) -> Callable[..., Phase
         whole = [*turns, *first]
         flops, of_steps = (sum(turn.steps * job.step_tokens * turn.flops for turn in each) for each in (whole, turns))
         tokens = round(sum(turn.steps for turn in whole) * job.step_tokens)
-        once = 0.0
+        once = before = 0.0
         if machine:
             once = solves.flops / machine.exact + (solves.carried / machine.link if machine.link else 0.0)
+            before = solves.written / machine.host if machine.host else 0.0
         return Phase(
             name,
             steps,
             tokens,
             flops,
-            seconds(whole) + once if machine else None,
+            seconds(whole) + once + before if machine else None,
             of_steps,
             (seconds(turns) + once) / max(1, steps) if machine else None,
             solves.flops,

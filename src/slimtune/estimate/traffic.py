@@ -6,7 +6,8 @@ whole activations: on an H200 they take 0.33 of the 0.89 s of a LoRA step of Lla
 A block's forward pass moves ``180 D + 15 U`` bytes a token and its backward pass ``236 D + 19 U``, with ``U = 2 A + 2 K + 3 F``
 what its linears take and give of the axes that are cut: fitted to the kernels of a LoRA step in bf16 at full width and at 54%
 of it (``benchmarks/cost.py --profile``; how it divides between the passes is taken, not measured). Compiled blocks move 0.42 of
-that. Gates add 30 ``(A + F)``, and 82 where they collect gradients; a loss taken in chunks 34 V.
+that. Gates add 30 ``(A + F)``, and 82 where they collect gradients; a loss taken in chunks 34 V. A pass over weights in 4
+bits makes them whole again, which takes the time of 15 bytes a weight (a decide turn's 9, a recovery step's 24; H100).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ FORWARD, BACKWARD = (180, 15), (236, 19)
 COMPILED = 0.42
 GATES, LEAVES = 30, 82
 HEAD = 34
+DEQUANTISED = 15
 
 
 def _widths(job: Job) -> tuple[float, float]:
@@ -39,7 +41,12 @@ def _blocks(job: Job, of: tuple[int, int], part: float) -> float:
 
 def look(job: Job) -> float:
     """Bytes of one token in a forward pass that keeps nothing."""
-    return _blocks(job, FORWARD, 1.0)
+    return _blocks(job, FORWARD, 1.0) + _dequantised(job, 1.0)
+
+
+def _dequantised(job: Job, part: float) -> float:
+    """What one token bears of a pass's dequantising."""
+    return DEQUANTISED * part * job.structure.prunable_params / job.pass_tokens if job.quantized else 0.0
 
 
 def turn(job: Job, part: float = 1.0, gates: int = 0, compiled: bool = False, checkpointed: float = 1.0) -> float:
@@ -53,4 +60,5 @@ def turn(job: Job, part: float = 1.0, gates: int = 0, compiled: bool = False, ch
     """
     again = checkpointed if job.recipe.model.checkpointing != "none" else 0.0
     blocks = (1 + again) * _blocks(job, FORWARD, part) + _blocks(job, BACKWARD, part)
+    blocks += (2 + again) * _dequantised(job, part)
     return (COMPILED if compiled else 1.0) * blocks + gates * _widths(job)[1] + HEAD * int(job.config.vocab_size)

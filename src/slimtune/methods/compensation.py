@@ -85,8 +85,6 @@ class _Consumer:
 
     def original(self, device: torch.device) -> Tensor:
         """With all gates open, [out, d] on ``device``: what it is fitted from."""
-        if is_quantized(self.weight):
-            return dense(self.weight)
         return (self.opened[0] if self.entire is None else self.entire).to(device, non_blocking=True)
 
 
@@ -149,7 +147,11 @@ class Compensation:
             if row.into:
                 weight: Any = (module.base_layer if isinstance(module, LoraLayer) else module).weight
                 full, opened, entire = whole(dense(weight)), self._kept(weight), None
-                if owner_of(layer) == rank() and local(weight).shape != weight.shape:
+                if owner_of(layer) != rank():
+                    pass
+                elif is_quantized(weight):  # its own original may be a mapped file, from where the way is long
+                    entire = kept_on(torch.device("cpu"), full)
+                elif local(weight).shape != weight.shape:
                     entire = kept_on(place, full)
                 self.consumers.append(_Consumer((layer, row.into.axis), row.into, weight, full.to("meta"), opened, entire))
 
