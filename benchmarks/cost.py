@@ -215,12 +215,31 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         name = args.name if args.name and what != "lora" else what
         shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1}
         shape |= {"batch": args.batch, "window": args.window} | ({} if what == "lora" else expected(recipe, shape["gpu"]))
-        yield {**found, "what": name, **shape, "steps": args.steps, "overrides": " ".join(args.overrides), **versions()}
+        shape |= {"steps": args.steps, "prior": args.prior, "rank": args.rank}
+        yield {**found, "what": name, **shape, "overrides": " ".join(args.overrides), **versions()}
+
+
+def sheet_of(gpu: str) -> str | None:
+    """By which name the estimate knows a GPU."""
+    return next((name for name in SHEETS if name in gpu.lower().split()), None)
+
+
+def asked(row: dict[str, Any]) -> Recipe:
+    """The recipe of a row that searched, on a GPU."""
+    told = {"shape": row["model"], "search": row["search_steps"], "prior": 8, "rank": 32, "out": "runs/cost"}
+    recipe = recipe_of(argparse.Namespace(**{**told, **row, "overrides": row["overrides"].split()}))
+    return recipe.model_copy(update={"device": "cuda"})
+
+
+def renewed(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with what the estimate says by now, where it knows the GPU."""
+    known = row["what"] != "before" and "search_steps" in row and sheet_of(row["gpu"])
+    return {**row, **expected(asked(row), row["gpu"])} if known else row
 
 
 def expected(recipe: Recipe, gpu: str) -> dict[str, float]:
     """What ``slimtune estimate`` says of the run, of a GPU by its data sheet."""
-    sheet = next((name for name in SHEETS if name in gpu.lower().split()), None)
+    sheet = sheet_of(gpu)
     found = estimate(recipe, gpu=sheet)
     memory = {"expected_peak_gib": sum(found.memory.values()) / 2**30} if sheet else {}
     steps = {f"expected_{phase.name}_step_seconds": phase.step_seconds or 0.0 for phase in found.phases}
@@ -233,7 +252,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append(f"|{' --- |' * 11}")
     size = ("model", "gpu", "gpus", "batch", "window", "steps")
     lora = {tuple(row[key] for key in size): row for row in rows if row["what"] == "lora"}
-    for row in rows:
+    for row in map(renewed, rows):
         base = lora.get(tuple(row[key] for key in size), {})
         cells = [row["what"], row["model"], row["gpu"], f"{row['batch']} x {row['window']}", f"{row['tokens'] / 1e6:.2f}"]
         for key, digits in (("seconds", 1), ("peak_gib", 2)):

@@ -69,7 +69,13 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     peak = float(run.accelerator.gather(peaks).max())
     lines = map(json.loads, (Path(recipe.out) / "metrics.jsonl").read_text().splitlines())
     steps = [line for line in lines if "step" in line]
-    found: dict[str, Any] = {"way": args.way, "model": args.shape, "gpu": machine(run.accelerator.device), "gpus": world_size()}
+    found: dict[str, Any] = {
+        "way": args.way,
+        "program": args.program,
+        "model": args.shape,
+        "gpu": machine(run.accelerator.device),
+        "gpus": world_size(),
+    }
     found |= {
         "batch": recipe.train.batch,
         "window": args.window,
@@ -105,13 +111,21 @@ def children(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; factors and differences to one process with the same steps on the same machine."""
-    lines = ["| way | model | GPUs | batch x window | decide, tokens/s | x one | adapt, gated | x one | recovery | x one |"]
-    lines = [f"{lines[0]} peak, GiB | losses differ by |", f"|{' --- |' * 12}"]
-    same = ("model", "gpu", "batch", "window", "overrides")
+    lines = [
+        "| way | program | model | GPUs | batch x window | decide, tokens/s | x one | adapt, gated | x one | recovery | x one |"
+    ]
+    lines = [f"{lines[0]} peak, GiB | losses differ by |", f"|{' --- |' * 13}"]
+    same = ("program", "model", "gpu", "batch", "window", "overrides")
     alone = {tuple(row[key] for key in same): row for row in rows if row["way"] == "one"}
     for row in rows:
         one = alone.get(tuple(row[key] for key in same))
-        cells = [WAYS[row["way"]], row["model"], f"{row['gpus']} {row['gpu']}", f"{row['batch']} x {row['window']}"]
+        cells = [
+            WAYS[row["way"]],
+            row["program"],
+            row["model"],
+            f"{row['gpus']} {row['gpu']}",
+            f"{row['batch']} x {row['window']}",
+        ]
         for name in (f"{turn}_tokens_per_second" for turn in ("decide", "adapt", "recover")):
             cells += [f"{row[name]:,.0f}", f"{row[name] / one[name]:.2f}" if one else ""]
         cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
@@ -137,6 +151,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--search", type=int, default=4)
     parser.add_argument("--recover", type=int, default=8)
     parser.add_argument("--prior", type=int, default=2)
+    parser.add_argument("--program", default="", help="its name, where it is another than the present one")
     parser.add_argument("--out", default="runs/scale")
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
@@ -147,7 +162,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     args = parsed()
     if not args.way:
-        told(args, children(args), table, ("way", "model", "gpu", "gpus", "batch", "window", "overrides"))
+        told(args, children(args), table, ("way", "program", "model", "gpu", "gpus", "batch", "window", "overrides"))
         return
     row = measured(args)
     if rank() == 0:

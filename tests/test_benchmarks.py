@@ -332,7 +332,7 @@ def test_a_whole_run_is_measured_beside_plain_lora(
 def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:
     growth = script("growth")
     args = growth.parser("").parse_args(["cpu-size"])
-    args.layers = 4
+    args.layers, args.axes = 4, growth.AXES
     asked = list(growth.sizes(args))
     assert [value for axis, value, _ in asked if axis == "layers"] == [2, 4, 8, 16]
     assert {axis for axis, *_ in asked} == {"window", "batch", "layers", "keep"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -452,9 +451,7 @@ def test_whole_runs_measured_on_a_gpu_are_expected_within_a_quarter() -> None:
     held = [row for row in rows if row["what"] != "before" and "search_steps" in row]
     assert {"H200", "H100"} <= {row["gpu"].split()[1] for row in held}
     for row in held:
-        sizes = {"shape": row["model"], "search": row["search_steps"], "prior": 8, "rank": 32, "out": "runs/never"}
-        asked = cost_of_a_run.recipe_of(Namespace(**{**row, **sizes, "overrides": row["overrides"].split()}))
-        found = estimate(asked.model_copy(update={"device": "cuda"}), gpu=row["gpu"].split()[1].lower())
+        found = estimate(cost_of_a_run.asked(row), gpu=cost_of_a_run.sheet_of(row["gpu"]))
         assert sum(phase.seconds or 0.0 for phase in found.phases) == pytest.approx(row["seconds"], rel=0.25)
         assert sum(found.memory.values()) / 2**30 == pytest.approx(row["peak_gib"], rel=0.25)
         for phase in ("search", "recover"):
