@@ -222,7 +222,8 @@ def test_version() -> None:
 def test_an_answer_without_work_imports_nothing_heavy(word: str, code: int) -> None:
     """In a fresh process, because this one has torch already. Start-up is these imports; seconds depend on the machine."""
     heavy = ["torch", "transformers", "peft", "numpy", "datasets", "yaml", "slimtune.recipe"]
-    heavy += ["pydantic", "importlib.metadata"] if code == 0 else []  # typer reads what commands are given by the former
+    # to read what a command is given takes pydantic, to print help takes rich
+    heavy += ["pydantic", "importlib.metadata"] if code == 0 else ["rich"]
     script = (
         f"import sys\nfrom slimtune.cli import main\nsys.argv = ['slimtune', {word!r}]\n"
         f"try: main()\nexcept SystemExit as stop: assert (stop.code or 0) == {code}, stop.code\n"
