@@ -291,6 +291,20 @@ def test_a_budget_that_cannot_be_met_is_named_and_still_estimated() -> None:
     assert cost(LLAMA_3_8B, budget={"keep": 0.1, "of": "block"}).problem is None
 
 
+def test_what_processes_and_4_bits_do_not_go_with_is_told_before_a_gpu_is_rented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    whole = {"train": {"batch": 8}}
+    assert cost(LLAMA_3_8B, **whole).problem is None
+    assert cost(LLAMA_3_8B, train={"batch": 8, "shard": "full"}, search={"batch": 6}).problem == (
+        "a decision step of 6 windows cannot be shared evenly by 4 processes, which train.shard=full needs; give it 8"
+    )
+    assert "leaves some of 4 processes without one" in (cost(LLAMA_3_8B, train={"batch": 2}).problem or "")
+    both = cost(LLAMA_3_8B, train={"batch": 8, "shard": "full"}, model={"quantize": "nf4"}).problem
+    assert "model.quantize needs whole weights and does not go with train.shard=full" in (both or "")
+    compiled = cost(LLAMA_3_8B, train={"batch": 8, "compile": True}, model={"quantize": "nf4"}).problem
+    assert "does not go with train.compile=true" in (compiled or "")
+
+
 def test_a_refused_family_gives_its_reason() -> None:
     with pytest.raises(UserError, match="'mixtral' is refused: its MLP is already a set of experts"):
         cost({"model_type": "mixtral"})

@@ -14,7 +14,7 @@ from slimtune.estimate import job_of, phases, with_room
 from slimtune.evaluate.rows import held_out
 from slimtune.evaluate.tasks import find_task
 from slimtune.models.load import check_weights, load_config, locate
-from slimtune.models.quantized import check_bitsandbytes
+from slimtune.models.quantized import check_bitsandbytes, check_quantizable
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
@@ -74,16 +74,9 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
 
 def check_quantize(recipe: Recipe, device: str) -> None:
     """Raise UserError where ``model.quantize`` does not go with another key, or bitsandbytes does not do it on ``device``."""
-    if (kind := recipe.model.quantize) == "none":
-        return
-    if recipe.method == "finetune" and recipe.model.init == "config":
-        raise UserError(
-            f"model.quantize={kind} is of frozen weights, and model.init=config with method=finetune trains all of them; set "
-            "model.quantize=none"
-        )
-    if recipe.train.compile:
-        raise UserError(f"model.quantize={kind} does not go with train.compile=true; leave one of them out")
-    check_bitsandbytes(kind, device)
+    check_quantizable(recipe)
+    if recipe.model.quantize != "none":
+        check_bitsandbytes(recipe.model.quantize, device)
 
 
 def recovers_in_4_bits(recipe: Recipe, config: PreTrainedConfig, structure: Structure, device: torch.device) -> bool:

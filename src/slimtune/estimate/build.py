@@ -16,10 +16,12 @@ from slimtune.estimate.machines import Machine, named, timed
 from slimtune.estimate.memory import host_memory, memory, with_room
 from slimtune.estimate.phases import Phase, phases
 from slimtune.models.load import check_length, load_config, structure_of
+from slimtune.models.quantized import check_quantizable
 from slimtune.prune.generator import Generator
 from slimtune.prune.solve import MULTIPLES, check_budget, smallest_ratio
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
+from slimtune.train.session import check_sharded, check_step
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Estimate:
         units: (layers, units by axis), equal neighbours together.
         memory: bytes of one process, by item; ``host_memory``: of all processes of one host, beside it.
         machine: whose times are told, or None.
-        problem: why ``tune`` would refuse the run (its budget, its windows), or None.
+        problem: why ``tune`` would refuse the run (its budget, its windows, its processes), or None.
     """
 
     model_type: str
@@ -137,10 +139,17 @@ def _least(recipe: Recipe, smallest: Size) -> float:
 
 
 def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, smallest: Size) -> str | None:
-    """What ``tune`` would say before it starts: to the windows, and to the budget with rounding, layout and tolerance."""
+    """What ``tune`` would say before it starts.
+
+    To the windows and how processes share them, to keys that do not go together, and to the budget with rounding, layout and
+    tolerance.
+    """
     budget, least = recipe.budget, _least(recipe, smallest)
     try:
         check_length(config, recipe.data.max_length)
+        check_sharded(recipe)
+        check_quantizable(recipe)
+        _check_steps(recipe)
     except UserError as error:
         return str(error)
     if not recipe.prunes:
@@ -156,6 +165,13 @@ def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, sma
     except UserError as error:
         return str(error)
     return None
+
+
+def _check_steps(recipe: Recipe) -> None:
+    ranks, train = runtime.world_size(), recipe.train
+    steps = {"train": train.batch, **({"decision": recipe.search.batch or train.batch} if recipe.prunes else {})}
+    for purpose, batch in steps.items():
+        check_step(batch, purpose, ranks, ranks > 1 and train.shard == "full")
 
 
 def _units(structure: Structure) -> tuple[tuple[str, dict[str, int]], ...]:

@@ -19,8 +19,22 @@ from slimtune.errors import UserError
 from slimtune.models.load import load_model
 from slimtune.models.surgery import blocks_of, linears_of
 from slimtune.models.weights import is_quantized, quantize
+from slimtune.recipe import Recipe
 from slimtune.sections import ModelConfig
 from slimtune.structure.axes import Structure
+
+
+def check_quantizable(recipe: Recipe) -> None:
+    """Raise UserError where ``model.quantize`` does not go with another key."""
+    if (kind := recipe.model.quantize) == "none":
+        return
+    if recipe.method == "finetune" and recipe.model.init == "config":
+        raise UserError(
+            f"model.quantize={kind} is of frozen weights, and model.init=config with method=finetune trains all of them; set "
+            "model.quantize=none"
+        )
+    if recipe.train.compile:
+        raise UserError(f"model.quantize={kind} does not go with train.compile=true; leave one of them out")
 
 
 def check_bitsandbytes(kind: str, device: str) -> None:

@@ -71,6 +71,11 @@ def check_launcher(recipe: Recipe) -> None:
                 f"accelerate was launched for {name} (ACCELERATE_USE_{name}), which knows nothing of a model that is cut; "
                 "start it with torchrun: train.shard=full gives every process its part of the model, none the whole (DDP)"
             )
+    check_sharded(recipe)
+
+
+def check_sharded(recipe: Recipe) -> None:
+    """Raise UserError where a key does not go with ``train.shard=full``."""
     if recipe.train.shard == "none":
         return
     biases = recipe.method == "twostage" and recipe.twostage.scores == "flap" and recipe.twostage.compensate
@@ -85,6 +90,19 @@ def check_launcher(recipe: Recipe) -> None:
     for key, asked in unfit.items():
         if asked:
             raise UserError(f"{key} needs whole weights and does not go with train.shard=full; leave one of them out")
+
+
+def check_step(batch: int, purpose: str, ranks: int, sharded: bool) -> None:
+    """Raise UserError where ``ranks`` processes cannot share a step of ``batch`` windows, evenly if ``sharded``."""
+    if sharded and batch % ranks:
+        raise UserError(
+            f"a {purpose} step of {batch} windows cannot be shared evenly by {ranks} processes, which train.shard=full "
+            f"needs; give it {-(-batch // ranks) * ranks}"
+        )
+    if batch < ranks:
+        raise UserError(
+            f"a {purpose} step of {batch} windows leaves some of {ranks} processes without one; raise it to {ranks}"
+        )
 
 
 def shards(recipe: Recipe, accelerator: Accelerator) -> bool:
@@ -155,16 +173,7 @@ class Session:
             UserError: there are more processes than windows in a step, or not as many for each where all must take part in
                 every pass.
         """
-        ranks = self.accelerator.num_processes
-        if self.sharded and batch % ranks:
-            raise UserError(
-                f"a {purpose} step of {batch} windows cannot be shared evenly by {ranks} processes, which train.shard=full "
-                f"needs; give it {-(-batch // ranks) * ranks}"
-            )
-        if batch < ranks:
-            raise UserError(
-                f"a {purpose} step of {batch} windows leaves some of {ranks} processes without one; raise it to {ranks}"
-            )
+        check_step(batch, purpose, self.accelerator.num_processes, self.sharded)
         seed = self.recipe.seed * 7919 + sum(map(ord, purpose))
         return Batches(windows, Order(len(windows), seed), self, batch)
 
