@@ -18,10 +18,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cost import HERE, parser, rows_of, told
+from cost import HERE, parser, recipe_of, rows_of, told
+
+from slimtune.recipe import Recipe
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 KEEPS = (0.8, 0.6, 0.4)
+START = {"steps": 12, "search": 3, "prior": 1}
 AXES = ("window", "batch", "layers", "keep")
 TURNS = ("decide", "adapt", "recover_step")
 
@@ -58,13 +61,22 @@ def measured(args: Namespace) -> Iterator[dict[str, Any]]:
             yield {"axis": axis, "value": value, **known[key]}
 
 
+def words_of(shape: str, size: dict[str, Any]) -> list[str]:
+    """What makes a model of a size, and a budget."""
+    config = json.loads((HERE / "shapes.json").read_text())[shape]
+    model = json.dumps({**config, "num_hidden_layers": size["layers"], "max_position_embeddings": 2**15})
+    return [f"model.config={model}", f"budget={{keep: {size['keep']}, of: block, tolerance: 0.02}}"]
+
+
+def asked(row: dict[str, Any]) -> Recipe:
+    """The recipe of a row, on a GPU."""
+    told = {**row, **START, "shape": row["model"], "rank": 32, "out": "runs/cost", "overrides": words_of(row["model"], row)}
+    return recipe_of(Namespace(**told)).model_copy(update={"device": "cuda"})
+
+
 def at(args: Namespace, size: dict[str, Any], text: str, folder: str) -> dict[str, Any]:
     """What plain LoRA and the turns of ATP take at one size."""
-    config = json.loads((HERE / "shapes.json").read_text())[args.shape]
-    longest = int(args.window * max(FACTORS))
-    model = json.dumps({**config, "num_hidden_layers": size["layers"], "max_position_embeddings": longest})
-    words = [f"model.config={model}", f"budget={{keep: {size['keep']}, of: block, tolerance: 0.02}}"]
-    words += [f"data.train={text}", "data.on_overlap=drop", *args.overrides]
+    words = [*words_of(args.shape, size), f"data.train={text}", "data.on_overlap=drop", *args.overrides]
     told = {"window": size["window"], "batch": size["batch"], "overrides": words, "out": folder, "profile": False}
     lora, atp = rows_of(Namespace(**{**vars(args), **told}))
     row = {"model": args.shape, "gpu": lora["gpu"], **size, "lora_seconds": lora["step_seconds"], "torch": lora["torch"]}
@@ -92,7 +104,7 @@ def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("--layers", type=int, default=4)
     made.add_argument("--axes", nargs="+", default=list(AXES), choices=AXES)
-    made.set_defaults(steps=12, search=3, prior=1)
+    made.set_defaults(**START)
     args = made.parse_intermixed_args()
     told(args, measured(args), table, ("model", "gpu", "axis", "value"))
 

@@ -50,6 +50,14 @@ def recipe_of(args: argparse.Namespace, shard: str) -> Recipe:
     return slimtune.load_recipe(HERE.parent / "recipes" / "demo.yaml", [*changes, *args.overrides])
 
 
+def asked(row: dict[str, Any]) -> Recipe:
+    """The recipe of a row, on GPUs."""
+    told = {**row, "shape": row["model"], "processes": 1, "out": "runs/scale", "overrides": row["overrides"].split()}
+    return recipe_of(argparse.Namespace(**told), "full" if row["way"] == "full" else "none").model_copy(
+        update={"device": "cuda"}
+    )
+
+
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The row of this process group; every process of it must call this."""
     recipe = recipe_of(args, "full" if args.way == "full" else "none")
@@ -82,6 +90,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
         "seconds": cost["seconds"],
         "tokens": sum(outcome.tokens.values()),
     }
+    found |= {name: getattr(args, name) for name in ("search", "recover", "prior")}
     found |= {"overrides": " ".join(args.overrides), "losses": " ".join(str(row["adapt_loss"]) for row in steps), **versions()}
     found |= {"peak_gib": peak / 2**30} if peak else {}
     for name, phase, turn in (("decide", "search", "decide"), ("adapt", "search", "adapt"), ("recover", "recover", "adapt")):

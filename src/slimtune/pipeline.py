@@ -125,8 +125,6 @@ class Run:
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
         self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator, self.config, self.progress.say)
         difference = self_check(self.config, recipe.seed)
-        if self.recover_in_4_bits and recipe.recover.quantize == "auto":
-            self.progress.say("[yellow]the cut model's whole weights are not expected to fit: recovery in 4 bits, too[/yellow]")
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)
         if self.resume and not (self.folder / "recipe.yaml").is_file():
@@ -134,6 +132,8 @@ class Run:
         self.accelerator.wait_for_everyone()  # no rank looks for an earlier run after rank 0 has begun this one
         claim(self.folder, recipe, self.resume)
         self._start_or_resume()
+        if self.recover_in_4_bits and recipe.recover.quantize == "auto":
+            self.progress.say("[yellow]the cut model's whole weights are not expected to fit: recovery in 4 bits, too[/yellow]")
         self.accelerator.wait_for_everyone()
 
     def _start_or_resume(self) -> None:
@@ -141,6 +141,8 @@ class Run:
         if self.resume and stages.is_file():
             self.stages, self.resumed = read_stages(stages), True
         base = self.recipe.model
+        if base.quantize != "none":  # what fits may be another on the machines that a run goes on with
+            self.recover_in_4_bits = self.stages.setdefault("recover_in_4_bits", self.recover_in_4_bits)
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended

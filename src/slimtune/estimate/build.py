@@ -77,12 +77,12 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
     Raises:
         UserError: the config cannot be had, the family is refused or unknown, or the GPU is unknown.
     """
-    machine = named(gpu) if gpu else None
+    kind = "cuda" if gpu else _device_kind(recipe.device)
+    dtype = runtime.pick_precision(recipe.train.precision, kind)
+    machine = named(gpu, dtype) if gpu else None
     config = load_config(recipe.model)
     structure = structure_of(config)
     smallest, after = _sizes(recipe, structure)
-    kind = "cuda" if machine else _device_kind(recipe.device)
-    dtype = runtime.pick_precision(recipe.train.precision, kind)
     if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
         machine = timed(kind, dtype)
     job = with_room(job_of(recipe, config, structure, kind), kind, machine.memory if machine else None)

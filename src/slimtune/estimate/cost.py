@@ -31,12 +31,30 @@ GRADIENTS = ("taylor", "generator")
 
 
 @dataclass(frozen=True)
-class Solves:
-    """Operations of fits of consumers, bytes that come from host memory for them, and bytes that are new there."""
+class Rounds:
+    """Fits of all consumers of a process: operations, and bytes that come from host memory for them."""
 
     flops: float = 0.0
     carried: float = 0.0
+
+
+@dataclass(frozen=True)
+class Solves:
+    """Rounds in the steps of a phase, before and after them, and bytes of host memory that is new."""
+
+    steps: Rounds = Rounds()
+    outside: Rounds = Rounds()
     written: float = 0.0
+
+    @property
+    def flops(self) -> float:
+        """Of all rounds."""
+        return self.steps.flops + self.outside.flops
+
+    @property
+    def carried(self) -> float:
+        """Of all rounds."""
+        return self.steps.carried + self.outside.carried
 
 
 NONE = Solves()
@@ -157,22 +175,24 @@ class Job:
     def solves(self) -> Solves:
         """Those of the decide turns of a search, whose target falls geometrically over ``search.ramp``, and at a cut."""
         search, wanted, rival = self.recipe.search, self.recipe.compensate, self.recipe.method == "twostage"
-        times, flops = (1, self.solve(self.part)) if rival and self.recipe.twostage.least_squares else (0, 0.0)
-        if self.searches and wanted.weights != "none":
+        follows, judging = self.searches and wanted.weights != "none", wanted.weights == "decide"
+        steps, outside = list[float](), list[float]()
+        if follows:
             fall, moved = max(1.0, search.ramp * search.steps), range(0, search.steps, search.decide_every)
-            judging = wanted.weights == "decide"
-            flops += self.solve(1.0, judging) if judging else 0.0  # innovations of the open model, for the first turn
-            flops += sum(self.solve(self.part ** min(1.0, (step + 1) / fall), judging) for step in moved)
-            times += len(moved) + judging
-        originals = 0.0
-        if times and self.quantized:  # of the consumers, as they compensate, and of all that a cut leaves
-            flops += self.solve(self.part)
-            consumers = self.config.hidden_size * sum(self.consumers)
-            originals = self.bytes_ * (consumers + self.part * self.structure.prunable_params)
-        each = sum(9 / 4 * width**2 + self.bytes_ * self.config.hidden_size * width for width in self.consumers)
+            steps = [self.solve(self.part ** min(1.0, (step + 1) / fall), judging) for step in moved]
+            # the open model's innovations, for the first turn, and the weights of the Plan, which no step's masks are
+            outside = [self.solve(1.0, judging)] * judging + [self.solve(self.part, judging)]
+        if (rival and self.recipe.twostage.least_squares) or (follows and self.quantized):  # the originals' own
+            outside.append(self.solve(self.part))
+        consumers = self.config.hidden_size * sum(self.consumers)
+        each = sum(9 / 4 * width**2 for width in self.consumers) + self.bytes_ * consumers
+        resting = each if wanted.offload and (steps or outside) else 0.0
+        written = resting / self.parts  # with the whole model each, all have all consumers, and sum up all moments first
+        if self.quantized and self.recipe.prunes:  # originals of what a cut leaves, and before it of what compensates
+            written += self.bytes_ * (consumers * follows + self.part * self.structure.prunable_params)
         ranks = runtime.world_size()  # each fits its own layers' consumers
-        resting = each / ranks if wanted.offload and times else 0.0
-        return Solves(flops / ranks, times * resting, resting + originals)
+        inside, around = (Rounds(sum(some) / ranks, len(some) * resting / ranks) for some in (steps, outside))
+        return Solves(inside, around, written)
 
     def recompute(self, part: float = 1.0) -> float:
         """The blocks' forward, once more, with activation checkpointing."""

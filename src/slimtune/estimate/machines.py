@@ -48,7 +48,7 @@ SHEETS: dict[str, tuple[float, float, float, float, int]] = {
     "rtx-4090": (165, 82.6, 1.008, 32, 24),
 }
 """Data sheets: TFLOP/s of dense bf16 products and of fp32, TB/s of device memory, GB/s of the link one way, GB of memory."""
-ATTAINED = {"matmul": 0.69, "exact": 0.4, "copied": 0.83, "link": 0.8}
+ATTAINED = {"matmul": 0.69, "exact": 0.44, "copied": 0.83, "link": 0.8}
 """Parts of a data sheet that training reaches: products and memory as ``benchmarks/cost.py --profile`` found on an H200."""
 FILLED = 2.5e9
 """Bytes a second of host memory that is new and mostly page-locked: 1.8e9 and 4e9 on hosts of ``benchmarks/cost.py``'s runs."""
@@ -56,14 +56,14 @@ OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
 
-def named(name: str) -> Machine:
-    """A GPU by its data sheet. Raises UserError for one that is not in the table."""
+def named(name: str, dtype: torch.dtype = torch.bfloat16) -> Machine:
+    """A GPU by its data sheet, of products in ``dtype``. Raises UserError for one that is not in the table."""
     if name not in SHEETS:
         raise UserError(f"--gpu {name!r} is unknown.{nearest(name, SHEETS)} Known: {', '.join(sorted(SHEETS))}")
     matmul, exact, copied, link, memory = SHEETS[name]
     return Machine(
         name,
-        matmul * 1e12 * ATTAINED["matmul"],
+        (exact if dtype == torch.float32 else matmul) * 1e12 * ATTAINED["matmul"],
         exact * 1e12 * ATTAINED["exact"],
         copied * 1e12 * ATTAINED["copied"],
         link * 1e9 * ATTAINED["link"],

@@ -63,7 +63,8 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     if recipe.prunes:
         small, again = job.recovering, _activations(job, tokens, job.part, recipe.recover.checkpointed)
         passing = {"activations": again, "logits": logits, **_meanwhile(small, one, job.part)}
-        moments.append(_trained(small, one, job.part) | passing)
+        decided = {"generator, AdamW": 12 * job.generator} if recipe.method == "atp" else {}  # a checkpoint has it to the end
+        moments.append(_trained(small, one, job.part) | decided | passing)
     items = max(moments, key=lambda each: sum(each.values()))
     if recipe.distill.teacher and teacher == 2:
         items["teacher weights"] = dense["weights"]
@@ -133,8 +134,15 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
     if job.parts > 1 and job.recipe.model.init == "pretrained":
         items["weights, while they are read"] = one * job.structure.total_params
     if job.quantized:
-        items["original weights"] = ranks * one * job.structure.total_params
+        items["original weights"] = _originals(job, one)
     return {name: int(value) for name, value in items.items()}
+
+
+def _originals(job: Job, weight_bytes: int) -> float:
+    """Of all processes: where files hold weights as they are wanted, these are the mapped files, which all share."""
+    model, held = job.recipe.model, getattr(job.config, "dtype", None)
+    mapped = model.init == "pretrained" and held is not None and held.itemsize == weight_bytes
+    return (1 if mapped else runtime.world_size()) * weight_bytes * job.structure.prunable_params
 
 
 def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from slimtune.estimate import traffic
-from slimtune.estimate.cost import GRADIENTS, NONE, Job, Solves
+from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
 from slimtune.estimate.machines import Machine
 
 
@@ -96,23 +96,26 @@ def _timed(job: Job, machine: Machine | None, ranks: int) -> Callable[..., Phase
         flops, moved = (sum(turn.steps * job.step_tokens * each(turn) for turn in turns) for each in (_flops, _traffic))
         return (flops / machine.matmul + (moved / machine.copied if machine.copied else 0.0)) / ranks
 
+    def fits(machine: Machine, rounds: Rounds) -> float:
+        return rounds.flops / machine.exact + (rounds.carried / machine.link if machine.link else 0.0)
+
     def phase(name: str, steps: int, turns: Sequence[Turn], first: Sequence[Turn] = (), solves: Solves = NONE) -> Phase:
         """``first``: before the first step."""
         whole = [*turns, *first]
         flops, of_steps = (sum(turn.steps * job.step_tokens * turn.flops for turn in each) for each in (whole, turns))
         tokens = round(sum(turn.steps for turn in whole) * job.step_tokens)
-        once = before = 0.0
+        inside = around = 0.0
         if machine:
-            once = solves.flops / machine.exact + (solves.carried / machine.link if machine.link else 0.0)
-            before = solves.written / machine.host if machine.host else 0.0
+            inside, around = (fits(machine, rounds) for rounds in (solves.steps, solves.outside))
+            around += solves.written / machine.host if machine.host else 0.0
         return Phase(
             name,
             steps,
             tokens,
             flops,
-            seconds(whole) + once + before if machine else None,
+            seconds(whole) + inside + around if machine else None,
             of_steps,
-            (seconds(turns) + once) / max(1, steps) if machine else None,
+            (seconds(turns) + inside) / max(1, steps) if machine else None,
             solves.flops,
             solves.carried,
         )
