@@ -20,9 +20,10 @@ from slimtune.models.load import load_config, structure_of
 from slimtune.models.piecewise import cut_values
 from slimtune.models.surgery import linears_of
 from slimtune.models.weights import held, is_quantized
-from slimtune.pipeline import tune
+from slimtune.pipeline import Run, tune
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import Site
+from slimtune.runtime import RunFolder
 
 STILL = 1e-30
 """A learning rate that changes nothing: of LoRA's product with such a B no bit shows in a weight."""
@@ -229,3 +230,16 @@ def test_a_run_goes_on_as_it_began(bench: Bench, tmp_path: Path) -> None:
     tune(quantized(bench, tmp_path, method="finetune", train__steps=1))
     with pytest.raises(UserError, match=r"model.quantize is 'none' now but 'nf4'"):
         tune(bench.recipe(tmp_path, method="finetune", train__steps=1), resume=True)
+
+
+def test_whether_to_recover_in_4_bits_is_decided_once_in_a_run(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run may go on where more fits, or less."""
+    recipe, found = quantized(bench, tmp_path, recover__quantize="auto"), []
+    for fits, resume in ((True, False), (False, True)):
+        monkeypatch.setattr("slimtune.preflight.recovers_in_4_bits", lambda *_, fits=fits: not fits)
+        run = Run(recipe, RunFolder(recipe.out), resume)
+        run.check()
+        found.append(run.recover_in_4_bits)
+    assert found == [False, False]

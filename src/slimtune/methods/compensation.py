@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from slimtune.models.sharded import local, owner_of, put_whole, whole
 from slimtune.models.surgery import linears_of
-from slimtune.models.weights import dense, held, is_quantized, put_back, put_original
+from slimtune.models.weights import dense, form_of, held, is_quantized, put_back, put_original
 from slimtune.prune.gates import Innovation, Masks, Site
 from slimtune.prune.least_squares import WIDE, Takeover
 from slimtune.prune.moments import Moments
@@ -88,6 +88,11 @@ class _Consumer:
         return (self.opened[0] if self.entire is None else self.entire).to(device, non_blocking=True)
 
 
+def _locked(tensor: Tensor) -> Tensor:
+    """In host memory: a copy of what is on a GPU, page-locked."""
+    return kept_on(torch.device("cpu"), tensor) if tensor.is_cuda else tensor
+
+
 @dataclass(frozen=True)
 class Fit:
     """How consumers are fitted.
@@ -146,14 +151,8 @@ class Compensation:
         for layer, row, module in linears_of(model, structure):
             if row.into:
                 weight: Any = (module.base_layer if isinstance(module, LoraLayer) else module).weight
-                full, opened, entire = whole(dense(weight)), self._kept(weight), None
-                if owner_of(layer) != rank():
-                    pass
-                elif is_quantized(weight):  # its own original may be a mapped file, from where the way is long
-                    entire = kept_on(torch.device("cpu"), full)
-                elif local(weight).shape != weight.shape:
-                    entire = kept_on(place, full)
-                self.consumers.append(_Consumer((layer, row.into.axis), row.into, weight, full.to("meta"), opened, entire))
+                opened, entire = self._kept(weight), self._entire(weight, owner_of(layer) == rank())
+                self.consumers.append(_Consumer((layer, row.into.axis), row.into, weight, form_of(weight), opened, entire))
 
     @torch.no_grad()
     def opened(self) -> None:
@@ -205,6 +204,15 @@ class Compensation:
     def innovation(self, site: Site) -> Innovation | None:
         """By what the gradient of a sampled mask is taken."""
         return None if self.open else self.innovations.get(site)
+
+    def _entire(self, weight: Any, own: bool) -> Tensor | None:
+        """The whole weight, where this process fits it and has it not at hand otherwise."""
+        if is_quantized(weight):  # its original may be a mapped file, from where the way to a GPU is long
+            return _locked(dense(weight)) if own else None
+        if local(weight).shape == weight.shape:
+            return None
+        full = whole(weight.detach())
+        return kept_on(self.place, full) if own else None
 
     def _kept(self, weight: Tensor) -> list[Tensor]:
         """What this process's part of a consumer holds now, copied to where it waits."""

@@ -120,13 +120,19 @@ class Passes:
             )
 
     def _has_room(self) -> bool:
-        """Whether all moments are little beside the device's memory: training will want the rest, and no more."""
+        """Whether all moments are little beside the device's memory: training will want the rest, and no more.
+
+        One answer of all processes: how many passes they make together depends on it.
+        """
         if self.session.device.type != "cuda":
             return True
         structure = self.session.structure
         rows = [row.into for row in structure.family.linears if row.into]
         widths = [layer.units[side.axis] * structure.rows(side) for layer in structure.layers for side in rows]
-        return sum(9 / 4 * width**2 for width in widths) < torch.cuda.mem_get_info(self.session.device)[1] / 16
+        smallest = torch.tensor(float(torch.cuda.mem_get_info(self.session.device)[1]), device=self.session.device)
+        if self.session.accelerator.num_processes > 1:
+            torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
+        return sum(9 / 4 * width**2 for width in widths) < float(smallest) / 16
 
 
 def _products(x: Tensor) -> Tensor:

@@ -57,10 +57,10 @@ def untuned_model(session: Session, dtype: torch.dtype) -> nn.Module:
 
 def cut_to_recover(session: Session, model: nn.Module, plan: Plan) -> tuple[nn.Module, list[Replaced]]:
     """``sharded.cut_model``; of a base in 4 bits quantised anew or with whole weights, as the session says."""
-    small, replaced = cut_model(model, session.structure, plan)
-    if session.recipe.model.quantize != "none" and not session.recover_in_4_bits:
-        small = unquantized(small).to(session.device)
-    return small, replaced
+    if session.recipe.model.quantize == "none" or session.recover_in_4_bits:
+        return cut_model(model, session.structure, plan)
+    small, replaced = cut_model(unquantized(model), session.structure, plan)  # in host memory: nothing is quantised anew
+    return small.to(session.device), replaced
 
 
 def _whole(session: Session, device: str, dtype: torch.dtype, lora: bool) -> Any:

@@ -154,19 +154,19 @@ def along(module: Any, dim: int) -> list[tuple[Any, str]]:
 
 def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:
     parts = along(module, dim)
-    index = torch.tensor(keep, device=parts[0][0].weight.device)
     name = "out_features" if dim == 0 else "in_features"
     changed = []
     for owner, leaf in parts:
-        changed.append(_slice_parameter(owner, leaf, dim, index))
+        changed.append(_slice_parameter(owner, leaf, dim, keep))
         setattr(owner, name, len(keep))
     if name in module.__dict__:
         setattr(module, name, len(keep))
     return [item for item in changed if item.old.requires_grad]
 
 
-def _slice_parameter(owner: nn.Module, name: str, dim: int, index: Tensor) -> Replaced:
+def _slice_parameter(owner: nn.Module, name: str, dim: int, keep: list[int]) -> Replaced:
     old = getattr(owner, name)
+    index = torch.tensor(keep, device=old.device)  # an original may wait in host memory, and LoRA be on a GPU
     new = like(old, dense(old).index_select(dim, index).contiguous())
     setattr(owner, name, new)
     return Replaced(old, new, dim, index)

@@ -48,6 +48,12 @@ def dense(weight: Tensor) -> Tensor:
     return weight.detach() if original is None else original.to(weight.device, non_blocking=True)
 
 
+def form_of(weight: Any) -> Tensor:
+    """What ``dense`` gives, on the meta device; of a sharded one the whole."""
+    entire = getattr(weight, "original", weight)
+    return torch.empty(entire.shape, dtype=entire.dtype, device="meta")
+
+
 def like(weight: Tensor, value: Tensor) -> nn.Parameter:
     """A new parameter of another value [out, in], which may be smaller; quantised where ``weight`` is."""
     if is_quantized(weight):
