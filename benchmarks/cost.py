@@ -214,7 +214,9 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         found = measure_plain(recipe, run, args.steps, of_lora) if what == "lora" else measure_atp(recipe, run, of_atp)
         name = args.name if args.name and what != "lora" else what
         shape = {"model": args.shape, "gpu": machine(run.accelerator.device), "gpus": 1}
-        shape |= {"batch": args.batch, "window": args.window} | ({} if what == "lora" else expected(recipe, shape["gpu"]))
+        shape |= {"batch": args.batch, "window": args.window}
+        if what != "lora" and not sheet_of(shape["gpu"]):  # else the table tells it
+            shape |= expected(recipe, shape["gpu"])
         shape |= {"steps": args.steps, "prior": args.prior, "rank": args.rank}
         yield {**found, "what": name, **shape, "overrides": " ".join(args.overrides), **versions()}
 

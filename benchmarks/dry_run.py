@@ -26,7 +26,7 @@ WARM = 2
 
 def recipe_of(shape: str, steps: int, batch: int, out: str, more: list[str]) -> Recipe:
     """The shape's shipped recipe, its model drawn at random, its data replaced by the embedded ones."""
-    path = next((HERE.parent / "recipes").glob(f"{shape}-*.yaml"))
+    path = min((HERE.parent / "recipes").glob(f"{shape}-*.yaml"))
     config = json.loads((HERE / "shapes.json").read_text())[shape]
     changes = ["model.path=''", "model.init=config", f"model.config={json.dumps(config)}", "model.tokenizer=builtin:base-10m"]
     changes += ["data.train=builtin:python-docs", "data.valid=null", "data.test=null", "generator.prior_steps=1"]

@@ -123,7 +123,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| way | program | model | GPUs | batch x window | decide, tokens/s | x one | adapt, gated | x one | recovery | x one |"
     ]
-    lines = [f"{lines[0]} peak, GiB | losses differ by |", f"|{' --- |' * 13}"]
+    lines = [f"{lines[0]} whole run, s | of one | peak, GiB | losses differ by |", f"|{' --- |' * 15}"]
     same = ("program", "model", "gpu", "batch", "window", "overrides")
     alone = {tuple(row[key] for key in same): row for row in rows if row["way"] == "one"}
     for row in rows:
@@ -137,6 +137,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]
         for name in (f"{turn}_tokens_per_second" for turn in ("decide", "adapt", "recover")):
             cells += [f"{row[name]:,.0f}", f"{row[name] / one[name]:.2f}" if one else ""]
+        cells += [f"{row['seconds']:.1f}", f"{row['seconds'] / one['seconds']:.2f}" if one else ""]
         cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
         losses = [map(float, each["losses"].split()) for each in (row, one)] if one and one is not row else []
         pairs = list(zip(*losses, strict=True))

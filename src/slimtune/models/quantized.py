@@ -1,8 +1,9 @@
 """A frozen base in 4 bits (QLoRA, Dettmers et al. 2023), through bitsandbytes.
 
-The linears of the blocks are quantised on the device, one at a time, so that it never holds a whole unquantised model. Each
-keeps the weight that it was quantised from in host memory, where a weight of the file's own type is the mapped file. Forward
-passes compute with 4 bits; what is decided from weights, cut, merged and written is of originals (``models.weights``).
+The linears of the blocks are quantised on the device, one at a time, so that of a model from files it never holds a whole
+unquantised one (a model of ``init: config`` is drawn there). Each keeps the weight that it was quantised from in host memory,
+where a weight of the file's own type is the mapped file. Forward passes compute with 4 bits; what is decided from weights, cut,
+merged and written is of originals (``models.weights``).
 """
 
 from __future__ import annotations

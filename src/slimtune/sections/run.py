@@ -164,8 +164,8 @@ class CompensateConfig(Section):
     """``decide``: of consumers of at most as many inputs, what a unit alone can say is told from all inputs, by a matrix of the
     width squared on the GPU; of wider ones it is the same part of each token's input, by one number an input."""
     offload: bool = True
-    """Keep what is only needed when masks change in host memory, of each process: the second moments (4 bytes times input width
-    squared, of each o_proj and down_proj) and the base's weights of the two."""
+    """Keep what is only needed when masks change in host memory: the second moments (9/4 bytes times input width squared, of
+    each o_proj and down_proj; of several processes each those of its own layers) and the base's weights of the two."""
 
 
 class RecoverConfig(Section):
@@ -254,7 +254,8 @@ class TrainConfig(Section):
     """CPU threads; default: torch's choice."""
     shard: Literal["none", "full"] = "none"
     """Of several processes (``torchrun``). ``none``: each has the whole model (DDP); ``full``: each keeps its part of every
-    weight, gradient and moment, and has a block or two of the model whole at a time (FSDP2). No effect on one process."""
+    weight (and of its gradient and moments, where all weights are trained), has LoRA whole, and a block or two of the model at
+    a time (FSDP2). No effect on one process."""
 
 
 class EvaluateConfig(Section):

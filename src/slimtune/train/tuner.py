@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from slimtune.models.head import MOST_COMPILED
 from slimtune.models.sharded import share_gradients, whole
@@ -37,6 +38,9 @@ class Tuner:
     def _wrap(self) -> nn.Module:
         accelerator = self.session.accelerator
         alone = accelerator.num_processes == 1 or self.session.sharded  # or it sees to its gradients itself
+        if not alone:  # DDP would send the frozen weights round, which all have read
+            frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, frozen)
         wrapped: nn.Module = self.model if alone else accelerator.prepare_model(self.model)
         return wrapped.train()  # all of it: LoRA came to a loaded model, which is in eval mode
 
