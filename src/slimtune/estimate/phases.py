@@ -17,7 +17,7 @@ class Phase:
     Attributes:
         tokens: of all turns.
         flops: floating-point operations; ``step_flops`` leaves out what comes before the first step (the prior).
-        seconds: None without a machine; ``step_seconds`` leaves out the same, and what fills host memory once.
+        seconds: None without a machine; ``step_seconds`` leaves out the same, fits outside the steps, and filling host memory.
         solve_flops: of the solves that each process makes.
         carried: bytes that come from host memory for them.
     """
