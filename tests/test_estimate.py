@@ -266,6 +266,18 @@ def test_a_quantised_base_costs_what_its_tensors_do() -> None:
     assert cost(LLAMA_3_8B, device="cuda", **nf4).memory == later, "auto, on a device that nobody knows"
 
 
+def test_originals_that_are_mapped_files_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def originals(**model: Any) -> int:
+        recipe = parse({"device": "cuda", "data": {"train": "nowhere.jsonl"}, "model": {"quantize": "nf4", **model}})
+        return estimate(recipe, measure=False).host_memory["original weights"]
+
+    base = {"path": "builtin:base-10m"}  # whose files hold bfloat16
+    alone = originals(**base, dtype="bfloat16")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert originals(**base, dtype="bfloat16") == alone
+    assert originals(**base, dtype="float32") == 4 * alone
+
+
 def test_the_recovery_is_in_4_bits_where_whole_weights_do_not_fit() -> None:
     wanted = {"model": {"quantize": "nf4", "dtype": "bfloat16"}, "device": "cuda", "train": {"precision": "bfloat16"}}
     recipe = recipe_of({**LLAMA_3_8B, "num_hidden_layers": 80}, **wanted, budget={"keep": 0.9})

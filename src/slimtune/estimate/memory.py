@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
+
 from slimtune import runtime
 from slimtune.estimate.cost import GRADIENTS, Job
 from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
@@ -141,7 +143,7 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
 def _originals(job: Job, weight_bytes: int) -> float:
     """Of all processes: where files hold weights as they are wanted, these are the mapped files, which all share."""
     model, held = job.recipe.model, getattr(job.config, "dtype", None)
-    mapped = model.init == "pretrained" and held is not None and held.itemsize == weight_bytes
+    mapped = model.init == "pretrained" and isinstance(held, torch.dtype) and held.itemsize == weight_bytes
     return (1 if mapped else runtime.world_size()) * weight_bytes * job.structure.prunable_params
 
 
