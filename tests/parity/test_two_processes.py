@@ -28,14 +28,15 @@ RUN: dict[str, Any] = {
 }
 
 
+RIVAL: dict[str, Any] = {**RUN, "method": "twostage", "twostage__scores": "generator", "twostage__least_squares": True}
 SCRATCH: dict[str, Any] = {"method": "finetune", "train__steps": 4, "evaluate__every": 2, "train__micro_batch": 1}
 
 
 def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
-    """A run of ATP, on 4 bits or not, or of all weights from nothing."""
+    """A run of ATP, on 4 bits or not, of a rival whose generator decides first, or of all weights from nothing."""
     own = {"scratch": {"init": "config"}, "quantized": {"quantize": "nf4"}}
     model = {"model": {"path": bench.base, **own.get(kind, {})}}
-    wanted = SCRATCH if kind == "scratch" else RUN
+    wanted = {"scratch": SCRATCH, "rival": RIVAL}.get(kind, RUN)
     return bench.recipe(out, **model, **wanted, train__checkpoint_every=2, **more)
 
 
@@ -43,7 +44,7 @@ def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
 def one_run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with runs of one process, and what a kill after each of their checkpoints would leave."""
     folder = tmp_path_factory.mktemp("one")
-    for kind in ("atp", "scratch", "quantized"):
+    for kind in ("atp", "scratch", "quantized", "rival"):
         with kept_checkpoints():
             tune(recipe_of(bench, kind, folder / kind))
     return folder
@@ -60,6 +61,8 @@ def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFact
             (folder / f"sharded-{out}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "quantized", folder / "quantized")
     (folder / "sharded-none.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    recipe = recipe_of(bench, "rival", folder / "rival", train__shard="full")
+    (folder / "sharded-rival.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "recipe.yaml").write_text(bench.recipe(folder / "run", **RUN).to_yaml(), encoding="utf-8")
     paths = [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
@@ -138,7 +141,7 @@ def test_two_processes_on_4_bits_do_what_one_does(one_run: Path, two_ranks: Path
     agree(one_run / "quantized", two_ranks / "quantized")
 
 
-@pytest.mark.parametrize("kind", ["atp", "scratch"])
+@pytest.mark.parametrize("kind", ["atp", "scratch", "rival"])
 def test_a_model_that_is_sharded_learns_what_a_whole_one_does(kind: str, one_run: Path, two_ranks: Path) -> None:
     agree(one_run / kind, two_ranks / kind)
 
