@@ -39,7 +39,7 @@ run_cli = CliRunner().invoke
 
 
 @pytest.fixture(scope="module")
-def finished(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def finished(bench: Bench, forked: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """One complete run, verified, with the dense reference."""
     out = tmp_path_factory.mktemp("finished")
     return out, tune(bench.recipe(out, export__verify=True, evaluate__dense_lora=True))
