@@ -140,6 +140,7 @@ def test_onnxruntime_writes_the_same(made: Made) -> None:
             logits[:, 0] = float("-inf")  # no end, as in the others
             ids = torch.cat([ids, torch.from_numpy(logits).argmax(-1, keepdim=True)], 1)
         assert ids[0, len(row) :].tolist() == expected
+    assert slimtune.verify_export(exported["file"])["ok"]
 
 
 def test_the_folder_takes_lora_again(made: Made) -> None:

@@ -181,10 +181,11 @@ def test_the_run_computes_with_4_bits_and_gates_change_them(bench: Bench, tmp_pa
 
 def test_checkpointing_of_activations_changes_nothing(bench: Bench, tmp_path: Path) -> None:
     found = []
-    for kind in ("none", "non_reentrant"):
+    for kind in ("none", "non_reentrant", "reentrant"):
         tune(quantized(bench, tmp_path / kind, model={"checkpointing": kind}, compensate__weights="decide"))
         found.append(losses(tmp_path / kind))
     assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
 
 
 @pytest.mark.parametrize("quantize", [True, "auto"])
