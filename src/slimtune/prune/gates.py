@@ -6,9 +6,9 @@ all-reduce, then the generator's own backward. So checkpointing, DDP and FSDP2 n
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -107,11 +107,7 @@ def squares_over_ranks(*parts: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
 
 def of_rank_0(values: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
     """Rank 0's ``values``, in one broadcast: collectives that follow from a decision hang if any process decides otherwise."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return dict(values)
-    flat = torch.cat(list(values.values()))
-    torch.distributed.broadcast(flat, 0)
-    return dict(zip(values, flat.split([len(value) for value in values.values()]), strict=True))
+    return _at_once(values, lambda flat: torch.distributed.broadcast(flat, 0))
 
 
 def _with_gradient(leaves: Mapping[Site, Tensor]) -> list[tuple[Site, Tensor]]:
@@ -128,10 +124,19 @@ def _summed(gradient: Tensor, power: int = 1) -> Tensor:
 
 def _over_ranks(parts: list[dict[Site, Tensor]], mean: bool) -> dict[Site, Tensor]:
     total = {site: torch.stack([part[site] for part in parts]).sum(0) for site in parts[0]}
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        flat = torch.cat(list(total.values()))
+
+    def reduce(flat: Tensor) -> None:
         torch.distributed.all_reduce(flat)
         if mean:
             flat /= torch.distributed.get_world_size()
-        total = dict(zip(total, flat.split([len(value) for value in total.values()]), strict=True))
-    return total
+
+    return _at_once(total, reduce)
+
+
+def _at_once(values: Mapping[Site, Tensor], collective: Callable[[Tensor], Any]) -> dict[Site, Tensor]:
+    """``values`` [units] as one collective leaves them; as they are, in one process alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return dict(values)
+    flat = torch.cat(list(values.values()))
+    collective(flat)
+    return dict(zip(values, flat.split([len(value) for value in values.values()]), strict=True))
