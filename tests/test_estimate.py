@@ -491,7 +491,10 @@ def test_whole_runs_measured_on_a_gpu_are_expected_within_a_quarter() -> None:
 def test_steps_of_other_sizes_and_of_several_gpus_are_expected_within_a_quarter(
     made_by: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """None of the constants was taken from these rows."""
+    """No constant was fitted to these rows, but by them it was seen that fits before and after the steps are not the steps'.
+
+    Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected.
+    """
     file = Path(__file__).parent.parent / "docs" / "results" / f"{made_by.__name__}.json"
     held = [row for row in json.loads(file.read_text(encoding="utf-8")) if not row.get("program")]
     assert len(held) > 3

@@ -49,9 +49,11 @@ SHEETS: dict[str, tuple[float, float, float, float, int]] = {
 }
 """Data sheets: TFLOP/s of dense bf16 products and of fp32, TB/s of device memory, GB/s of the link one way, GB of memory."""
 ATTAINED = {"matmul": 0.69, "exact": 0.44, "copied": 0.83, "link": 0.8}
-"""Parts of a data sheet that training reaches: products and memory as ``benchmarks/cost.py --profile`` found on an H200."""
+"""Parts of a data sheet that training reaches: products and memory as ``benchmarks/cost.py --profile`` found on an H200, fits
+(``exact``) by ``solves_seconds`` of docs/results/cost.json; ``link`` is taken, not measured."""
 FILLED = 2.5e9
-"""Bytes a second of host memory that is new and mostly page-locked: 1.8e9 and 4e9 on hosts of ``benchmarks/cost.py``'s runs."""
+"""Bytes a second of host memory that is new and mostly page-locked: between 1.8e9 and 4e9, by what ``moments_seconds`` of two
+hosts' rows (docs/results/cost.json) leave beside the arithmetic of the passes."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
