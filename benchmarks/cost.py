@@ -41,6 +41,8 @@ from slimtune.version import versions
 
 HERE = Path(__file__).parent
 Table = Callable[[list[dict[str, Any]]], str]
+EARLIER = ("before", "compiled, a graph a width")
+"""Rows of earlier programs: the estimate tells nothing of them."""
 
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
@@ -235,8 +237,10 @@ def asked(row: dict[str, Any]) -> Recipe:
 
 def renewed(row: dict[str, Any]) -> dict[str, Any]:
     """A row with what the estimate says by now, where it knows the GPU."""
-    known = row["what"] != "before" and "search_steps" in row and sheet_of(row["gpu"])
-    return {**row, **expected(asked(row), row["gpu"])} if known else row
+    known = row["what"] not in EARLIER and "search_steps" in row and sheet_of(row["gpu"])
+    if known:
+        return {**row, **expected(asked(row), row["gpu"])}
+    return {key: value for key, value in row.items() if not key.startswith("expected_")}
 
 
 def expected(recipe: Recipe, gpu: str) -> dict[str, float]:

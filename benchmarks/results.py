@@ -4,7 +4,8 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``growth`` and ``scale``, as the scripts print them that make those rows; what signs mean is said once in a document.
+``cost``, ``compiling``, ``growth`` and ``scale``, as the scripts print them that make those rows; what signs mean is said once
+in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
@@ -15,6 +16,7 @@ import json
 import re
 from pathlib import Path
 
+import compiling
 import cost
 import decode_ways
 import growth
@@ -31,7 +33,14 @@ START, END = "<!-- rows ", "<!-- /rows -->"
 TABLES = re.compile(rf"({START}(?P<file>\S+): (?P<parts>[a-z ]+) -->\n)(?:(?!{START}).)*?({END})", re.DOTALL)
 FIGURE = re.compile(r"<!-- figure (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>\S+\.svg)\)")
 PARTS = ("figures", "tasks", "means", "retention", "leads")
-OWN = {"speed": speed.tables, "ways": decode_ways.table, "cost": cost.table, "growth": growth.table, "scale": scale.table}
+OWN = {
+    "speed": speed.tables,
+    "ways": decode_ways.table,
+    "cost": cost.table,
+    "compiling": compiling.table,
+    "growth": growth.table,
+    "scale": scale.table,
+}
 """Parts of rows that are no runs, by the script that makes them."""
 
 

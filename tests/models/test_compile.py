@@ -14,7 +14,9 @@ from torch import Tensor
 from bases import Bench, losses, verify_here
 from gated import random_model, sample_ids
 from slimtune.methods import atp
-from slimtune.models.surgery import compile_blocks, cut
+from slimtune.models import compiled
+from slimtune.models.compiled import compile_blocks
+from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
 from slimtune.structure.plan import Plan
 from slimtune.train import tuner
@@ -28,7 +30,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 def _fresh_compiler() -> Iterator[None]:
     dynamo.reset()
     dynamo.utils.counters.clear()
-    with dynamo.config.patch(recompile_limit=dynamo.config.recompile_limit):
+    names = ("recompile_limit", "force_parameter_static_shapes", "force_nn_module_property_static_shapes")
+    with dynamo.config.patch({name: getattr(dynamo.config, name) for name in names}):
         yield
     dynamo.reset()
 
@@ -37,8 +40,15 @@ def graphs() -> int:
     return int(dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize(("widths", "wanted"), [((40, 40, 40), 1), ((40, 33, 80), 3)])
-def test_layers_of_the_same_widths_share_a_graph_and_all_compute_the_same(widths: tuple[int, ...], wanted: int) -> None:
+@pytest.mark.parametrize(
+    ("widths", "most", "wanted"),
+    [((40, 40, 40), 1, 1), ((40, 33, 80), 3, 3), ((40, 33, 80), 2, 2)],
+    ids=["same widths", "a graph each", "one of symbolic widths"],
+)
+def test_layers_of_the_same_widths_or_of_symbolic_ones_share_a_graph_and_all_compute_the_same(
+    widths: tuple[int, ...], most: int, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "MOST_GRAPHS", most)
     model, structure = random_model("llama", rank=4)
     plan = Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in widths])
     cut(model, structure, plan)

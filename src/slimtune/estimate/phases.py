@@ -8,6 +8,11 @@ from dataclasses import dataclass, replace
 from slimtune.estimate import traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
 from slimtune.estimate.machines import Machine
+from slimtune.models.compiled import MOST_GRAPHS
+
+GRAPH = 5.0
+"""Seconds in which a block of one pair of widths is compiled: 162 for the 32 of the row ``compiled, a graph a width`` of
+docs/results/cost.json. One of symbolic widths takes as long as ``MOST_GRAPHS`` of them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,7 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     compiled, part = recipe.train.compile, job.part
     dense = job.adapt(), traffic.turn(job, compiled=compiled)
     if recipe.method == "finetune":
-        return [phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])]
+        return _compiling([phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])], job)
     search, recover = recipe.search.steps, recipe.recover.steps
     updates = search + recover
     reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
@@ -60,7 +65,7 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
         steps = search if recipe.twostage.scores == "generator" else 0
         rows = [phase("decide", steps, [], first=_scoring(job, score), solves=job.solves())]
         rows.append(phase("recover", recipe.tuning_steps, [Turn(recipe.tuning_steps, *small)]))
-        return rows + reference
+        return _compiling(rows + reference, job)
     settle, teacher = recipe.settle_steps, Turn(0, *_teacher(job))
     gated = Turn(search, job.adapt() + teacher.flops, traffic.turn(job, gates=traffic.GATES) + teacher.traffic)
     rows = [phase("search", search, [gated, decide], first=prior, solves=job.solves())]
@@ -69,7 +74,16 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     taught = bool(recipe.distill.recover or recipe.distill.teacher)
     after = Turn(recover - settle, small[0] + taught * teacher.flops, small[1] + taught * teacher.traffic)
     rows.append(phase("recover", recover - settle, [after]))
-    return rows + reference
+    return _compiling(rows + reference, job)
+
+
+def _compiling(rows: list[Phase], job: Job) -> list[Phase]:
+    """With the seconds before the first step of what is compiled; layers that are cut are taken to differ in their widths."""
+    if not job.recipe.train.compile:
+        return rows
+    cut = min(len(job.structure.layers), MOST_GRAPHS + 1) if job.recipe.budget.layout == "per-layer" else 1
+    graphs = {"recover": cut, "tune": 1, "dense LoRA": 1}
+    return [replace(row, seconds=row.seconds and row.seconds + GRAPH * graphs.get(row.name, 0)) for row in rows]
 
 
 def _teacher(job: Job) -> tuple[float, float]:

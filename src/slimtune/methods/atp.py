@@ -21,7 +21,8 @@ from slimtune.methods.outcome import Outcome
 from slimtune.methods.prepare import prepare
 from slimtune.methods.start import cut_to_recover, gated_model
 from slimtune.methods.teacher import Teacher
-from slimtune.models.surgery import checkpoint_fewer, compile_blocks, lora_slices
+from slimtune.models.compiled import compile_blocks
+from slimtune.models.surgery import checkpoint_fewer, lora_slices
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
 from slimtune.structure.plan import Plan, count

@@ -8,7 +8,7 @@ import torch
 
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.start import base_model
-from slimtune.models.surgery import compile_blocks
+from slimtune.models.compiled import compile_blocks
 from slimtune.runtime import pick_dtype
 from slimtune.structure.plan import Plan
 from slimtune.train.loop import Phase, Turn, resumed, run_phase

@@ -21,7 +21,8 @@ from slimtune.methods.passes import Passes
 from slimtune.methods.prepare import prepare
 from slimtune.methods.scores import CRITERIA, Scorer, ranked
 from slimtune.methods.start import cut_to_recover, gated_model
-from slimtune.models.surgery import checkpoint_fewer, compensate, compile_blocks
+from slimtune.models.compiled import compile_blocks
+from slimtune.models.surgery import checkpoint_fewer, compensate
 from slimtune.prune import budget
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.gates import Site

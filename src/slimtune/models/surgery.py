@@ -36,25 +36,6 @@ def checkpoint_fewer(model: nn.Module, structure: Structure, part: float) -> Non
         block.gradient_checkpointing = False
 
 
-def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
-    """``torch.compile`` every decoder block, in place: one graph for all blocks of the same widths.
-
-    One with symbolic widths would serve them all, but dynamo needs three of it (some sizes of one are special), and tracing
-    one took half a minute on a CPU where a plain one took three seconds. What inductor made for a graph it finds again on disk.
-
-    Args:
-        backend: of ``torch.compile``.
-    """
-    import torch._dynamo.config as dynamo_config  # costs a second
-
-    # all blocks are calls of one function, which dynamo would stop compiling at the eighth width
-    dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 2 * len(structure.layers) + 8)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.enable_input_require_grads()  # else the first block, whose input needs no gradient, is compiled by itself
-    for block in blocks_of(model, structure):
-        block.compile(backend=backend)
-
-
 def linears_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, Linear, nn.Module]]:
     """(layer, row of the table, module) for every linear; the module is the PEFT wrapper where there is one."""
     for index, block in enumerate(blocks_of(model, structure)):

@@ -1,0 +1,122 @@
+"""What ``train.compile`` takes and gives where the layers of a cut model differ: a graph for each, or one of symbolic widths.
+
+    python benchmarks/compiling.py llama-3-8b --rows docs/results/compiling.json                                # on a GPU
+    python benchmarks/compiling.py cpu-size --layers 24 --window 64 --batch 2 --backend aot_eager               # tracing alone
+    python benchmarks/compiling.py --rows docs/results/compiling.json                                           # only the table
+
+Forward and backward passes of LoRA under bf16 autocast, by a model of random weights, each layer cut to widths that are drawn.
+The first step compiles; nothing that was compiled before is used. Steps after it are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo as dynamo
+from cost import HERE, told
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from slimtune.models import compiled
+from slimtune.models.load import attach_lora, structure_of
+from slimtune.models.surgery import cut
+from slimtune.recipe import LoraConfig
+from slimtune.runtime import machine
+from slimtune.structure.plan import Plan
+from slimtune.version import versions
+
+WAYS = {"eager": None, "a graph a width": 10**9, "symbolic": 0}
+"""Ways, and how many different widths get a graph each."""
+
+
+def cut_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
+    """A model of random weights and widths, the same ones for each way, and its structure."""
+    keys = json.loads((HERE / "shapes.json").read_text())[args.shape]
+    if args.layers:
+        keys["num_hidden_layers"] = args.layers
+    config = AutoConfig.for_model(keys.pop("model_type"), **keys)
+    structure, draw = structure_of(config), random.Random(0)
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = attach_lora(model, structure, LoraConfig(rank=args.rank), autocast=True)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    kept = []
+    for layer in structure.layers:
+        groups, rows = layer.units["kv_group"], layer.units["ffn"]
+        part, multiple = draw.uniform(0.3, 0.8), max(1, rows // 112)
+        kept.append({"kv_group": range(max(1, round(part * groups))), "ffn": range(round(part * rows / multiple) * multiple)})
+    cut(model, structure, Plan.of(structure, kept))
+    return model.train(), structure
+
+
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each way."""
+    torch.compiler.config.force_disable_caches = True
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for way in args.ways:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
+        model, structure = cut_model(args, device)
+        widths = {tuple(parameter.shape for parameter in block.parameters()) for block in compiled.blocks_of(model, structure)}
+        if (most := WAYS[way]) is not None:
+            compiled.MOST_GRAPHS = most
+            compiled.compile_blocks(model, structure, args.backend)
+        ids = torch.randint(model.config.vocab_size, (args.batch, args.window), device=device)
+        seconds = [step(model, ids) for _ in range(args.steps)]
+        row = {"way": way, "model": args.shape, "layers": len(structure.layers), "widths": len(widths), "gpu": machine(device)}
+        row |= {"first_seconds": seconds[0], "step_seconds": statistics.median(seconds[2:]), "backend": args.backend}
+        row |= {"graphs": dynamo.utils.counters["stats"]["unique_graphs"], "batch": args.batch, "window": args.window}
+        yield {**row, **versions()}
+
+
+def step(model: Any, ids: torch.Tensor) -> float:
+    """Seconds of a forward and a backward pass."""
+    begun = time.perf_counter()
+    with torch.autocast(ids.device.type, torch.bfloat16):
+        hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+    hidden.float().square().mean().backward()
+    torch.cuda.synchronize() if ids.is_cuda else None
+    return time.perf_counter() - begun
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table."""
+    lines = [
+        "| layers are compiled | model | layers | of different widths | machine | graphs | first step, s | a later one, s |"
+    ]
+    lines.append(f"|{' --- |' * 8}")
+    for row in rows:
+        backend = "" if row["way"] == "eager" or row["backend"] == "inductor" else f" ({row['backend']})"
+        cells = [row["way"] + backend, *(str(row[key]) for key in ("model", "layers", "widths", "gpu", "graphs"))]
+        cells += [f"{row['first_seconds']:.1f}", f"{row['step_seconds']:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write rows."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
+    made.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
+    made.add_argument("--layers", type=int, help="default: the shape's")
+    made.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    made.add_argument("--backend", default="inductor", help="of torch.compile")
+    made.add_argument("--steps", type=int, default=8)
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--window", type=int, default=1024)
+    made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--rows", type=Path)
+    args = made.parse_args()
+    told(args, measured(args), table, ("way", "model", "layers", "gpu", "backend", "batch", "window"))
+
+
+if __name__ == "__main__":
+    main()
