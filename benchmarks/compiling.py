@@ -66,25 +66,34 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         dynamo.utils.counters.clear()
         model, structure = cut_model(args, device)
         widths = {tuple(parameter.shape for parameter in block.parameters()) for block in compiled.blocks_of(model, structure)}
-        if (most := WAYS[way]) is not None:
-            compiled.MOST_GRAPHS = most
-            compiled.compile_blocks(model, structure, args.backend)
+        most = WAYS[way]
         ids = torch.randint(model.config.vocab_size, (args.batch, args.window), device=device)
-        seconds = [step(model, ids) for _ in range(args.steps)]
+        weights = torch.randn(model.config.hidden_size, device=device, dtype=torch.bfloat16)
+        with compiled.compiling(most is not None):
+            if most is not None:
+                compiled.MOST_GRAPHS = most
+                compiled.compile_blocks(model, structure, args.backend)
+            steps = [step(model, ids, weights) for _ in range(args.steps)]
+        seconds = [each for each, _ in steps]
         row = {"way": way, "model": args.shape, "layers": len(structure.layers), "widths": len(widths), "gpu": machine(device)}
-        row |= {"first_seconds": seconds[0], "step_seconds": statistics.median(seconds[2:]), "backend": args.backend}
-        row |= {"graphs": dynamo.utils.counters["stats"]["unique_graphs"], "batch": args.batch, "window": args.window}
+        row |= {"first_seconds": seconds[0], "step_seconds": statistics.median(seconds[2:]), "gradient": steps[-1][1]}
+        row |= {"graphs": dynamo.utils.counters["stats"]["unique_graphs"], "backend": args.backend}
+        row |= {"batch": args.batch, "window": args.window}
         yield {**row, **versions()}
 
 
-def step(model: Any, ids: torch.Tensor) -> float:
-    """Seconds of a forward and a backward pass."""
+def step(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> tuple[float, float]:
+    """Seconds of a forward and a backward pass, and the norm of the gradients of LoRA in the first layer."""
     begun = time.perf_counter()
     with torch.autocast(ids.device.type, torch.bfloat16):
         hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
-    hidden.float().square().mean().backward()
+    (hidden * weights).sum(-1).float().square().mean().backward()
     torch.cuda.synchronize() if ids.is_cuda else None
-    return time.perf_counter() - begun
+    seconds = time.perf_counter() - begun
+    grads = [each.grad for name, each in model.named_parameters() if each.grad is not None and ".layers.0." in name]
+    norm = float(torch.stack([grad.norm() for grad in grads]).norm())
+    model.zero_grad()
+    return seconds, norm
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -92,11 +101,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| layers are compiled | model | layers | of different widths | machine | graphs | first step, s | a later one, s |"
     ]
-    lines.append(f"|{' --- |' * 8}")
+    lines = [f"{lines[0]} gradients differ by |", f"|{' --- |' * 9}"]
+    same = ("model", "layers", "gpu", "batch", "window")
+    eager = {tuple(row[key] for key in same): row["gradient"] for row in rows if row["way"] == "eager"}
     for row in rows:
         backend = "" if row["way"] == "eager" or row["backend"] == "inductor" else f" ({row['backend']})"
         cells = [row["way"] + backend, *(str(row[key]) for key in ("model", "layers", "widths", "gpu", "graphs"))]
+        norm = eager.get(tuple(row[key] for key in same))
         cells += [f"{row['first_seconds']:.1f}", f"{row['step_seconds']:.3f}"]
+        cells.append(f"{abs(row['gradient'] / norm - 1):.1e}" if norm and row["way"] != "eager" else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

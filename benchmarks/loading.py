@@ -51,11 +51,12 @@ print(sum(float(each.max()) for each in model.parameters()))
 """Each weight is read: pages of a mapped file that nothing touches take no memory."""
 
 
-def write_base(folder: Path, keys: dict[str, Any], dtype: torch.dtype) -> int:
-    """A random model in three files with the embedded tokenizer and its vocabulary; its bytes."""
+def write_base(folder: Path, keys: dict[str, Any], dtype: torch.dtype, device: str) -> int:
+    """A random model, drawn on ``device``, in three files with the embedded tokenizer and its vocabulary; its bytes."""
     config = AutoConfig.for_model(**{**keys, "vocab_size": 6144, "bos_token_id": None, "eos_token_id": 0})
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     size = sum(each.numel() * each.element_size() for each in model.parameters())
     model.save_pretrained(folder, max_shard_size=size * 2 // 5)
     for file in (ASSETS / "tokenizer.json", ASSETS / "tokenizer_config.json"):
@@ -131,7 +132,7 @@ def rows_of(args: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]
     for name, each in (("tiny", TINY), ("base", keys)):
         (scratch / name).mkdir()
         (scratch / name / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sizes[name] = write_base(scratch / name / "base", each, getattr(torch, args.stored))
+        sizes[name] = write_base(scratch / name / "base", each, getattr(torch, args.stored), args.device)
         for command, line in commands(scratch / name / "base", scratch / name, args):
             found.setdefault(command, []).append(line)
     head = {"shape": args.shape, "when": args.when, "stored": args.stored, "dtype": args.dtype, "base_bytes": sizes["base"]}

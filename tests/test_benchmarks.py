@@ -322,14 +322,18 @@ def test_a_whole_run_is_measured_beside_plain_lora(
     words += ["--steps", "12", "--search", "3", "--prior", "1", "--batch", "2", "--window", "64", "--rank", "2"]
     monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "runs"), "--rows", str(rows)])
     cost.main()
-    cost.main()  # in place of the rows of before
-    lora, atp = json.loads(rows.read_text())
+    earlier, atp = json.loads(rows.read_text())
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--what", "lora"])
+    cost.main()
+    stayed, lora = json.loads(rows.read_text())
+    assert stayed == atp
+    assert lora["seconds"] != earlier["seconds"], "in place of the row of before"
     assert (lora["what"], atp["what"]) == ("lora", "atp")
     assert atp["tokens"] == lora["tokens"] == 12 * 2 * 64
     assert (atp["search_steps"], atp["recover_steps"]) == (3, 4)  # two batches before and three decide turns out of twelve
     assert atp["seconds"] > atp["search_seconds"] + atp["recover_seconds"]
     table = capsys.readouterr().out
-    assert f"| 0.00 | {atp['seconds']:.1f} | {atp['seconds'] / lora['seconds']:.2f} |" in table
+    assert f"| 0.00 | {atp['seconds']:.1f} | {atp['seconds'] / earlier['seconds']:.2f} |" in table
 
 
 def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:

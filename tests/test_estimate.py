@@ -25,7 +25,7 @@ from slimtune.estimate.build import job_of
 from slimtune.estimate.machines import Machine, named
 from slimtune.estimate.memory import memory, with_room
 from slimtune.estimate.phases import GRAPH, phases
-from slimtune.models.compiled import MOST_GRAPHS
+from slimtune.models.compiled import SYMBOLIC
 from slimtune.models.load import attach_lora, load_config, structure_of
 from slimtune.models.quantized import quantized
 from slimtune.models.weights import held
@@ -499,11 +499,16 @@ def test_steps_that_are_compiled_are_those_measured_on_a_gpu_and_what_compiling_
     assert recover.step_seconds == pytest.approx(row["recover_step_seconds"], rel=0.25)
     assert sum(found.memory.values()) / 2**30 == pytest.approx(row["peak_gib"], rel=0.25)
     steps = row["recover_steps"] * (recover.step_seconds or 0.0)
-    assert (recover.seconds or 0.0) - steps == pytest.approx((MOST_GRAPHS + 1) * GRAPH)
+    assert (recover.seconds or 0.0) - steps == pytest.approx(SYMBOLIC * GRAPH)
+    taken = row["recover_seconds"] - row["recover_steps"] * row["recover_step_seconds"]
+    assert taken == pytest.approx(recipe.model.config["num_hidden_layers"] * GRAPH, rel=0.25), "a graph for each layer"
     assert [each.seconds for each in found.phases[:-1]] == [each.seconds for each in plain.phases[:-1]]
+    shape = {**recipe.model.config, "num_hidden_layers": 4}
+    few = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": shape})})
     uniform = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"layout": "uniform"})})
-    once = estimate(uniform, gpu="h100").phases[-1]
-    assert (once.seconds or 0.0) - row["recover_steps"] * (once.step_seconds or 0.0) == pytest.approx(GRAPH)
+    for changed, graphs in ((few, 4), (uniform, 1)):
+        phase = estimate(changed, gpu="h100").phases[-1]
+        assert (phase.seconds or 0.0) - phase.steps * (phase.step_seconds or 0.0) == pytest.approx(graphs * GRAPH)
 
 
 @pytest.mark.parametrize("made_by", [growth, scale])

@@ -20,6 +20,7 @@ from slimtune.export.folder import check_target
 from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
 from slimtune.methods.start import untuned_model
+from slimtune.models.compiled import compiling
 from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
     check_attention,
@@ -195,7 +196,8 @@ class Run:
         """A method's outcome, and what it cost: seconds, and the most bytes on a GPU."""
         forget_peak(self.accelerator.device)
         session = self.session(stage)
-        outcome = method(session)
+        with compiling(self.recipe.train.compile):
+            outcome = method(session)
         peak = peak_memory(self.accelerator.device)
         return outcome, {"seconds": round(session.seconds, 1), **({"memory": peak} if peak else {})}
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from slimtune.estimate import traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
 from slimtune.estimate.machines import Machine
-from slimtune.models.compiled import MOST_GRAPHS
+from slimtune.models.compiled import MOST_GRAPHS, SYMBOLIC
 
 GRAPH = 5.0
-"""Seconds in which a block of one pair of widths is compiled: 162 for the 32 of the row ``compiled, a graph a width`` of
-docs/results/cost.json. One of symbolic widths takes as long as ``MOST_GRAPHS`` of them."""
+"""Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
+docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,9 @@ def _compiling(rows: list[Phase], job: Job) -> list[Phase]:
     """With the seconds before the first step of what is compiled; layers that are cut are taken to differ in their widths."""
     if not job.recipe.train.compile:
         return rows
-    cut = min(len(job.structure.layers), MOST_GRAPHS + 1) if job.recipe.budget.layout == "per-layer" else 1
+    budget, layers = job.recipe.budget, len(job.structure.layers)
+    differ = budget.layout == "per-layer" and budget.keep < 1
+    cut = (layers if layers <= MOST_GRAPHS else SYMBOLIC) if differ else 1
     graphs = {"recover": cut, "tune": 1, "dense LoRA": 1}
     return [replace(row, seconds=row.seconds and row.seconds + GRAPH * graphs.get(row.name, 0)) for row in rows]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftModel
@@ -10,21 +12,35 @@ from torch import nn
 from slimtune.models.surgery import blocks_of
 from slimtune.structure.axes import Structure
 
-MOST_GRAPHS = 8
-"""Different widths that get a graph each. Tracing one with symbolic widths takes dynamo as long as five of those with plain
-numbers, and one or two serve all layers (a width of one is special): 18 s where twenty graphs took 37, by two cores of a CPU
-(``benchmarks/compiling.py``, docs/RESULTS.md)."""
+MOST_GRAPHS = 16
+"""Different widths that get a graph each."""
+SYMBOLIC = 10
+"""Graphs of plain numbers that are traced as quickly as those of symbolic widths, of which three or so serve all layers (the
+first is plain, a width of one is special): by two threads of a CPU half the time of twenty (``benchmarks/compiling.py``)."""
+
+
+@contextmanager
+def compiling(wanted: bool) -> Iterator[None]:
+    """Inside, ``compile_blocks`` may tell dynamo how to work; those are settings of the process, which gets its own back."""
+    if not wanted:
+        yield
+        return
+    import torch._dynamo.config as dynamo_config  # costs a second
+
+    names = ("recompile_limit", "force_parameter_static_shapes", "force_nn_module_property_static_shapes")
+    with dynamo_config.patch({name: getattr(dynamo_config, name) for name in names}):
+        yield
 
 
 def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
     """``torch.compile`` every decoder block, in place: a graph for all blocks of the same widths, or one of symbolic widths.
 
-    What inductor made for a graph it finds again on disk.
+    What inductor made for a graph it finds again on disk. To be called, and the model trained, within ``compiling``.
 
     Args:
         backend: of ``torch.compile``.
     """
-    import torch._dynamo.config as dynamo_config  # costs a second
+    import torch._dynamo.config as dynamo_config
 
     blocks = list(blocks_of(model, structure))
     widths = {tuple(parameter.shape for parameter in block.parameters()) for block in blocks}
