@@ -415,6 +415,26 @@ def test_a_machine_with_slow_memory_or_a_slow_link_takes_longer() -> None:
     assert far_recover == recover
 
 
+def test_a_step_takes_at_least_what_the_host_takes_to_launch_its_blocks() -> None:
+    quick, slow = (replace(named("h100"), matmul=rate, copied=rate, block=0.01) for rate in (1e30, 1e9))
+    config, model = tiny(**WIDE)
+    layers, structure = model.config.num_hidden_layers, structure_of(model.config)
+
+    def steps(machine: Machine, **sections: Any) -> list[float]:
+        job = job_of(recipe_of(config, **sections), model.config, structure)
+        return [phase.step_seconds or 0.0 for phase in phases(job, machine)]
+
+    apart = {"train": {"batch": 4, "micro_batch": 1}, "search": {"batch": 2}}
+    assert steps(quick, train={"batch": 4}) == pytest.approx([layers * 0.01 * (2.2 + 1.4 * 2.2), layers * 0.01 * 2.2])
+    assert steps(quick, **apart) == pytest.approx([layers * 0.01 * (4 * 2.2 + 2 * 1.4 * 2.2), layers * 0.01 * 4 * 2.2])
+    again = {"model": {"checkpointing": "non_reentrant"}, "recover": {"checkpointed": 0.5}}
+    assert steps(quick, **apart, **again)[1] == pytest.approx(layers * 0.01 * 4 * 2.7)
+    assert steps(quick, method="finetune", train={"batch": 4}) == pytest.approx([0.0]), (
+        "of passes without LoRA nothing is known"
+    )
+    assert steps(slow) == steps(replace(slow, block=None)), "kernels take longer"
+
+
 def test_gates_gradients_and_compiled_blocks_move_what_they_move() -> None:
     config, model = tiny(**WIDE)
     structure = structure_of(model.config)
@@ -515,7 +535,7 @@ def test_steps_that_are_compiled_are_those_measured_on_a_gpu_and_what_compiling_
 def test_steps_of_other_sizes_and_of_several_gpus_are_expected_within_a_quarter(
     made_by: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No constant was fitted to these rows, but by them it was seen that fits before and after the steps are not the steps'.
+    """Of the constants that of launches is from one of growth's rows; by both it was seen which fits are not the steps'.
 
     Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected.
     """

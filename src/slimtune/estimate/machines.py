@@ -22,6 +22,7 @@ class Machine:
         copied: bytes of device memory, read and written, a second; None where no time is counted for them.
         link: bytes a second from page-locked host memory; None likewise.
         host: bytes a second that new host memory is filled with; None likewise.
+        block: seconds in which the host launches a block's forward pass; None likewise.
         memory: bytes of the device; None where it is not told.
         told: how the rates were had.
     """
@@ -32,6 +33,7 @@ class Machine:
     copied: float | None = None
     link: float | None = None
     host: float | None = None
+    block: float | None = None
     memory: int | None = None
     told: str = ""
 
@@ -54,6 +56,9 @@ ATTAINED = {"matmul": 0.69, "exact": 0.44, "copied": 0.83, "link": 0.8}
 FILLED = 2.5e9
 """Bytes a second of host memory that is new and mostly page-locked: between 1.8e9 and 4e9, by what ``moments_seconds`` of two
 hosts' rows (docs/results/cost.json) leave beside the arithmetic of the passes."""
+BLOCK = 0.005
+"""Seconds of Python and launches in a block's forward pass, with LoRA: by recovery steps and decide turns of 4 windows on 8
+layers in docs/results/growth.json, on an H100's host."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
@@ -70,6 +75,7 @@ def named(name: str, dtype: torch.dtype = torch.bfloat16) -> Machine:
         copied * 1e12 * ATTAINED["copied"],
         link * 1e9 * ATTAINED["link"],
         FILLED,
+        BLOCK,
         memory * 10**9,
         f"the data sheet of an {name}, of which training attains {ATTAINED['matmul']:.0%}",
     )
@@ -89,6 +95,7 @@ def timed(kind: str, dtype: torch.dtype) -> Machine:
         _copy_rate(torch.device(kind)),
         _copy_rate(torch.device("cpu")),
         FILLED,
+        BLOCK,
         torch.cuda.get_device_properties(0).total_memory,
         told,
     )

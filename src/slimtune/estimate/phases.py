@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from slimtune.estimate import traffic
+from slimtune.estimate import launches, traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
 from slimtune.estimate.machines import Machine
 from slimtune.models.compiled import MOST_GRAPHS, SYMBOLIC
@@ -40,40 +40,42 @@ class Phase:
 
 @dataclass(frozen=True)
 class Turn:
-    """``steps`` of ``train.batch`` windows, and what one of their tokens costs in operations and in bytes of memory."""
+    """``steps`` of ``train.batch`` windows, and what one of their tokens costs: operations, bytes of memory, launches."""
 
     steps: float
     flops: float
     traffic: float
+    launched: float
 
 
 def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     """The phases of the run, and their time on ``ranks`` of a machine."""
     recipe, phase = job.recipe, _timed(job, machine, ranks)
     compiled, part = recipe.train.compile, job.part
-    dense = job.adapt(), traffic.turn(job, compiled=compiled)
+    dense = job.adapt(), traffic.turn(job, compiled=compiled), launches.turn(job, compiled=compiled)
     if recipe.method == "finetune":
         return _compiling([phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])], job)
     search, recover = recipe.search.steps, recipe.recover.steps
     updates = search + recover
     reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
     kept = recipe.recover.checkpointed
-    small = job.adapt(part, kept), traffic.turn(job.recovering, part, compiled=compiled, checkpointed=kept)
+    moved = traffic.turn(job.recovering, part, compiled=compiled, checkpointed=kept)
+    small = job.adapt(part, kept), moved, launches.turn(job, kept, compiled)
     decide, prior = _decide(job)
     if recipe.method == "twostage":
-        score = decide if recipe.twostage.scores in GRADIENTS else Turn(0, job.forward(), traffic.look(job))
+        score = decide if recipe.twostage.scores in GRADIENTS else Turn(0, job.forward(), traffic.look(job), launches.look(job))
         steps = search if recipe.twostage.scores == "generator" else 0
         rows = [phase("decide", steps, [], first=_scoring(job, score), solves=job.solves())]
         rows.append(phase("recover", recipe.tuning_steps, [Turn(recipe.tuning_steps, *small)]))
         return _compiling(rows + reference, job)
-    settle, teacher = recipe.settle_steps, Turn(0, *_teacher(job))
-    gated = Turn(search, job.adapt() + teacher.flops, traffic.turn(job, gates=traffic.GATES) + teacher.traffic)
+    settle, teacher = recipe.settle_steps, _teacher(job)
+    gated = _both(Turn(search, job.adapt(), traffic.turn(job, gates=traffic.GATES), launches.turn(job)), teacher)
     rows = [phase("search", search, [gated, decide], first=prior, solves=job.solves())]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [replace(gated, steps=settle)]))
-    taught = bool(recipe.distill.recover or recipe.distill.teacher)
-    after = Turn(recover - settle, small[0] + taught * teacher.flops, small[1] + taught * teacher.traffic)
-    rows.append(phase("recover", recover - settle, [after]))
+    after = Turn(recover - settle, *small)
+    taught = recipe.distill.recover or recipe.distill.teacher
+    rows.append(phase("recover", recover - settle, [_both(after, teacher) if taught else after]))
     return _compiling(rows + reference, job)
 
 
@@ -88,8 +90,14 @@ def _compiling(rows: list[Phase], job: Job) -> list[Phase]:
     return [replace(row, seconds=row.seconds and row.seconds + GRAPH * graphs.get(row.name, 0)) for row in rows]
 
 
-def _teacher(job: Job) -> tuple[float, float]:
-    return (job.forward(), traffic.look(job)) if job.recipe.distill.weight > 0 else (0.0, 0.0)
+def _teacher(job: Job) -> Turn:
+    looks = Turn(0, job.forward(), traffic.look(job), launches.look(job))
+    return looks if job.recipe.distill.weight > 0 else Turn(0, 0.0, 0.0, 0.0)
+
+
+def _both(turn: Turn, other: Turn) -> Turn:
+    """``turn``, in which each token goes through ``other`` as well."""
+    return Turn(turn.steps, turn.flops + other.flops, turn.traffic + other.traffic, turn.launched + other.launched)
 
 
 def _decide(job: Job) -> tuple[Turn, list[Turn]]:
@@ -99,18 +107,22 @@ def _decide(job: Job) -> tuple[Turn, list[Turn]]:
     own = 2 * job.forward() + 4 * job.lora() + job.recompute() + 6 * job.generator / (part * job.step_tokens)
     moved = traffic.turn(job, gates=traffic.LEAVES)
     gradients, looks = (part * recipe.generator.prior_steps * passes for passes in recipe.prior_passes)
-    prior = [Turn(gradients, own, moved), Turn(looks, job.forward() + job.moments(), traffic.look(job))]
+    launched = launches.decide(job)
+    look = Turn(looks, job.forward() + job.moments(), traffic.look(job), launches.look(job))
     turns = -(-recipe.search.steps // recipe.search.decide_every) if recipe.search.update == "alternating" else 0
-    return Turn(part * turns, own + 2 * job.innovations(), moved), prior
+    return Turn(part * turns, own + 2 * job.innovations(), moved, launched), [Turn(gradients, own, moved, launched), look]
 
 
 def _timed(job: Job, machine: Machine | None, ranks: int) -> Callable[..., Phase]:
     """What makes a phase of its turns."""
 
     def seconds(turns: Sequence[Turn]) -> float:
+        return job.step_tokens / ranks * sum(turn.steps * of_a_token(turn) for turn in turns)
+
+    def of_a_token(turn: Turn) -> float:
         assert machine
-        flops, moved = (sum(turn.steps * job.step_tokens * each(turn) for turn in turns) for each in (_flops, _traffic))
-        return (flops / machine.matmul + (moved / machine.copied if machine.copied else 0.0)) / ranks
+        kernels = turn.flops / machine.matmul + (turn.traffic / machine.copied if machine.copied else 0.0)
+        return max(kernels, turn.launched * (machine.block or 0.0))
 
     def fits(machine: Machine, rounds: Rounds) -> float:
         return rounds.flops / machine.exact + (rounds.carried / machine.link if machine.link else 0.0)
@@ -139,17 +151,9 @@ def _timed(job: Job, machine: Machine | None, ranks: int) -> Callable[..., Phase
     return phase
 
 
-def _flops(turn: Turn) -> float:
-    return turn.flops
-
-
-def _traffic(turn: Turn) -> float:
-    return turn.traffic
-
-
 def _scoring(job: Job, score: Turn) -> list[Turn]:
     """What ``twostage`` reads before its cut; ``score``: what a token costs that a score takes."""
     recipe = job.recipe
     scoring, refit = recipe.scoring_windows - recipe.refit_windows, recipe.refit_windows
-    looks = Turn(refit / recipe.train.batch, job.forward() + job.moments(), traffic.look(job))
+    looks = Turn(refit / recipe.train.batch, job.forward() + job.moments(), traffic.look(job), launches.look(job))
     return [replace(score, steps=scoring / recipe.train.batch), looks]

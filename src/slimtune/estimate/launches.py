@@ -1,0 +1,41 @@
+"""The arithmetic of a run: passes through blocks that the host launches, which take it as long however few tokens there are.
+
+In forward passes of a block with LoRA on its linears; a backward pass is 1.2 of them, and gates that collect gradients make 1.4
+of one. What one takes is the machine's (``Machine.block``); a step takes that or its kernels, whichever is longer. Compiled
+blocks, and those all of whose weights are trained, were not measured: nothing is counted for them.
+"""
+
+from __future__ import annotations
+
+from slimtune import runtime
+from slimtune.estimate.cost import Job
+
+BACKWARD = 1.2
+GATED = 1.4
+"""By decide turns of 4 windows on 8 layers (docs/results/growth.json) and search steps of an earlier program on 28
+(docs/results/dry-run.json)."""
+
+
+def look(job: Job) -> float:
+    """For one token, in a forward pass that keeps nothing."""
+    return _of_a_token(job, 1.0, job.pass_tokens)
+
+
+def turn(job: Job, checkpointed: float = 1.0, compiled: bool = False) -> float:
+    """For one token, in a turn with a backward pass, ``checkpointed`` of whose blocks are."""
+    return 0.0 if compiled else _of_a_token(job, _passes(job, checkpointed), job.pass_tokens)
+
+
+def decide(job: Job) -> float:
+    """For one token, in a decide turn."""
+    mine = -(-(job.recipe.search.batch or job.recipe.train.batch) // runtime.world_size())
+    return GATED * _of_a_token(job, _passes(job), min(job.pass_tokens, mine * job.recipe.data.max_length))
+
+
+def _passes(job: Job, checkpointed: float = 1.0) -> float:
+    again = checkpointed if job.recipe.model.checkpointing != "none" else 0.0
+    return 1 + again + BACKWARD
+
+
+def _of_a_token(job: Job, passes: float, tokens: int) -> float:
+    return 0.0 if job.whole else passes * len(job.structure.layers) / tokens
