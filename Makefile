@@ -35,11 +35,14 @@ golden: setup
 results: setup
 	$(BIN)/python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
-# What claims of cost are made of, at a size for a CPU, as ratios in one process each.
+# What claims of cost are made of, at a size for a CPU, as ratios in one process each (of several: in one run).
 SMALL := cpu-size --batch 2 --window 64
 bench: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/cost.py $(SMALL) --steps 80 --search 4 --prior 2
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/growth.py $(SMALL)
+	$(BIN)/python benchmarks/scale.py $(SMALL) --processes 2 --prior 16 --search 2 --recover 4 \
+	  model.dtype=float32 train.precision=float32
+	$(BIN)/python benchmarks/compiling.py $(SMALL) --layers 12 --steps 4 --backend aot_eager
 	$(BIN)/python benchmarks/startup.py
 
 # All tables on the screen, the earlier ones too (docs/results/EARLIER.md).

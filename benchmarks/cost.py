@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -220,7 +221,8 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if what != "lora" and not sheet_of(shape["gpu"]):  # else the table tells it
             shape |= expected(recipe, shape["gpu"])
         shape |= {"steps": args.steps, "prior": args.prior, "rank": args.rank}
-        yield {**found, "what": name, **shape, "overrides": " ".join(args.overrides), **versions()}
+        more = {"bitsandbytes": version("bitsandbytes")} if what != "lora" and recipe.model.quantize != "none" else {}
+        yield {**found, "what": name, **shape, "overrides": " ".join(args.overrides), **versions(), **more}
 
 
 def sheet_of(gpu: str) -> str | None:

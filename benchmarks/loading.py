@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -46,9 +47,11 @@ import sys, torch
 from slimtune.models.load import load_model
 from slimtune.sections import ModelConfig
 model = load_model(ModelConfig(path=sys.argv[1]), sys.argv[2], getattr(torch, sys.argv[3]))
+if sys.argv[2] != "cpu":
+    print("device", torch.cuda.max_memory_allocated())
 print(sum(float(each.max()) for each in model.parameters()))
 """
-"""Each weight is read: pages of a mapped file that nothing touches take no memory."""
+"""Each weight is read: pages of a mapped file that nothing touches take no memory. A GPU's peak is of what is before."""
 
 
 def write_base(folder: Path, keys: dict[str, Any], dtype: torch.dtype, device: str) -> int:
@@ -61,6 +64,8 @@ def write_base(folder: Path, keys: dict[str, Any], dtype: torch.dtype, device: s
     model.save_pretrained(folder, max_shard_size=size * 2 // 5)
     for file in (ASSETS / "tokenizer.json", ASSETS / "tokenizer_config.json"):
         copyfile(file, folder / file.name)
+    del model
+    torch.cuda.empty_cache()  # beside which others are to find room
     return size
 
 
@@ -91,7 +96,7 @@ def commands(base: Path, work: Path, args: argparse.Namespace) -> Iterator[tuple
 
 
 def peaks(command: list[str]) -> dict[str, int]:
-    """Most bytes, own and with files, that ``command`` and its children took together; seconds."""
+    """Most bytes, own and with files, that ``command`` and its children took together; what it says of a GPU's; seconds."""
     started, most = time.perf_counter(), {"own": 0, "with_files": 0}
     with tempfile.TemporaryFile("w+") as told:
         process = subprocess.Popen(command, stdout=told, stderr=told, env={**os.environ, **AS_LARGE})
@@ -99,10 +104,12 @@ def peaks(command: list[str]) -> dict[str, int]:
             for name, value in taken(process.pid).items():
                 most[name] = max(most[name], value)
             time.sleep(0.004)
+        told.seek(0)
+        said = told.read()
         if process.returncode:
-            told.seek(0)
-            raise SystemExit(f"{' '.join(command)}: {told.read()[-3000:]}")
-    return {**most, "seconds": round(time.perf_counter() - started)}
+            raise SystemExit(f"{' '.join(command)}: {said[-3000:]}")
+    device = {"device": int(found[1])} if (found := re.search(r"^device (\d+)$", said, re.MULTILINE)) else {}
+    return {**most, **device, "seconds": round(time.perf_counter() - started)}
 
 
 def taken(process: int) -> dict[str, int]:
@@ -144,17 +151,19 @@ def rows_of(args: argparse.Namespace, scratch: Path) -> Iterator[dict[str, Any]]
         beyond = {name: whole[name] - libraries[name] for name in ("own", "with_files")}
         ran = scratch / "base" / "run" / "model"
         made = {"result_bytes": weight_bytes(ran)} if ran.is_dir() else {}
+        made |= {"device": whole["device"]} if "device" in whole else {}
         yield {**head, "command": command, **beyond, "libraries": libraries["own"], "seconds": whole["seconds"], **made}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: multiples of the base's bytes."""
-    head = ("shape", "stored as", "loaded as", "command", "when", "base", "own", "with files")
+    head = ("shape", "stored as", "loaded as", "command", "when", "base", "own", "with files", "a GPU's")
     lines = [" | ".join(head), " | ".join(["---"] * len(head))]
     for row in rows:
         size = row["base_bytes"]
         cells = [row["shape"], row["stored"], row["dtype"], row["command"], row["when"], f"{size / 1e9:.2f} GB"]
-        lines.append(" | ".join([*cells, *(f"{row[name] / size:.2f}" for name in ("own", "with_files"))]))
+        cells += [f"{row[name] / size:.2f}" if name in row else "" for name in ("own", "with_files", "device")]
+        lines.append(" | ".join(cells))
     return "\n".join(f"| {line} |" for line in lines)
 
 

@@ -26,7 +26,7 @@ class _Group(TyperGroup):
     """Turns a UserError into one line and exit code 2, and an interrupt into the way to go on."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-        """Refuse a command that there is not in one line as well, without what draws boxes: it takes longest to import."""
+        """Refuse a command that there is not in one line as well."""
         if args[0] not in self.commands:
             known = ", ".join(self.commands)
             _complain(f"error: there is no command {args[0]!r}.{nearest(args[0], self.commands)} Commands: {known}")
