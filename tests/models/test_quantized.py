@@ -78,6 +78,17 @@ def test_a_cut_is_made_of_the_originals_and_quantised_anew(name: str) -> None:
     assert torch.equal(logits_of(merged, padded_sample()), logits_of(expected, padded_sample()))
 
 
+def test_originals_that_wait_are_cut_where_lora_computes() -> None:
+    model, structure = random_model("llama", rank=4)
+    for _, _, module in linears_of(model, structure):
+        for factors in (module.lora_A, module.lora_B):
+            factors.to("meta")  # in place of a GPU
+    cut(model, structure, Plan.of(structure, [{"kv_group": [0], "ffn": [0, 2]} for _ in structure.layers]))
+    for _, row, module in linears_of(model, structure):
+        assert module.base_layer.weight.is_meta, row.path
+    assert not model.get_input_embeddings().weight.is_meta
+
+
 def test_a_weight_in_4_bits_takes_another_value_and_gives_it_back() -> None:
     torch.manual_seed(0)
     original, other = torch.randn(2, 96, 64)

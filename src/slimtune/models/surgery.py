@@ -136,19 +136,20 @@ def along(module: Any, dim: int) -> list[tuple[Any, str]]:
 def _slice_linear(module: Any, dim: int, keep: list[int]) -> list[Replaced]:
     parts = along(module, dim)
     name = "out_features" if dim == 0 else "in_features"
+    where = getattr(*parts[-1]).device  # LoRA's: an original that waits in host memory comes to where it shall compute
     changed = []
     for owner, leaf in parts:
-        changed.append(_slice_parameter(owner, leaf, dim, keep))
+        changed.append(_slice_parameter(owner, leaf, dim, keep, where))
         setattr(owner, name, len(keep))
     if name in module.__dict__:
         setattr(module, name, len(keep))
     return [item for item in changed if item.old.requires_grad]
 
 
-def _slice_parameter(owner: nn.Module, name: str, dim: int, keep: list[int]) -> Replaced:
+def _slice_parameter(owner: nn.Module, name: str, dim: int, keep: list[int], where: torch.device) -> Replaced:
     old = getattr(owner, name)
-    index = torch.tensor(keep, device=old.device)  # an original may wait in host memory, and LoRA be on a GPU
-    new = like(old, dense(old).index_select(dim, index).contiguous())
+    index = torch.tensor(keep, device=where)
+    new = like(old, dense(old).to(where).index_select(dim, index).contiguous())
     setattr(owner, name, new)
     return Replaced(old, new, dim, index)
 
