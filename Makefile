@@ -35,7 +35,7 @@ golden: setup
 results: setup
 	$(BIN)/python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
-# What claims of cost are made of, at a size for a CPU, as ratios in one process each (of several: in one run).
+# What claims of cost are made of, at a size for a CPU, as ratios in one process each (several GPUs' stand-ins: processes of one run).
 SMALL := cpu-size --batch 2 --window 64
 bench: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python benchmarks/cost.py $(SMALL) --steps 80 --search 4 --prior 2

@@ -329,7 +329,7 @@ def told(args: argparse.Namespace, rows: Iterator[dict[str, Any]], shown: Table,
 def main() -> None:
     """Measure, print, write rows."""
     args = parser(__doc__ or "").parse_intermixed_args()
-    told(args, rows_of(args), table, ("what", "model", "gpu", "gpus", "batch", "window", "steps"))
+    told(args, rows_of(args), table, ("what", "model", "gpu", "gpus", "batch", "window", "steps", "search_steps"))
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from families import tiny_config
 from slimtune.errors import UserError
 from slimtune.estimate import Estimate, estimate, render, traffic
 from slimtune.estimate.build import job_of
-from slimtune.estimate.machines import Machine, named
+from slimtune.estimate.cost import windows
+from slimtune.estimate.machines import GRAPH, Machine, named
 from slimtune.estimate.memory import memory, with_room
-from slimtune.estimate.phases import GRAPH, phases
-from slimtune.models.compiled import SYMBOLIC
+from slimtune.estimate.phases import phases
+from slimtune.models.compiled import MOST_GRAPHS
 from slimtune.models.load import attach_lora, load_config, structure_of
 from slimtune.models.quantized import quantized
 from slimtune.models.weights import held
@@ -433,6 +434,19 @@ def test_a_step_takes_at_least_what_the_host_takes_to_launch_its_blocks() -> Non
         "of passes without LoRA nothing is known"
     )
     assert steps(slow) == steps(replace(slow, block=None)), "kernels take longer"
+    large = {"train": {"batch": 2}, "search": {"batch": 6}}
+    assert steps(quick, **large) == pytest.approx([layers * 0.01 * (2.2 + 1.4 * 2.2), layers * 0.01 * 2.2]), "one pass each"
+    uneven = {"train": {"batch": 4, "micro_batch": 3}}
+    assert steps(quick, **uneven)[1] == pytest.approx(layers * 0.01 * 2 * 2.2), "of three windows and of one"
+
+
+def test_a_pass_holds_no_more_than_a_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipe_of(LLAMA_3_8B, train={"batch": 32, "micro_batch": 8})
+    config = load_config(recipe.model)
+    for processes, expected in ((1, (32, 8)), (4, (8, 8)), (8, (4, 4)), (5, (7, 7))):
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+        assert windows(recipe, 32) == expected
+        assert job_of(recipe, config, structure_of(config), "cuda").pass_tokens == 32 * expected[1]
 
 
 def test_gates_gradients_and_compiled_blocks_move_what_they_move() -> None:
@@ -519,7 +533,7 @@ def test_steps_that_are_compiled_are_those_measured_on_a_gpu_and_what_compiling_
     assert recover.step_seconds == pytest.approx(row["recover_step_seconds"], rel=0.25)
     assert sum(found.memory.values()) / 2**30 == pytest.approx(row["peak_gib"], rel=0.25)
     steps = row["recover_steps"] * (recover.step_seconds or 0.0)
-    assert (recover.seconds or 0.0) - steps == pytest.approx(SYMBOLIC * GRAPH)
+    assert (recover.seconds or 0.0) - steps == pytest.approx(MOST_GRAPHS * GRAPH)
     taken = row["recover_seconds"] - row["recover_steps"] * row["recover_step_seconds"]
     assert taken == pytest.approx(recipe.model.config["num_hidden_layers"] * GRAPH, rel=0.25), "a graph for each layer"
     assert [each.seconds for each in found.phases[:-1]] == [each.seconds for each in plain.phases[:-1]]
@@ -535,7 +549,7 @@ def test_steps_that_are_compiled_are_those_measured_on_a_gpu_and_what_compiling_
 def test_steps_of_other_sizes_and_of_several_gpus_are_expected_within_a_quarter(
     made_by: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the constants that of launches is from one of growth's rows; by both it was seen which fits are not the steps'.
+    """Two constants are from a row of growth (4 windows: launches); by both it was seen which fits are not the steps'.
 
     Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,11 +31,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 def _fresh_compiler() -> Iterator[None]:
     dynamo.reset()
     dynamo.utils.counters.clear()
-    before = dynamo.config.recompile_limit, dynamo.config.force_parameter_static_shapes
     with compiling(True):
         yield
-    assert before == (dynamo.config.recompile_limit, dynamo.config.force_parameter_static_shapes) == (8, True), "as they were"
+    assert settings() == (8, True, True)
     dynamo.reset()
+
+
+def settings() -> tuple[Any, ...]:
+    config: Any = dynamo.config
+    return config.recompile_limit, config.force_parameter_static_shapes, config.force_nn_module_property_static_shapes
 
 
 def graphs() -> int:
@@ -49,7 +54,7 @@ def graphs() -> int:
 def test_layers_of_the_same_widths_or_of_symbolic_ones_share_a_graph_and_all_compute_the_same(
     widths: tuple[int, ...], most: int, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Traced backward passes of symbolic widths take long: ``benchmarks/compiling.py`` holds their gradients to eager ones."""
+    """Backward passes of symbolic widths take long to trace: ``benchmarks/compiling.py`` compares their gradients."""
     monkeypatch.setattr(compiled, "MOST_GRAPHS", most)
     model, structure = random_model("llama", rank=4)
     cut(model, structure, Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in widths]))
@@ -90,7 +95,9 @@ def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: P
     assert graphs() == 0
     monkeypatch.setattr(atp, "compile_blocks", partial(compile_blocks, backend="eager"))
     monkeypatch.setattr(tuner, "compiled_cross_entropy", partial(compiled_cross_entropy, backend="eager"))
+    told = settings()
     tune(bench.recipe(tmp_path / "compiled", train__compile=True))
+    assert settings() == told, "those of the process, as they were"
     assert losses(tmp_path / "compiled") == losses(tmp_path / "eager")
     trained = graphs()
     assert trained >= 1

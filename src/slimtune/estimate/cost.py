@@ -60,6 +60,12 @@ class Solves:
 NONE = Solves()
 
 
+def windows(recipe: Recipe, batch: int) -> tuple[int, int]:
+    """Windows of one process in a step of ``batch``, and in one of its passes."""
+    mine = -(-batch // runtime.world_size())
+    return mine, min(recipe.train.micro_batch or mine, mine)
+
+
 @dataclass(frozen=True)
 class Job:
     """What the formulas need, collected once."""
@@ -79,9 +85,8 @@ class Job:
 
     @property
     def pass_tokens(self) -> int:
-        """Tokens of one pass of one process."""
-        mine = -(-self.recipe.train.batch // runtime.world_size())
-        return (self.recipe.train.micro_batch or mine) * self.recipe.data.max_length
+        """Tokens of one pass of one process in an adapt turn."""
+        return windows(self.recipe, self.recipe.train.batch)[1] * self.recipe.data.max_length
 
     @property
     def query_widths(self) -> int:

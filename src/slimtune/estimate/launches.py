@@ -7,8 +7,7 @@ blocks, and those all of whose weights are trained, were not measured: nothing i
 
 from __future__ import annotations
 
-from slimtune import runtime
-from slimtune.estimate.cost import Job
+from slimtune.estimate.cost import Job, windows
 
 BACKWARD = 1.2
 GATED = 1.4
@@ -16,20 +15,19 @@ GATED = 1.4
 (docs/results/dry-run.json)."""
 
 
-def look(job: Job) -> float:
-    """For one token, in a forward pass that keeps nothing."""
-    return _of_a_token(job, 1.0, job.pass_tokens)
+def look(job: Job, batch: int | None = None) -> float:
+    """For one token, in a forward pass that keeps nothing, of steps of ``batch`` windows (None: an adapt turn's)."""
+    return _of_a_token(job, 1.0, batch or job.recipe.train.batch)
 
 
 def turn(job: Job, checkpointed: float = 1.0, compiled: bool = False) -> float:
     """For one token, in a turn with a backward pass, ``checkpointed`` of whose blocks are."""
-    return 0.0 if compiled else _of_a_token(job, _passes(job, checkpointed), job.pass_tokens)
+    return 0.0 if compiled else _of_a_token(job, _passes(job, checkpointed), job.recipe.train.batch)
 
 
 def decide(job: Job) -> float:
     """For one token, in a decide turn."""
-    mine = -(-(job.recipe.search.batch or job.recipe.train.batch) // runtime.world_size())
-    return GATED * _of_a_token(job, _passes(job), min(job.pass_tokens, mine * job.recipe.data.max_length))
+    return GATED * _of_a_token(job, _passes(job), job.recipe.search.batch or job.recipe.train.batch)
 
 
 def _passes(job: Job, checkpointed: float = 1.0) -> float:
@@ -37,5 +35,7 @@ def _passes(job: Job, checkpointed: float = 1.0) -> float:
     return 1 + again + BACKWARD
 
 
-def _of_a_token(job: Job, passes: float, tokens: int) -> float:
-    return 0.0 if job.whole else passes * len(job.structure.layers) / tokens
+def _of_a_token(job: Job, passes: float, batch: int) -> float:
+    mine, together = windows(job.recipe, batch)
+    times = -(-mine // together)
+    return 0.0 if job.whole else passes * len(job.structure.layers) * times / (mine * job.recipe.data.max_length)

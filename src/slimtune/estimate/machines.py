@@ -23,6 +23,7 @@ class Machine:
         link: bytes a second from page-locked host memory; None likewise.
         host: bytes a second that new host memory is filled with; None likewise.
         block: seconds in which the host launches a block's forward pass; None likewise.
+        graph: seconds in which it compiles blocks of one pair of widths; None likewise.
         memory: bytes of the device; None where it is not told.
         told: how the rates were had.
     """
@@ -34,6 +35,7 @@ class Machine:
     link: float | None = None
     host: float | None = None
     block: float | None = None
+    graph: float | None = None
     memory: int | None = None
     told: str = ""
 
@@ -59,6 +61,9 @@ hosts' rows (docs/results/cost.json) leave beside the arithmetic of the passes."
 BLOCK = 0.005
 """Seconds of Python and launches in a block's forward pass, with LoRA: by recovery steps and decide turns of 4 windows on 8
 layers in docs/results/growth.json, on an H100's host."""
+GRAPH = 5.0
+"""Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
+docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
@@ -76,6 +81,7 @@ def named(name: str, dtype: torch.dtype = torch.bfloat16) -> Machine:
         link * 1e9 * ATTAINED["link"],
         FILLED,
         BLOCK,
+        GRAPH,
         memory * 10**9,
         f"the data sheet of an {name}, of which training attains {ATTAINED['matmul']:.0%}",
     )
@@ -96,6 +102,7 @@ def timed(kind: str, dtype: torch.dtype) -> Machine:
         _copy_rate(torch.device("cpu")),
         FILLED,
         BLOCK,
+        GRAPH,
         torch.cuda.get_device_properties(0).total_memory,
         told,
     )

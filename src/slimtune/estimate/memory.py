@@ -26,7 +26,7 @@ from dataclasses import replace
 import torch
 
 from slimtune import runtime
-from slimtune.estimate.cost import GRADIENTS, Job
+from slimtune.estimate.cost import GRADIENTS, Job, windows
 from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
 from slimtune.models.weights import BITS
 from slimtune.recipe import Recipe
@@ -185,8 +185,7 @@ def _decide_windows(recipe: Recipe) -> int:
     """Windows of one process in one pass of a decide turn."""
     if recipe.method == "finetune" or (recipe.method == "twostage" and recipe.twostage.scores not in GRADIENTS):
         return 0
-    mine = -(-(recipe.search.batch or recipe.train.batch) // runtime.world_size())
-    return min(recipe.train.micro_batch or mine, mine)
+    return windows(recipe, recipe.search.batch or recipe.train.batch)[1]
 
 
 def activation_bytes(job: Job, part: float = 1.0) -> float:

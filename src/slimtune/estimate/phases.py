@@ -8,11 +8,7 @@ from dataclasses import dataclass, replace
 from slimtune.estimate import launches, traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
 from slimtune.estimate.machines import Machine
-from slimtune.models.compiled import MOST_GRAPHS, SYMBOLIC
-
-GRAPH = 5.0
-"""Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
-docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
+from slimtune.models.compiled import MOST_GRAPHS
 
 
 @dataclass(frozen=True)
@@ -22,7 +18,8 @@ class Phase:
     Attributes:
         tokens: of all turns.
         flops: floating-point operations; ``step_flops`` leaves out what comes before the first step (the prior).
-        seconds: None without a machine; ``step_seconds`` leaves out the same, fits outside the steps, and filling host memory.
+        seconds: with what is compiled; None without a machine. ``step_seconds`` leaves out that, what comes before the first
+            step, fits outside the steps, and filling host memory.
         solve_flops: of the solves that each process makes.
         carried: bytes that come from host memory for them.
     """
@@ -54,7 +51,7 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     compiled, part = recipe.train.compile, job.part
     dense = job.adapt(), traffic.turn(job, compiled=compiled), launches.turn(job, compiled=compiled)
     if recipe.method == "finetune":
-        return _compiling([phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])], job)
+        return _compiling([phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])], job, machine)
     search, recover = recipe.search.steps, recipe.recover.steps
     updates = search + recover
     reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
@@ -67,7 +64,7 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
         steps = search if recipe.twostage.scores == "generator" else 0
         rows = [phase("decide", steps, [], first=_scoring(job, score), solves=job.solves())]
         rows.append(phase("recover", recipe.tuning_steps, [Turn(recipe.tuning_steps, *small)]))
-        return _compiling(rows + reference, job)
+        return _compiling(rows + reference, job, machine)
     settle, teacher = recipe.settle_steps, _teacher(job)
     gated = _both(Turn(search, job.adapt(), traffic.turn(job, gates=traffic.GATES), launches.turn(job)), teacher)
     rows = [phase("search", search, [gated, decide], first=prior, solves=job.solves())]
@@ -76,18 +73,17 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     after = Turn(recover - settle, *small)
     taught = recipe.distill.recover or recipe.distill.teacher
     rows.append(phase("recover", recover - settle, [_both(after, teacher) if taught else after]))
-    return _compiling(rows + reference, job)
+    return _compiling(rows + reference, job, machine)
 
 
-def _compiling(rows: list[Phase], job: Job) -> list[Phase]:
+def _compiling(rows: list[Phase], job: Job, machine: Machine | None) -> list[Phase]:
     """With the seconds before the first step of what is compiled; layers that are cut are taken to differ in their widths."""
-    if not job.recipe.train.compile:
+    if not (job.recipe.train.compile and machine and machine.graph):
         return rows
-    budget, layers = job.recipe.budget, len(job.structure.layers)
+    budget = job.recipe.budget
     differ = budget.layout == "per-layer" and budget.keep < 1
-    cut = (layers if layers <= MOST_GRAPHS else SYMBOLIC) if differ else 1
-    graphs = {"recover": cut, "tune": 1, "dense LoRA": 1}
-    return [replace(row, seconds=row.seconds and row.seconds + GRAPH * graphs.get(row.name, 0)) for row in rows]
+    graphs = {"recover": min(len(job.structure.layers), MOST_GRAPHS) if differ else 1, "tune": 1, "dense LoRA": 1}
+    return [replace(row, seconds=(row.seconds or 0.0) + machine.graph * graphs.get(row.name, 0)) for row in rows]
 
 
 def _teacher(job: Job) -> Turn:
@@ -108,7 +104,7 @@ def _decide(job: Job) -> tuple[Turn, list[Turn]]:
     moved = traffic.turn(job, gates=traffic.LEAVES)
     gradients, looks = (part * recipe.generator.prior_steps * passes for passes in recipe.prior_passes)
     launched = launches.decide(job)
-    look = Turn(looks, job.forward() + job.moments(), traffic.look(job), launches.look(job))
+    look = Turn(looks, job.forward() + job.moments(), traffic.look(job), launches.look(job, recipe.search.batch))
     turns = -(-recipe.search.steps // recipe.search.decide_every) if recipe.search.update == "alternating" else 0
     return Turn(part * turns, own + 2 * job.innovations(), moved, launched), [Turn(gradients, own, moved, launched), look]
 

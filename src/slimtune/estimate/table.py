@@ -70,8 +70,10 @@ def _footnote(estimate: Estimate) -> str:
         what = f"{estimate.device}, {estimate.dtype}"
         return f"Nothing was timed for {what} here: no time is expected; --gpu names a GPU of which it is."
     return (
-        f"Expected on {estimate.machine.name}, {estimate.dtype}, by {estimate.machine.told}. Evaluation, data, loading and "
-        "writing are not in it. The formulas stand in slimtune/estimate/."
+        f"Expected on {estimate.machine.name}, {estimate.dtype}, by {estimate.machine.told}. In it are steps (a GPU's kernels, "
+        "or the host's launching where that takes longer), what is read before the search, fits and compiling; evaluation, "
+        "data, loading, freeze and cut, writing, and what processes send one another are not. The formulas stand in "
+        "slimtune/estimate/."
     )
 
 

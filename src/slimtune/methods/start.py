@@ -59,8 +59,8 @@ def cut_to_recover(session: Session, model: nn.Module, plan: Plan) -> tuple[nn.M
     """``sharded.cut_model``; of a base in 4 bits quantised anew or with whole weights, as the session says."""
     if session.recipe.model.quantize == "none" or session.recover_in_4_bits:
         return cut_model(model, session.structure, plan)
-    small, replaced = cut_model(unquantized(model), session.structure, plan)  # first: nothing is quantised anew
-    return small.to(session.device), replaced  # what no cut touched
+    small, replaced = cut_model(unquantized(model), session.structure, plan)  # what is cut comes to the device, no more
+    return small.to(session.device), replaced  # and weights that no cut touched
 
 
 def _whole(session: Session, device: str, dtype: torch.dtype, lora: bool) -> Any:

@@ -12,11 +12,9 @@ from torch import nn
 from slimtune.models.surgery import blocks_of
 from slimtune.structure.axes import Structure
 
-MOST_GRAPHS = 16
-"""Different widths that get a graph each."""
-SYMBOLIC = 10
-"""Graphs of plain numbers that are traced as quickly as those of symbolic widths, of which three or so serve all layers (the
-first is plain, a width of one is special): by two threads of a CPU half the time of twenty (``benchmarks/compiling.py``)."""
+MOST_GRAPHS = 12
+"""Different widths that get a graph each. Those of symbolic widths, of which three or so serve all layers (the first is plain,
+a width of one is special), take as long to trace as 8 to 10 plain ones (``benchmarks/compiling.py``, two cores of a CPU)."""
 
 
 @contextmanager

@@ -247,8 +247,8 @@ class TrainConfig(Section):
     """Autocast. ``auto``: bfloat16 on a GPU and on CPUs that multiply it natively, float32 elsewhere."""
     compile: bool = False
     """``torch.compile`` the loss of adapt turns and the decoder layers; where something is cut, those of the cut model: a graph
-    for each different pair of widths, or one of symbolic widths where there are more than sixteen (minutes before the first
-    step of a large model); kept on disk by torch for later runs."""
+    for each different pair of widths, or one of symbolic widths where there are more than twelve (a minute or so
+    before the first step); kept on disk by torch for later runs."""
     checkpoint_every: Count = 100
     """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None
