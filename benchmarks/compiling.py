@@ -25,7 +25,7 @@ from cost import HERE, told
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slimtune.models import compiled
-from slimtune.models.load import attach_lora, structure_of
+from slimtune.models.load import attach_lora, enable_checkpointing, structure_of
 from slimtune.models.surgery import cut
 from slimtune.recipe import LoraConfig
 from slimtune.runtime import machine
@@ -51,7 +51,7 @@ def cut_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any]
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.01)  # zeros would leave A without gradients
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, "non_reentrant")
     kept = []
     for layer in structure.layers:
         groups, rows = layer.units["kv_group"], layer.units["ffn"]

@@ -17,6 +17,7 @@ from gated import random_model, sample_ids
 from slimtune.methods import atp
 from slimtune.models import compiled
 from slimtune.models.compiled import compile_blocks, compiling
+from slimtune.models.load import enable_checkpointing
 from slimtune.models.surgery import cut
 from slimtune.pipeline import tune
 from slimtune.structure.plan import Plan
@@ -58,7 +59,7 @@ def test_layers_of_the_same_widths_or_of_symbolic_ones_share_a_graph_and_all_com
     monkeypatch.setattr(compiled, "MOST_GRAPHS", most)
     model, structure = random_model("llama", rank=4)
     cut(model, structure, Plan.of(structure, [{"kv_group": [0, 1], "ffn": range(width)} for width in widths]))
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    enable_checkpointing(model, "non_reentrant")
     model.train()
 
     def step() -> list[Tensor]:

@@ -259,7 +259,11 @@ def enable_checkpointing(model: PreTrainedModel | PeftModel, kind: str) -> None:
     if kind == "none":
         return
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
+    how = {"use_reentrant": kind == "reentrant"}
+    if hasattr(base, "activation_checkpointing_enable"):  # transformers' new name; the earlier one goes with version 6
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
     if kind == "reentrant":
         # a reentrant segment is only differentiated when its input asks for a gradient; embeddings are frozen
         base.enable_input_require_grads()
