@@ -31,12 +31,6 @@ CPU = torch.device("cpu")
 AWARE: dict[str, Any] = {"lora__semantics": "lora_aware", "search__steps": 12, "recover__steps": 14, "lora__settle": 1.0}
 
 
-@pytest.fixture(autouse=True)
-def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of such a short run, tested elsewhere."""
-    monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
-
-
 @torch.no_grad()
 def randomise_lora(run: Any) -> None:
     for name, parameter in run.model.named_parameters():

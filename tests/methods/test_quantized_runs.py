@@ -29,12 +29,6 @@ STILL = 1e-30
 """A learning rate that changes nothing: of LoRA's product with such a B no bit shows in a weight."""
 
 
-@pytest.fixture(autouse=True)
-def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of such a short run, tested elsewhere."""
-    monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
-
-
 def quantized(bench: Bench, out: Path, model: dict[str, Any] | None = None, **overrides: Any) -> Any:
     given = {"recover__quantize": True, **overrides}
     return bench.recipe(out, model={"path": bench.base, "quantize": "nf4", **(model or {})}, **given)

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from slimtune.report.table import render
 from slimtune.train import checkpoint, loop
 from slimtune.train.loop import Phase
 from slimtune.train.session import Session
+from warm import Warm
 
 COMMON: dict[str, Any] = {
     "search__steps": 5,
@@ -69,12 +69,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 class Killed(BaseException):
     """Stands in for a kill: nothing in the package may catch it."""
-
-
-@pytest.fixture(autouse=True)
-def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of such a short run, tested elsewhere."""
-    monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
 
 
 def variant(bench: Bench, name: str, out: Path) -> Recipe:
@@ -208,11 +202,11 @@ tune(load(sys.argv[1]))
 """
 
 
-def test_a_process_killed_while_it_writes_a_checkpoint(bench: Bench, whole: Any, tmp_path: Path) -> None:
+def test_a_process_killed_while_it_writes_a_checkpoint(bench: Bench, whole: Any, warm: Warm, tmp_path: Path) -> None:
     recipe = variant(bench, "hard", tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    command = [sys.executable, "-c", _CHILD, str(tmp_path / "recipe.yaml"), "recover", "2"]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    (tmp_path / "child.py").write_text(_CHILD)
+    child = warm.run([sys.executable, "-P", *(str(tmp_path / name) for name in ("child.py", "recipe.yaml")), "recover", "2"])
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert_same(tmp_path / "run", tune(recipe, resume=True), whole("hard"))
 

@@ -25,13 +25,6 @@ from slimtune.structure.axes import measure
 from slimtune.structure.families import family_of
 from slimtune.structure.plan import Plan, count
 
-
-@pytest.fixture(autouse=True)
-def _no_self_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A sixth of such a short run, tested elsewhere."""
-    monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
-
-
 BLOCK = {
     "self_attn.q_proj.weight": (512, 512),
     "self_attn.k_proj.weight": (256, 512),
