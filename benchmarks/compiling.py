@@ -69,7 +69,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         dynamo.reset()
         dynamo.utils.counters.clear()
         model, structure = cut_model(args, device)
-        widths = {tuple(parameter.shape for parameter in block.parameters()) for block in compiled.blocks_of(model, structure)}
+        widths = compiled.different(model, structure)
         ids = torch.randint(model.config.vocab_size, (args.batch, args.window), device=device)
         weights = torch.randn(model.config.hidden_size, device=device, dtype=torch.bfloat16)
         with compiled.compiling(WAYS[way] is not None):
@@ -79,7 +79,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             seconds = [step(model, ids, weights) for _ in range(args.steps)]
         found = [each.grad.cpu() for each in model.parameters() if each.grad is not None]
         first = first or found
-        row = {"way": way, "model": args.shape, "layers": len(structure.layers), "widths": len(widths), "gpu": machine(device)}
+        row = {"way": way, "model": args.shape, "layers": len(structure.layers), "widths": widths, "gpu": machine(device)}
         row |= {"first_seconds": seconds[0], "step_seconds": statistics.median(seconds[2:]), "apart": apart(found, first)}
         row |= {"graphs": dynamo.utils.counters["stats"]["unique_graphs"], "backend": args.backend}
         row |= {"batch": args.batch, "window": args.window}
@@ -106,10 +106,8 @@ def apart(found: list[torch.Tensor], first: list[torch.Tensor]) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
-    lines = [
-        "| layers are compiled | model | layers | of different widths | machine | graphs | first step, s | a later one, s |"
-    ]
-    lines = [f"{lines[0]} gradients differ by |", f"|{' --- |' * 9}"]
+    head = ("layers are compiled", "model", "layers", "of different widths", "machine", "graphs", "first step, s")
+    lines = [f"| {' | '.join((*head, 'a later one, s', 'gradients differ by'))} |", f"|{' --- |' * 9}"]
     for row in rows:
         backend = "" if row["way"] == "eager" or row["backend"] == "inductor" else f" ({row['backend']})"
         cells = [row["way"] + backend, *(str(row[key]) for key in ("model", "layers", "widths", "gpu", "graphs"))]

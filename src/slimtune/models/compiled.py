@@ -30,6 +30,11 @@ def compiling(wanted: bool) -> Iterator[None]:
         yield
 
 
+def different(model: nn.Module, structure: Structure) -> int:
+    """How many of the blocks differ in the shapes of their parameters."""
+    return len({tuple(parameter.shape for parameter in block.parameters()) for block in blocks_of(model, structure)})
+
+
 def compile_blocks(model: nn.Module, structure: Structure, backend: str = "inductor") -> None:
     """``torch.compile`` every decoder block, in place: a graph for all blocks of the same widths, or one of symbolic widths.
 
@@ -40,13 +45,11 @@ def compile_blocks(model: nn.Module, structure: Structure, backend: str = "induc
     """
     import torch._dynamo.config as dynamo_config
 
-    blocks = list(blocks_of(model, structure))
-    widths = {tuple(parameter.shape for parameter in block.parameters()) for block in blocks}
-    symbolic = len(widths) > MOST_GRAPHS
+    symbolic = different(model, structure) > MOST_GRAPHS
     dynamo_config.force_parameter_static_shapes = dynamo_config.force_nn_module_property_static_shapes = not symbolic
     # all blocks are calls of one function, which dynamo would stop compiling at the eighth width
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 2 * len(structure.layers) + 8)
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.enable_input_require_grads()  # else the first block, whose input needs no gradient, is compiled by itself
-    for block in blocks:
+    for block in blocks_of(model, structure):
         block.compile(backend=backend)
