@@ -5,7 +5,8 @@
     python benchmarks/compiling.py --rows docs/results/compiling.json                                           # only the table
 
 Forward and backward passes of LoRA under bf16 autocast, by a model of random weights, each layer cut to widths that are drawn.
-The first step compiles; nothing that was compiled before is used. Steps after it are medians.
+The first step compiles; nothing that was compiled before is used. Steps after it are medians. Gradients are held to those of
+``fp32`` (no autocast, weights in fp32), which tells what of a difference is bf16's rounding, and of ``eager``.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ from slimtune.runtime import machine
 from slimtune.structure.plan import Plan
 from slimtune.version import versions
 
-WAYS = {"eager": None, "a graph a width": 10**9, "symbolic": 0}
+WAYS = {"fp32": None, "eager": None, "a graph a width": 10**9, "symbolic": 0}
 """Ways, and how many different widths get a graph each."""
+REFERENCES = ("fp32", "eager")
 
 
 def cut_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
@@ -64,7 +66,7 @@ def cut_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any]
 def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row for each way."""
     torch.compiler.config.force_disable_caches = True
-    device, first = torch.device("cuda" if torch.cuda.is_available() else "cpu"), list[torch.Tensor]()
+    device, known = torch.device("cuda" if torch.cuda.is_available() else "cpu"), dict[str, list[torch.Tensor]]()
     for way in args.ways:
         dynamo.reset()
         dynamo.utils.counters.clear()
@@ -72,46 +74,52 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         widths = compiled.different(model, structure)
         ids = torch.randint(model.config.vocab_size, (args.batch, args.window), device=device)
         weights = torch.randn(model.config.hidden_size, device=device, dtype=torch.bfloat16)
+        if way == "fp32":
+            model.float()
         with compiled.compiling(WAYS[way] is not None):
             if WAYS[way] is not None:
                 compiled.MOST_GRAPHS = WAYS[way]
                 compiled.compile_blocks(model, structure, args.backend)
-            seconds = [step(model, ids, weights) for _ in range(args.steps)]
+            seconds = [step(model, ids, weights, way != "fp32") for _ in range(args.steps)]
         found = [each.grad.cpu() for each in model.parameters() if each.grad is not None]
-        first = first or found
+        if way in REFERENCES:
+            known[way] = found
         row = {"way": way, "model": args.shape, "layers": len(structure.layers), "widths": widths, "gpu": machine(device)}
-        row |= {"first_seconds": seconds[0], "step_seconds": statistics.median(seconds[2:]), "apart": apart(found, first)}
+        row |= {"first_seconds": seconds[0], "step_seconds": statistics.median(seconds[2:])}
+        row |= {f"apart_{other}": apart(found, theirs) for other, theirs in known.items() if other != way}
         row |= {"graphs": dynamo.utils.counters["stats"]["unique_graphs"], "backend": args.backend}
         row |= {"batch": args.batch, "window": args.window}
         yield {**row, **versions()}
 
 
-def step(model: Any, ids: torch.Tensor, weights: torch.Tensor) -> float:
+def step(model: Any, ids: torch.Tensor, weights: torch.Tensor, autocast: bool) -> float:
     """Seconds of a forward and a backward pass."""
     model.zero_grad()
     begun = time.perf_counter()
-    with torch.autocast(ids.device.type, torch.bfloat16):
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
         hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
     (hidden * weights).sum(-1).float().square().mean().backward()
     torch.cuda.synchronize() if ids.is_cuda else None
     return time.perf_counter() - begun
 
 
-def apart(found: list[torch.Tensor], first: list[torch.Tensor]) -> float:
-    """By how much of their norm gradients of all LoRA factors differ from those of the first way."""
-    pairs = list(zip(found, first, strict=True))
-    squares = [sum(float(each.double().square().sum()) for each in some) for some in ([a - b for a, b in pairs], first)]
+def apart(found: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+    """By how much of their norm gradients of all LoRA factors differ from those of another way."""
+    pairs = list(zip(found, theirs, strict=True))
+    squares = [sum(float(each.double().square().sum()) for each in some) for some in ([a - b for a, b in pairs], theirs)]
     return float((squares[0] / squares[1]) ** 0.5)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
     head = ("layers are compiled", "model", "layers", "of different widths", "machine", "graphs", "first step, s")
-    lines = [f"| {' | '.join((*head, 'a later one, s', 'gradients differ by'))} |", f"|{' --- |' * 9}"]
+    more = ("a later one, s", "gradients differ from fp32's by", "from eager's by")
+    lines = [f"| {' | '.join((*head, *more))} |", f"|{' --- |' * (len(head) + len(more))}"]
     for row in rows:
-        backend = "" if row["way"] == "eager" or row["backend"] == "inductor" else f" ({row['backend']})"
+        backend = "" if row["way"] in REFERENCES or row["backend"] == "inductor" else f" ({row['backend']})"
         cells = [row["way"] + backend, *(str(row[key]) for key in ("model", "layers", "widths", "gpu", "graphs"))]
-        cells += [f"{row['first_seconds']:.1f}", f"{row['step_seconds']:.3f}", f"{row['apart']:.1e}"]
+        cells += [f"{row['first_seconds']:.1f}", f"{row['step_seconds']:.3f}"]
+        cells += [f"{row[f'apart_{other}']:.1e}" if f"apart_{other}" in row else "" for other in REFERENCES]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

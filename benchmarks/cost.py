@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimtune
 from slimtune.estimate import estimate
-from slimtune.estimate.machines import SHEETS
+from slimtune.estimate.machines import sheet_of
 from slimtune.methods import atp
 from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
@@ -136,6 +136,7 @@ def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any])
         for turn in ("decide", "adapt") if phase == "search" else ():
             found[f"{turn}_seconds"] = statistics.median(row[f"{turn}_seconds"] for row in rows if f"{turn}_seconds" in row)
     found |= {"loss": steps[-1]["adapt_loss"], "tokens": sum(outcome.tokens.values()), "keep": recipe.budget.keep}
+    found["compiled"] = run.resolved.train.compile
     return found | {"parameters": sum(p.numel() for n, p in outcome.model.named_parameters() if "lora_" not in n)}
 
 
@@ -223,11 +224,6 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         shape |= {"steps": args.steps, "prior": args.prior, "rank": args.rank}
         more = {"bitsandbytes": version("bitsandbytes")} if what != "lora" and recipe.model.quantize != "none" else {}
         yield {**found, "what": name, **shape, "overrides": " ".join(args.overrides), **versions(), **more}
-
-
-def sheet_of(gpu: str) -> str | None:
-    """By which name the estimate knows a GPU."""
-    return next((name for name in SHEETS if name in gpu.lower().split()), None)
 
 
 def asked(row: dict[str, Any]) -> Recipe:

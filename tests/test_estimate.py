@@ -23,7 +23,7 @@ from slimtune.errors import UserError
 from slimtune.estimate import Estimate, estimate, render, traffic
 from slimtune.estimate.build import job_of
 from slimtune.estimate.cost import windows
-from slimtune.estimate.machines import GRAPH, Machine, named
+from slimtune.estimate.machines import GRAPH, Machine, named, sheet_of
 from slimtune.estimate.memory import memory, with_room
 from slimtune.estimate.phases import phases
 from slimtune.models.compiled import MOST_GRAPHS
@@ -543,6 +543,40 @@ def test_steps_that_are_compiled_are_those_measured_on_a_gpu_and_what_compiling_
     for changed, graphs in ((few, 4), (uniform, 1)):
         phase = estimate(changed, gpu="h100").phases[-1]
         assert (phase.seconds or 0.0) - phase.steps * (phase.step_seconds or 0.0) == pytest.approx(graphs * GRAPH)
+
+
+def test_layers_are_compiled_where_that_is_expected_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the H100 of docs/results/cost.json what compiling took was paid back by some 260 steps of recovery."""
+
+    def compiled(steps: int, gpu: str | None = "h100", **words: Any) -> bool:
+        train = {"batch": 8, "precision": "bfloat16", **words.pop("train", {})}
+        model = {"dtype": "bfloat16", "checkpointing": "non_reentrant", **words.pop("model", {})}
+        data, recover = {"max_length": 1024}, {"steps": steps}
+        recipe = recipe_of(LLAMA_3_8B, device="cuda", data=data, recover=recover, train=train, model=model, **words)
+        assert recipe.train.compile == "auto", "the default"
+        return estimate(recipe, measure=False, gpu=gpu).compiled
+
+    assert [compiled(steps) for steps in (100, 200, 400, 1000)] == [False, False, True, True]
+    assert not compiled(1000, gpu=None), "on a GPU that nobody knows"
+    assert not compiled(1000, model={"quantize": "nf4"})
+    assert not compiled(1000, train={"shard": "full"})
+    tuned = {"method": "finetune", "train": {"steps": 1000}}
+    assert compiled(1, model={"path": "builtin:base-10m", "init": "pretrained", "config": {}}, **tuned)
+    assert not compiled(1, **tuned), "all weights"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not compiled(1000)
+    assert not estimate(recipe_of(LLAMA_3_8B, recover={"steps": 10**6})).compiled, "on a CPU"
+
+
+def test_a_device_is_known_by_its_data_sheet_by_the_name_it_gives_itself() -> None:
+    names = (
+        "NVIDIA H100 80GB HBM3",
+        "NVIDIA A100-SXM4-80GB",
+        "NVIDIA A100-PCIE-40GB",
+        "NVIDIA GeForce RTX 4090",
+        "NVIDIA A10G",
+    )
+    assert [sheet_of(name) for name in names] == ["h100", "a100", "a100-40gb", "rtx-4090", None]
 
 
 @pytest.mark.parametrize("made_by", [growth, scale])

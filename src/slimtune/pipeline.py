@@ -20,7 +20,7 @@ from slimtune.export.folder import check_target
 from slimtune.methods import atp, finetune, twostage
 from slimtune.methods.outcome import Method, Outcome
 from slimtune.methods.start import untuned_model
-from slimtune.models.compiled import compiling
+from slimtune.models.compiled import compiling, decided
 from slimtune.models.identity import fingerprint, weight_bytes
 from slimtune.models.load import (
     check_attention,
@@ -106,6 +106,8 @@ class Run:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         tight = preflight.recovers_in_4_bits(recipe, self.config, self.structure, self.accelerator.device)
         self.recover_in_4_bits = any(gather_object([tight]))  # the processes' GPUs may differ
+        compiled = preflight.compiles(recipe, self.config, self.structure, self.accelerator.device)
+        self.resolved = decided(recipe, compiled)
         self.metrics, self.resumed = Metrics(folder), False
         self.stages: dict[str, Any] = {"cwd": str(Path.cwd())}  # that relative paths of the recipe go by
         self.tokenizer: Any = None
@@ -124,7 +126,7 @@ class Run:
         check_length(self.config, recipe.data.max_length)
         self.tokenizer = load_tokenizer(recipe.model)
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
-        self.figures = Measure(recipe, self.splits, self.tokenizer, self.accelerator, self.config, self.progress.say)
+        self.figures = Measure(self.resolved, self.splits, self.tokenizer, self.accelerator, self.config, self.progress.say)
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)
@@ -135,6 +137,8 @@ class Run:
         self._start_or_resume()
         if self.recover_in_4_bits and recipe.recover.quantize == "auto":
             self.progress.say("[yellow]the cut model's whole weights are not expected to fit: recovery in 4 bits, too[/yellow]")
+        if self.resolved.train.compile and recipe.train.compile == "auto":
+            self.progress.say("layers will be compiled: it is expected to save more time than it takes (train.compile=auto)")
         self.accelerator.wait_for_everyone()
 
     def _start_or_resume(self) -> None:
@@ -144,6 +148,10 @@ class Run:
         base = self.recipe.model
         if base.quantize != "none":  # what fits may be another on the machines that a run goes on with
             self.recover_in_4_bits = self.stages.setdefault("recover_in_4_bits", self.recover_in_4_bits)
+        if self.recipe.train.compile == "auto" and self.recipe.train.shard == "none":
+            compiled = self.stages.setdefault("compiled", self.resolved.train.compile)
+            compiled = compiled and preflight.can_compile(self.accelerator.device)  # the run may go on elsewhere
+            self.figures.recipe = self.resolved = decided(self.recipe, compiled)
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
@@ -196,14 +204,14 @@ class Run:
         """A method's outcome, and what it cost: seconds, and the most bytes on a GPU."""
         forget_peak(self.accelerator.device)
         session = self.session(stage)
-        with compiling(self.recipe.train.compile):
+        with compiling(self.resolved.train.compile is True):
             outcome = method(session)
         peak = peak_memory(self.accelerator.device)
         return outcome, {"seconds": round(session.seconds, 1), **({"memory": peak} if peak else {})}
 
     def session(self, stage: str) -> Session:
         return Session(
-            recipe=self.recipe,
+            recipe=self.resolved,
             accelerator=self.accelerator,
             structure=self.structure,
             splits=self.splits,

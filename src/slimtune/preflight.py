@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,7 +13,7 @@ from transformers import PreTrainedConfig
 
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
-from slimtune.estimate import job_of, phases, with_room
+from slimtune.estimate import job_of, phases, present, with_compiling, with_room
 from slimtune.evaluate.rows import held_out
 from slimtune.evaluate.tasks import find_task
 from slimtune.models.load import check_weights, load_config, locate
@@ -18,6 +21,7 @@ from slimtune.models.quantized import check_bitsandbytes, check_quantizable
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
+from slimtune.runtime import pick_precision
 from slimtune.sections import DataConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import check_biases
@@ -85,6 +89,22 @@ def recovers_in_4_bits(recipe: Recipe, config: PreTrainedConfig, structure: Stru
         return False
     room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
     return with_room(job_of(recipe, config, structure, device.type), device.type, room).recipe.recover.quantize is True
+
+
+def compiles(recipe: Recipe, config: PreTrainedConfig, structure: Structure, device: torch.device) -> bool:
+    """What ``train.compile`` means on ``device``."""
+    if recipe.train.compile != "auto":
+        return recipe.train.compile
+    if not can_compile(device):
+        return False
+    job = job_of(recipe, config, structure, device.type)
+    return with_compiling(job, present(device.type, pick_precision(recipe.train.precision, device.type))).compiled
+
+
+def can_compile(device: torch.device) -> bool:
+    """Whether kernels can be made for ``device``: a GPU, with Triton and the C compiler there that it calls."""
+    c = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
+    return device.type == "cuda" and find_spec("triton") is not None and bool(c)
 
 
 def check_teacher(recipe: Recipe, vocabulary: int) -> None:

@@ -19,7 +19,9 @@ from slimtune.models import compiled
 from slimtune.models.compiled import compile_blocks, compiling
 from slimtune.models.load import enable_checkpointing
 from slimtune.models.surgery import cut
-from slimtune.pipeline import tune
+from slimtune.pipeline import Run, tune
+from slimtune.preflight import can_compile
+from slimtune.runtime import RunFolder
 from slimtune.structure.plan import Plan
 from slimtune.train import tuner
 from slimtune.train.objective import compiled_cross_entropy
@@ -106,3 +108,37 @@ def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: P
     summary = tune(bench.recipe(tmp_path / "seen", export__verify=True, train__compile=True, evaluate__every=2))
     assert graphs() == 2 * trained  # none for figures or for the comparison of the written model
     assert summary["reload_difference"] < 1e-4
+
+
+def test_whether_a_run_compiles_is_decided_once(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run may go on where another answer would be given, and where nothing can be compiled."""
+    recipe = bench.recipe(tmp_path)
+    assert recipe.train.compile == "auto"
+    for pays, can, resume, wanted in ((True, True, False, True), (False, True, True, True), (True, False, True, False)):
+        monkeypatch.setattr("slimtune.preflight.compiles", lambda *_, pays=pays: pays)
+        monkeypatch.setattr("slimtune.preflight.can_compile", lambda device, can=can: can)
+        run = Run(recipe, RunFolder(recipe.out), resume)
+        run.check()
+        assert run.session("main").recipe.train.compile is run.figures.recipe.train.compile is wanted
+        assert ("it is expected to save more time than it takes" in capsys.readouterr().err) is wanted
+    assert "compile: auto" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_a_gpu_needs_triton_and_a_compiler_of_c(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"triton": True, "gcc": True}
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr("slimtune.preflight.find_spec", lambda name: there.get(name))
+    monkeypatch.setattr("slimtune.preflight.shutil.which", lambda name: there.get(name))
+    gpu = torch.device("cuda")
+    assert can_compile(gpu)
+    assert not can_compile(torch.device("cpu"))
+    for name in list(there):
+        with monkeypatch.context() as without:
+            without.delitem(there, name)
+            assert can_compile(gpu) is False
+    del there["gcc"]
+    monkeypatch.setenv("CC", "/opt/bin/mine")
+    there["triton"] = True
+    assert can_compile(gpu)

@@ -14,7 +14,7 @@ from slimtune.errors import UserError
 from slimtune.estimate.cost import Job
 from slimtune.estimate.machines import Machine, named, timed
 from slimtune.estimate.memory import host_memory, memory, with_room
-from slimtune.estimate.phases import Phase, phases
+from slimtune.estimate.phases import Phase, phases, with_compiling
 from slimtune.models.load import check_length, load_config, structure_of
 from slimtune.models.quantized import check_quantizable
 from slimtune.prune.generator import Generator
@@ -42,6 +42,7 @@ class Estimate:
         units: (layers, units by axis), equal neighbours together.
         memory: bytes of one process, by item; ``host_memory``: of all processes of one host, beside it.
         machine: whose times are told, or None.
+        compiled: whether blocks and loss are, as the recipe says or, of ``auto``, as it is expected to pay.
         problem: why ``tune`` would refuse the run (its budget, its windows, its processes), or None.
     """
 
@@ -59,6 +60,7 @@ class Estimate:
     device: str
     dtype: str
     machine: Machine | None
+    compiled: bool
     problem: str | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +88,7 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
     if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
         machine = timed(kind, dtype)
     job = with_room(job_of(recipe, config, structure, kind), kind, machine.memory if machine else None)
+    job = with_compiling(job, machine)
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),
@@ -101,6 +104,7 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
         device=kind,
         dtype=str(dtype).removeprefix("torch."),
         machine=machine,
+        compiled=job.compiled,
         problem=_problem(recipe, config, structure, smallest),
     )
 

@@ -125,6 +125,11 @@ class Job:
         return self.recipe.model.quantize != "none" and not self.whole
 
     @property
+    def compiled(self) -> bool:
+        """Whether blocks and loss are, where that is decided (``phases.with_compiling``)."""
+        return self.recipe.train.compile is True
+
+    @property
     def recovering(self) -> Job:
         """The same as its weights rest after the cut: whole ones, where nothing has decided it (``memory.with_room``)."""
         if self.recipe.recover.quantize is True or not self.quantized:

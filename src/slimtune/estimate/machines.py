@@ -68,6 +68,18 @@ OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
 
+def sheet_of(device: str) -> str | None:
+    """By which name of ``SHEETS`` a device is known that calls itself ``device``."""
+    words = set(device.lower().replace("-", " ").split())
+    return max((name for name in SHEETS if words.issuperset(name.split("-"))), key=len, default=None)
+
+
+def present(kind: str, dtype: torch.dtype) -> Machine:
+    """This machine: by its data sheet where that is known, which takes no time, else timed."""
+    sheet = sheet_of(torch.cuda.get_device_name()) if kind == "cuda" else None
+    return named(sheet, dtype) if sheet else timed(kind, dtype)
+
+
 def named(name: str, dtype: torch.dtype = torch.bfloat16) -> Machine:
     """A GPU by its data sheet, of products in ``dtype``. Raises UserError for one that is not in the table."""
     if name not in SHEETS:

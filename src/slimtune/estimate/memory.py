@@ -177,7 +177,7 @@ def _logits(job: Job, tokens: int, models: int) -> int:
             return 12 * MOST + job.bytes_ * job.config.hidden_size * count
         return count * vocabulary * (2 * job.bytes_ if compiled else each)
 
-    adapt = whole(tokens, recipe.train.compile) if models == 1 else models * tokens * vocabulary * each
+    adapt = whole(tokens, job.compiled) if models == 1 else models * tokens * vocabulary * each
     return int(max(adapt, whole(_decide_windows(recipe) * recipe.data.max_length)))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from slimtune import runtime
 from slimtune.estimate import launches, traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
 from slimtune.estimate.machines import Machine
-from slimtune.models.compiled import MOST_GRAPHS
+from slimtune.models.compiled import MOST_GRAPHS, decided
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Turn:
 def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     """The phases of the run, and their time on ``ranks`` of a machine."""
     recipe, phase = job.recipe, _timed(job, machine, ranks)
-    compiled, part = recipe.train.compile, job.part
+    compiled, part = job.compiled, job.part
     dense = job.adapt(), traffic.turn(job, compiled=compiled), launches.turn(job, compiled=compiled)
     if recipe.method == "finetune":
         return _compiling([phase("tune", recipe.train.steps, [Turn(recipe.train.steps, *dense)])], job, machine)
@@ -76,9 +77,29 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     return _compiling(rows + reference, job, machine)
 
 
+def with_compiling(job: Job, machine: Machine | None) -> Job:
+    """``job`` with ``train.compile=auto`` decided: where it is expected to pay.
+
+    Nothing is expected of a CPU, of several processes, of a base in 4 bits, or of all weights: there it was not measured, or
+    does not go.
+    """
+    if job.recipe.train.compile != "auto":
+        return job
+
+    def made(compiled: bool) -> Job:
+        return replace(job, recipe=decided(job.recipe, compiled))
+
+    def seconds(compiled: bool) -> float:
+        return sum(phase.seconds or 0.0 for phase in phases(made(compiled), machine))
+
+    several = runtime.world_size() > 1 or job.recipe.train.shard != "none"
+    unfit = job.whole or several or job.recipe.model.quantize != "none"
+    return made(bool(machine and machine.graph and not unfit) and seconds(True) < seconds(False))
+
+
 def _compiling(rows: list[Phase], job: Job, machine: Machine | None) -> list[Phase]:
     """With the seconds before the first step of what is compiled; layers that are cut are taken to differ in their widths."""
-    if not (job.recipe.train.compile and machine and machine.graph):
+    if not (job.compiled and machine and machine.graph):
         return rows
     budget = job.recipe.budget
     differ = budget.layout == "per-layer" and budget.keep < 1

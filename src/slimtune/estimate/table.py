@@ -69,11 +69,12 @@ def _footnote(estimate: Estimate) -> str:
     if estimate.machine is None:
         what = f"{estimate.device}, {estimate.dtype}"
         return f"Nothing was timed for {what} here: no time is expected; --gpu names a GPU of which it is."
+    how = ", with compiled blocks" if estimate.compiled else ""
     return (
-        f"Expected on {estimate.machine.name}, {estimate.dtype}, by {estimate.machine.told}. In it are steps (a GPU's kernels, "
-        "or the host's launching where that takes longer), what is read before the search, fits and compiling; evaluation, "
-        "data, loading, freeze and cut, writing, and what processes send one another are not. The formulas stand in "
-        "slimtune/estimate/."
+        f"Expected on {estimate.machine.name}, {estimate.dtype}{how}, by {estimate.machine.told}. In it are steps (a GPU's "
+        "kernels, or the host's launching where that takes longer), what is read before the search, fits and compiling; "
+        "evaluation, data, loading, freeze and cut, writing, and what processes send one another are not. The formulas stand "
+        "in slimtune/estimate/."
     )
 
 

@@ -107,4 +107,4 @@ class Measure:
 
     def eager(self) -> AbstractContextManager[Any]:
         """A few passes in other shapes and modes than training's: not worth a compilation of their own."""
-        return torch.compiler.set_stance("force_eager") if self.recipe.train.compile else nullcontext()
+        return torch.compiler.set_stance("force_eager") if self.recipe.train.compile is True else nullcontext()

@@ -194,7 +194,7 @@ class _Atp:
             self.compensation.opened()
         self.compensation = None
         checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
-        if self.recipe.train.compile:
+        if self.recipe.train.compile is True:
             compile_blocks(self.model, self.structure)
         if self.recipe.recover.lr:
             self.tuner.set_peak(self.recipe.recover.lr)

@@ -52,6 +52,6 @@ def _model(session: Session) -> Any:
     dtype = torch.float32 if scratch else pick_dtype(recipe.model.dtype, str(session.device))
     # the seeds of atp, so that the dense reference of a run starts from the same weights as the run itself
     model = base_model(session, dtype, lora=not scratch)
-    if recipe.train.compile:
+    if recipe.train.compile is True:
         compile_blocks(model, session.structure)
     return model

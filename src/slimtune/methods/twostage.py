@@ -128,7 +128,7 @@ class _TwoStage:
         self.model, replaced = cut_to_recover(self.session, self.model, self.plan)
         self.tuner.carry_over(self.model, replaced)
         checkpoint_fewer(self.model, self.structure, self.recipe.recover.checkpointed)
-        if self.recipe.train.compile:
+        if self.recipe.train.compile is True:
             compile_blocks(self.model, self.structure)
 
     def _refit(self, masks: dict[Site, Tensor]) -> int:

@@ -10,11 +10,17 @@ from peft import PeftModel
 from torch import nn
 
 from slimtune.models.surgery import blocks_of
+from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
 
 MOST_GRAPHS = 12
 """Different widths that get a graph each. Those of symbolic widths, of which three or so serve all layers (the first is plain,
 a width of one is special), take as long to trace as 8 to 10 plain ones (``benchmarks/compiling.py``, two cores of a CPU)."""
+
+
+def decided(recipe: Recipe, compiled: bool) -> Recipe:
+    """``recipe`` with ``train.compile`` decided."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": compiled})})
 
 
 @contextmanager

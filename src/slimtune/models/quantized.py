@@ -34,7 +34,7 @@ def check_quantizable(recipe: Recipe) -> None:
             f"model.quantize={kind} is of frozen weights, and model.init=config with method=finetune trains all of them; set "
             "model.quantize=none"
         )
-    if recipe.train.compile:
+    if recipe.train.compile is True:
         raise UserError(f"model.quantize={kind} does not go with train.compile=true; leave one of them out")
 
 

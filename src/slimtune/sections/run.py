@@ -245,10 +245,11 @@ class TrainConfig(Section):
     """Gradient-norm clip."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast. ``auto``: bfloat16 on a GPU and on CPUs that multiply it natively, float32 elsewhere."""
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     """``torch.compile`` the loss of adapt turns and the decoder layers; where something is cut, those of the cut model: a graph
     for each different pair of widths, or one of symbolic widths where there are more than twelve (a minute or so
-    before the first step); kept on disk by torch for later runs."""
+    before the first step); kept on disk by torch for later runs. ``auto``: where ``slimtune estimate`` expects the steps to
+    save more than that takes, of LoRA by one process on a GPU, with Triton and a C compiler there and nothing in 4 bits."""
     checkpoint_every: Count = 100
     """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None

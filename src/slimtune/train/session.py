@@ -83,7 +83,7 @@ def check_sharded(recipe: Recipe) -> None:
         "lora.semantics=lora_aware": recipe.lora.semantics == "lora_aware" and recipe.method == "atp",
         "distill.weight": recipe.distill.weight > 0 and recipe.method == "atp",
         "train.optimizer=muon": recipe.train.optimizer == "muon",
-        "train.compile=true": recipe.train.compile,
+        "train.compile=true": recipe.train.compile is True,
         "model.quantize": recipe.model.quantize != "none",
         "twostage.compensate=true with scores=flap": biases,
     }

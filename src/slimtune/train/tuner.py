@@ -31,7 +31,7 @@ class Tuner:
         self.batches = session.batches(session.splits.train, "train", session.recipe.train.batch)
         self.tokens = 0
         self.wrapped = self._wrap()
-        compiled = session.recipe.train.compile
+        compiled = session.recipe.train.compile is True
         self.cross_entropy = compiled_cross_entropy() if compiled else cross_entropy_sum
         self.most = MOST_COMPILED if compiled else None
 

@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# The GPU rows of docs/RESULTS.md, "What a run costs", "Several GPUs" and "Start-up and loading", on all GPUs of this host: first what
+# needs several, alone on the host, then one run a GPU.
+#   PYTHON=.venv/bin/python bash benchmarks/on_gpus.sh runs/gpus [PART...]    # rows and logs there; parts: several pairs single
+# With two GPUs of 80 GB or more; some 30 minutes. EXACT=1: several in fp32 as well.
+out=$(realpath -m "${1:?a folder for rows and logs}") count=${GPUS:-$(nvidia-smi -L | wc -l)}
+shift
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-python3}
+parts=${*:-several pairs single}
+mkdir -p "$out"
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
+
+# run GPUS NAME SCRIPT ARGUMENTS...: its rows in NAME.json, what it says in NAME.log
+run() {
+  local gpus=$1 name=$2 script=$3
+  shift 3
+  CUDA_VISIBLE_DEVICES=$gpus TORCHINDUCTOR_CACHE_DIR=$out/kernels-$name timeout "${LIMIT:-900}" \
+    "$python" "benchmarks/$script.py" "$@" --rows "$out/$name.json" > "$out/$name.log" 2>&1
+  echo "$(date +%T) $name ended with $?"
+}
+cost() { run "$1" "$2" cost "${@:3}" --out "$out/$2"; }
+scale() { run "$1" "$2" scale llama-3-8b "${@:3}" --out "$out/$2"; }
+
+several() {
+  local exact=(--batch 2 --window 512 --search 2 --recover 3 --prior 16 model.dtype=float32 train.precision=float32)
+  scale 0,1 scale --processes 2
+  scale 0,1 scale-compiled --processes 2 --ways one none train.compile=true
+  [ "$count" -ge 4 ] && scale 0,1,2,3 scale-4 --processes 4
+  [ -n "$EXACT" ] && scale 0,1 scale-exact --processes 2 "${exact[@]}"
+}
+
+# dense LoRA and the default search, of twice the usual length, at the same time on two cards
+pairs() {
+  local default=(llama-3-8b --steps 400 --search 20 --prior 16 --what atp)
+  cost 0 lora-400 llama-3-8b --steps 400 --what lora &
+  cost 1 default-400 "${default[@]}" --name default &
+  [ "$count" -ge 4 ] || wait
+  cost $((count > 2 ? 2 : 0)) eager-400 "${default[@]}" --name 'default, eager' train.compile=false &
+  run $((count > 3 ? 3 : 1)) compiling compiling llama-3-8b --ways fp32 eager symbolic &
+  wait
+}
+
+single() {
+  cost 0 pair llama-3-8b --steps 200 &
+  { cost 1 default llama-3-8b --steps 200 --search 20 --prior 16 --what atp --name default
+    cost 1 compiled llama-3-8b --steps 200 --what atp --name compiled train.compile=true; } &
+  wait
+  cost 0 small qwen3-1.7b --steps 60 &
+  cost 1 qlora-auto llama-3-8b --steps 60 --what atp --name qlora-auto model.quantize=nf4 &
+  wait
+  run 0 loading loading llama-3-8b --device cuda --only load tune
+}
+
+for part in $parts; do
+  "$part"
+done
+echo "all done"
