@@ -3,7 +3,8 @@
 # needs several, alone on the host, then one run a GPU.
 #   PYTHON=.venv/bin/python bash benchmarks/on_gpus.sh runs/gpus [PART...]    # rows and logs there; parts: several pairs single
 # With two GPUs of 80 GB or more; some 30 minutes. EXACT=1: several in fp32 as well.
-out=$(realpath -m "${1:?a folder for rows and logs}") count=${GPUS:-$(nvidia-smi -L | wc -l)}
+set -u
+count=${GPUS:-$(nvidia-smi -L | wc -l)} out=$(realpath -m "$1") || exit
 shift
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
@@ -17,7 +18,7 @@ run() {
   shift 3
   CUDA_VISIBLE_DEVICES=$gpus TORCHINDUCTOR_CACHE_DIR=$out/kernels-$name timeout "${LIMIT:-900}" \
     "$python" "benchmarks/$script.py" "$@" --rows "$out/$name.json" > "$out/$name.log" 2>&1
-  echo "$(date +%T) $name ended with $?"
+  echo "$name ended with $? at $(date +%T)"
 }
 cost() { run "$1" "$2" cost "${@:3}" --out "$out/$2"; }
 scale() { run "$1" "$2" scale llama-3-8b "${@:3}" --out "$out/$2"; }
@@ -27,7 +28,7 @@ several() {
   scale 0,1 scale --processes 2
   scale 0,1 scale-compiled --processes 2 --ways one none train.compile=true
   [ "$count" -ge 4 ] && scale 0,1,2,3 scale-4 --processes 4
-  [ -n "$EXACT" ] && scale 0,1 scale-exact --processes 2 "${exact[@]}"
+  [ -n "${EXACT:-}" ] && scale 0,1 scale-exact --processes 2 "${exact[@]}"
 }
 
 # dense LoRA and the default search, of twice the usual length, at the same time on two cards
