@@ -43,6 +43,7 @@ bench: setup
 	$(BIN)/python benchmarks/scale.py $(SMALL) --processes 2 --prior 16 --search 2 --recover 4 \
 	  model.dtype=float32 train.precision=float32
 	$(BIN)/python benchmarks/compiling.py $(SMALL) --layers 12 --steps 4 --backend aot_eager
+	$(BIN)/python benchmarks/loading.py small --only load
 	$(BIN)/python benchmarks/startup.py
 
 # All tables on the screen, the earlier ones too (docs/results/EARLIER.md).

@@ -34,6 +34,7 @@ from slimtune.methods import atp
 from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.passes import Passes
+from slimtune.models.compiled import decided
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, seed_everything
@@ -230,7 +231,8 @@ def asked(row: dict[str, Any]) -> Recipe:
     """The recipe of a row that searched, on a GPU."""
     told = {"shape": row["model"], "search": row["search_steps"], "prior": 8, "rank": 32, "out": "runs/cost"}
     recipe = recipe_of(argparse.Namespace(**{**told, **row, "overrides": row["overrides"].split()}))
-    return recipe.model_copy(update={"device": "cuda"})
+    compiled = row.get("compiled", "train.compile=true" in row["overrides"])
+    return decided(recipe, compiled).model_copy(update={"device": "cuda"})
 
 
 def renewed(row: dict[str, Any]) -> dict[str, Any]:

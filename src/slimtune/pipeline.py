@@ -148,10 +148,12 @@ class Run:
         base = self.recipe.model
         if base.quantize != "none":  # what fits may be another on the machines that a run goes on with
             self.recover_in_4_bits = self.stages.setdefault("recover_in_4_bits", self.recover_in_4_bits)
-        if self.recipe.train.compile == "auto" and self.recipe.train.shard == "none":
-            compiled = self.stages.setdefault("compiled", self.resolved.train.compile)
-            compiled = compiled and preflight.can_compile(self.accelerator.device)  # the run may go on elsewhere
+        if self.recipe.train.compile == "auto":
+            wanted = self.stages.setdefault("compiled", self.resolved.train.compile)
+            compiled = wanted and preflight.can_compile(self.accelerator.device)  # a run may go on elsewhere
             self.figures.recipe = self.resolved = decided(self.recipe, compiled)
+            if wanted and not compiled:
+                self.progress.say("layers are not compiled, though that would pay: no kernel can be made here (train.compile)")
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
@@ -184,6 +186,7 @@ class Run:
             "dense_lora": dense,
             "result": {**result, **cost},
             "reload_difference": difference,
+            "compiled": self.resolved.train.compile,
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
             "tokens": outcome.tokens,

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,7 +18,7 @@ from slimtune.models.quantized import check_bitsandbytes, check_quantizable
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
-from slimtune.runtime import pick_precision
+from slimtune.runtime import pick_precision, world_size
 from slimtune.sections import DataConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import check_biases
@@ -95,16 +92,23 @@ def compiles(recipe: Recipe, config: PreTrainedConfig, structure: Structure, dev
     """What ``train.compile`` means on ``device``."""
     if recipe.train.compile != "auto":
         return recipe.train.compile
-    if not can_compile(device):
-        return False
     job = job_of(recipe, config, structure, device.type)
-    return with_compiling(job, present(device.type, pick_precision(recipe.train.precision, device.type))).compiled
+    if device.type != "cuda" or not job.may_compile:
+        return False
+    return with_compiling(job, present(device, pick_precision(recipe.train.precision, device.type))).compiled
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether kernels can be made for ``device``: a GPU, with Triton and the C compiler there that it calls."""
-    c = os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang", "cc")))
-    return device.type == "cuda" and find_spec("triton") is not None and bool(c)
+    """Whether ``train.compile=auto`` can be had: one process, on a GPU, for which a small kernel is made and run.
+
+    That takes Triton, a C compiler and Python's headers, and not every GPU has it.
+    """
+    if world_size() > 1 or device.type != "cuda":
+        return False
+    try:
+        return bool(torch.compile(lambda numbers: 2 * numbers + 1)(torch.ones(8, device=device)).sum() == 24)
+    except Exception:  # whatever is missing, the run does without
+        return False
 
 
 def check_teacher(recipe: Recipe, vocabulary: int) -> None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from slimtune import runtime
 from slimtune.errors import UserError
 from slimtune.estimate.cost import Job
-from slimtune.estimate.machines import Machine, named, timed
+from slimtune.estimate.machines import Machine, named, present, timed
 from slimtune.estimate.memory import host_memory, memory, with_room
 from slimtune.estimate.phases import Phase, phases, with_compiling
 from slimtune.models.load import check_length, load_config, structure_of
@@ -88,7 +88,8 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
     if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
         machine = timed(kind, dtype)
     job = with_room(job_of(recipe, config, structure, kind), kind, machine.memory if machine else None)
-    job = with_compiling(job, machine)
+    known = present(torch.device(kind), dtype) if machine and kind == "cuda" and not gpu else machine  # as ``tune`` decides
+    job = with_compiling(job, known)
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),

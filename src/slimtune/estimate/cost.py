@@ -125,6 +125,11 @@ class Job:
         return self.recipe.model.quantize != "none" and not self.whole
 
     @property
+    def may_compile(self) -> bool:
+        """Whether ``train.compile=auto`` is open: of LoRA by one process, nothing in 4 bits."""
+        return not (self.whole or runtime.world_size() > 1 or self.recipe.model.quantize != "none")
+
+    @property
     def compiled(self) -> bool:
         """Whether blocks and loss are, where that is decided (``phases.with_compiling``)."""
         return self.recipe.train.compile is True

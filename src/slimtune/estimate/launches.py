@@ -1,8 +1,8 @@
 """The arithmetic of a run: passes through blocks that the host launches, which take it as long however few tokens there are.
 
 In forward passes of a block with LoRA on its linears; a backward pass is 1.2 of them, and gates that collect gradients make 1.4
-of one. What one takes is the machine's (``Machine.block``); a step takes that or its kernels, whichever is longer. Compiled
-blocks, and those all of whose weights are trained, were not measured: nothing is counted for them.
+of one. What one takes is the machine's (``Machine.block``); a step takes that or its kernels, whichever is longer. Blocks all
+of whose weights are trained were not measured: nothing is counted for them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ BACKWARD = 1.2
 GATED = 1.4
 """By decide turns of 4 windows on 8 layers (docs/results/growth.json) and search steps of an earlier program on 28
 (docs/results/dry-run.json)."""
+COMPILED = 0.22
+"""Of what an eager block takes: a thousand steps of two passes through 12 compiled layers took 59 s on an H100's host, waiting
+for launches (docs/RESULTS.md, "Seconds of each method")."""
 
 
 def look(job: Job, batch: int | None = None) -> float:
@@ -22,7 +25,7 @@ def look(job: Job, batch: int | None = None) -> float:
 
 def turn(job: Job, checkpointed: float = 1.0, compiled: bool = False) -> float:
     """For one token, in a turn with a backward pass, ``checkpointed`` of whose blocks are."""
-    return 0.0 if compiled else _of_a_token(job, _passes(job, checkpointed), job.recipe.train.batch)
+    return (COMPILED if compiled else 1.0) * _of_a_token(job, _passes(job, checkpointed), job.recipe.train.batch)
 
 
 def decide(job: Job) -> float:

@@ -64,20 +64,24 @@ layers in docs/results/growth.json, on an H100's host."""
 GRAPH = 5.0
 """Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
 docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
+FIRST_GRAPH = 30.0
+"""The least: what two graphs of symbolic widths took in docs/results/compiling.json."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
 
 def sheet_of(device: str) -> str | None:
-    """By which name of ``SHEETS`` a device is known that calls itself ``device``."""
+    """By which name of ``SHEETS`` a device is known that calls itself ``device``; a slice or a laptop's has another sheet."""
     words = set(device.lower().replace("-", " ").split())
+    if words & {"mig", "laptop", "max"}:
+        return None
     return max((name for name in SHEETS if words.issuperset(name.split("-"))), key=len, default=None)
 
 
-def present(kind: str, dtype: torch.dtype) -> Machine:
+def present(device: torch.device, dtype: torch.dtype) -> Machine:
     """This machine: by its data sheet where that is known, which takes no time, else timed."""
-    sheet = sheet_of(torch.cuda.get_device_name()) if kind == "cuda" else None
-    return named(sheet, dtype) if sheet else timed(kind, dtype)
+    sheet = sheet_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return named(sheet, dtype) if sheet else timed(device.type, dtype)
 
 
 def named(name: str, dtype: torch.dtype = torch.bfloat16) -> Machine:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from slimtune import runtime
 from slimtune.estimate import launches, traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
-from slimtune.estimate.machines import Machine
+from slimtune.estimate.machines import FIRST_GRAPH, Machine
 from slimtune.models.compiled import MOST_GRAPHS, decided
 
 
@@ -78,11 +77,7 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
 
 
 def with_compiling(job: Job, machine: Machine | None) -> Job:
-    """``job`` with ``train.compile=auto`` decided: where it is expected to pay.
-
-    Nothing is expected of a CPU, of several processes, of a base in 4 bits, or of all weights: there it was not measured, or
-    does not go.
-    """
+    """``job`` with ``train.compile=auto`` decided: where it may (``Job.may_compile``), on a GPU, and is expected to pay."""
     if job.recipe.train.compile != "auto":
         return job
 
@@ -92,9 +87,7 @@ def with_compiling(job: Job, machine: Machine | None) -> Job:
     def seconds(compiled: bool) -> float:
         return sum(phase.seconds or 0.0 for phase in phases(made(compiled), machine))
 
-    several = runtime.world_size() > 1 or job.recipe.train.shard != "none"
-    unfit = job.whole or several or job.recipe.model.quantize != "none"
-    return made(bool(machine and machine.graph and not unfit) and seconds(True) < seconds(False))
+    return made(bool(machine and machine.graph and job.may_compile) and seconds(True) < seconds(False))
 
 
 def _compiling(rows: list[Phase], job: Job, machine: Machine | None) -> list[Phase]:
@@ -104,7 +97,8 @@ def _compiling(rows: list[Phase], job: Job, machine: Machine | None) -> list[Pha
     budget = job.recipe.budget
     differ = budget.layout == "per-layer" and budget.keep < 1
     graphs = {"recover": min(len(job.structure.layers), MOST_GRAPHS) if differ else 1, "tune": 1, "dense LoRA": 1}
-    return [replace(row, seconds=(row.seconds or 0.0) + machine.graph * graphs.get(row.name, 0)) for row in rows]
+    taken = {name: max(FIRST_GRAPH, machine.graph * count) for name, count in graphs.items()}
+    return [replace(row, seconds=(row.seconds or 0.0) + taken.get(row.name, 0.0)) for row in rows]
 
 
 def _teacher(job: Job) -> Turn:

@@ -32,6 +32,7 @@ FREE_ON_RESUME = frozenset(
         "out",
         "trackers",
         "train.checkpoint_every",
+        "train.compile",
         "train.threads",
         "train.shard",
         "evaluate.batch",
