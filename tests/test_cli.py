@@ -156,6 +156,14 @@ def test_estimate_prints_tables_or_json_and_needs_no_data(file: str, monkeypatch
     assert run(app, ["estimate", file]).stdout == ""
 
 
+def test_estimate_plans_for_processes_that_are_not_there(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")  # which the command changes
+    shown = run(app, ["estimate", file, "--processes", "2"])
+    assert "of one of 2 processes" in shown.stdout
+    refused = run(app, ["estimate", file, "--processes", "0"])
+    assert refused.exit_code == 2
+
+
 def test_estimate_fails_after_the_tables_when_the_budget_cannot_be_met(file: str) -> None:
     result = run(app, ["estimate", file, "budget.keep=0.01"])
     assert result.exit_code == 2

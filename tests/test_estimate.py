@@ -616,6 +616,24 @@ def test_tables_and_json_show_the_figures() -> None:
     assert json.loads(json.dumps(result.to_dict()))["before"]["total"] == 8_030_261_248
 
 
+def test_a_model_that_does_not_fit_is_told_with_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(gpu: str, **words: Any) -> str:
+        recipe = recipe_of({**LLAMA_3_8B, "num_hidden_layers": 160}, device="cuda", **words)
+        out = io.StringIO()
+        render(estimate(recipe, gpu=gpu), recipe, Console(file=out, width=400))
+        return out.getvalue()
+
+    wide = told("a10")
+    for way in ("times what the a10 has: try a smaller train.micro_batch", "model.quantize=nf4", "train.shard=full on several"):
+        assert way in wide
+    assert "of one process" in wide
+    assert "times what" not in told("b200")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    shared = told("a10", train={"shard": "full"}, model={"checkpointing": "non_reentrant"})
+    assert "try more processes." in shared, "micro-batches are of one window, blocks checkpointed"
+    assert "of one of 2 processes" in shared
+
+
 def test_lora_aware_settles_on_the_uncut_model_out_of_the_recoverys_steps() -> None:
     aware = {"lora": {"semantics": "lora_aware", "settle": 0.5}}
     rows = {phase.name: phase for phase in cost(LLAMA_3_8B, **aware).phases}

@@ -123,11 +123,14 @@ def estimate(
     recipe: RecipeFile,
     overrides: Overrides = None,
     gpu: Annotated[str, typer.Option(help="Tell the times of this GPU, by its data sheet: h100, h200, a100, ...")] = "",
+    processes: Annotated[int | None, typer.Option(min=1, help="That torchrun would start.", show_default="1")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """What a run will cost: parameters, memory, steps, time. Needs config.json only; reads no data."""
     from slimtune.recipe import load
 
+    if processes:
+        os.environ["WORLD_SIZE"] = str(processes)  # as torchrun tells it
     loaded = load(recipe, overrides or [])
     from slimtune.estimate import estimate as build
     from slimtune.estimate import render

@@ -6,7 +6,9 @@ from rich.console import Console
 from rich.table import Table
 
 from slimtune.estimate.build import Estimate
+from slimtune.estimate.cost import windows
 from slimtune.recipe import Recipe
+from slimtune.runtime import world_size
 
 
 def render(estimate: Estimate, recipe: Recipe, console: Console | None = None) -> None:
@@ -16,6 +18,8 @@ def render(estimate: Estimate, recipe: Recipe, console: Console | None = None) -
     out.print(_sizes(estimate, recipe))
     out.print(_phases(estimate))
     out.print(_memory(estimate))
+    if short := _short(estimate, recipe):
+        out.print(f"[yellow]{short}[/yellow]", highlight=False)
     out.print(_footnote(estimate), highlight=False)
 
 
@@ -53,7 +57,9 @@ def _phases(estimate: Estimate) -> Table:
 
 
 def _memory(estimate: Estimate) -> Table:
-    table = Table("of one process", title="Memory, fullest phase", title_justify="left")
+    ranks = world_size()
+    table = Table(f"of one of {ranks} processes" if ranks > 1 else "of one process", title="Memory, fullest phase")
+    table.title_justify = "left"
     table.add_column("GB", justify="right")
     for name, size in estimate.memory.items():
         table.add_row(name, f"{size / 1e9:,.2f}")
@@ -63,6 +69,18 @@ def _memory(estimate: Estimate) -> Table:
     for name, size in estimate.host_memory.items():
         table.add_row(f"host, all processes: {name}", f"{size / 1e9:,.2f}")
     return table
+
+
+def _short(estimate: Estimate, recipe: Recipe) -> str | None:
+    """What to do where the memory of the GPU is not enough."""
+    machine, needed = estimate.machine, sum(estimate.memory.values())
+    if not machine or not machine.memory or needed <= machine.memory:
+        return None
+    ways = ["a smaller train.micro_batch"] if windows(recipe, recipe.train.batch)[1] > 1 else []
+    ways += ["model.checkpointing=non_reentrant"] if recipe.model.checkpointing == "none" else []
+    ways += ["model.quantize=nf4"] if recipe.model.quantize == "none" and recipe.train.shard == "none" else []
+    ways += ["train.shard=full on several processes (--processes)" if recipe.train.shard == "none" else "more processes"]
+    return f"That is {needed / machine.memory:.2f} times what the {machine.name} has: try {', '.join(ways)}."
 
 
 def _footnote(estimate: Estimate) -> str:
