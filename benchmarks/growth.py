@@ -21,6 +21,7 @@ from typing import Any
 from cost import HERE, parser, recipe_of, rows_of, told
 
 from slimtune.recipe import Recipe
+from slimtune.version import versions
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 KEEPS = (0.8, 0.6, 0.4)
@@ -65,7 +66,7 @@ def words_of(shape: str, size: dict[str, Any]) -> list[str]:
     """What makes a model of a size, and a budget."""
     config = json.loads((HERE / "shapes.json").read_text())[shape]
     model = json.dumps({**config, "num_hidden_layers": size["layers"], "max_position_embeddings": 2**15})
-    return [f"model.config={model}", f"budget={{keep: {size['keep']}, of: block, tolerance: 0.02}}"]
+    return [f"model.config={model}", f"budget={{keep: {size['keep']}, of: block, tolerance: 0.02}}", "train.compile=false"]
 
 
 def asked(row: dict[str, Any]) -> Recipe:
@@ -79,7 +80,8 @@ def at(args: Namespace, size: dict[str, Any], text: str, folder: str) -> dict[st
     words = [*words_of(args.shape, size), f"data.train={text}", "data.on_overlap=drop", *args.overrides]
     told = {"window": size["window"], "batch": size["batch"], "overrides": words, "out": folder, "profile": False}
     lora, atp = rows_of(Namespace(**{**vars(args), **told}))
-    row = {"model": args.shape, "gpu": lora["gpu"], **size, "lora_seconds": lora["step_seconds"], "torch": lora["torch"]}
+    row = {"model": args.shape, "gpu": lora["gpu"], **size, "lora_seconds": lora["step_seconds"], **versions()}
+    row["prepare_seconds"] = atp["prepare_seconds"]
     row |= {f"{turn.removesuffix('_step')}_seconds": atp[f"{turn}_seconds"] for turn in TURNS}
     return row | {f"{each['what']}_peak_gib": each["peak_gib"] for each in (lora, atp) if "peak_gib" in each}
 

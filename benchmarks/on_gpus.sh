@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # The GPU rows of docs/RESULTS.md, "What a run costs", "Several GPUs" and "Start-up and loading", on all GPUs of this host: first what
 # needs several, alone on the host, then one run a GPU.
-#   PYTHON=.venv/bin/python bash benchmarks/on_gpus.sh runs/gpus [PART...]    # rows and logs there; parts: several pairs single
-# With two GPUs of 80 GB or more; some 30 minutes. EXACT=1: several in fp32 as well.
+#   PYTHON=.venv/bin/python bash benchmarks/on_gpus.sh runs/gpus [PART...]    # rows and logs there; parts: several compiled pairs four single
+# With two GPUs of 80 GB or more; some 35 minutes. EXACT=1: several in fp32 as well.
 set -u
 count=${GPUS:-$(nvidia-smi -L | wc -l)} out=$(realpath -m "$1") || exit
 shift
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-python3}
-parts=${*:-several pairs single}
+parts=${*:-several compiled pairs four single}
 mkdir -p "$out"
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-8}
 
@@ -23,23 +23,38 @@ run() {
 cost() { run "$1" "$2" cost "${@:3}" --out "$out/$2"; }
 scale() { run "$1" "$2" scale llama-3-8b "${@:3}" --out "$out/$2"; }
 
+# alone on the host: a sharded step suffers from what else its host does
 several() {
   local exact=(--batch 2 --window 512 --search 2 --recover 3 --prior 16 model.dtype=float32 train.precision=float32)
   scale 0,1 scale --processes 2
-  scale 0,1 scale-compiled --processes 2 --ways one none train.compile=true
-  [ "$count" -ge 4 ] && scale 0,1,2,3 scale-4 --processes 4
-  [ -n "${EXACT:-}" ] && scale 0,1 scale-exact --processes 2 "${exact[@]}"
+  [ -z "${EXACT:-}" ] || scale 0,1 scale-exact --processes 2 "${exact[@]}"
 }
 
-# dense LoRA and the default search, of twice the usual length, at the same time on two cards
+# the same with compiled layers, and on two other cards what else is of one
+compiled() {
+  local ten=(llama-3-8b --steps 200 --search 10 --prior 16 --what atp --name 'ten steps') two=0 three=1
+  [ "$count" -ge 4 ] && two=2 three=3
+  scale 0,1 scale-compiled --processes 2 --ways one none train.compile=true &
+  [ "$count" -ge 4 ] || wait
+  cost $two ten "${ten[@]}" &
+  run $three compiling compiling llama-3-8b --ways fp32 eager symbolic &
+  wait
+}
+
+# dense LoRA and the default search, of twice the usual length
 pairs() {
-  local default=(llama-3-8b --steps 400 --search 20 --prior 16 --what atp)
+  local default=(llama-3-8b --steps 400 --search 20 --prior 16 --what atp) two=0 three=1
+  [ "$count" -ge 4 ] && two=2 three=3
   cost 0 lora-400 llama-3-8b --steps 400 --what lora &
   cost 1 default-400 "${default[@]}" --name default &
   [ "$count" -ge 4 ] || wait
-  cost $((count > 2 ? 2 : 0)) eager-400 "${default[@]}" --name 'default, eager' train.compile=false &
-  run $((count > 3 ? 3 : 1)) compiling compiling llama-3-8b --ways fp32 eager symbolic &
+  cost $two eager-400 "${default[@]}" --name 'default, eager' train.compile=false &
+  { cost $three profile llama-3-8b --steps 60 --profile; run $three growth growth llama-3-8b --layers 8; } &
   wait
+}
+
+four() {
+  [ "$count" -lt 4 ] || scale 0,1,2,3 scale-4 --processes 4
 }
 
 single() {
