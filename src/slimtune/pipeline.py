@@ -153,7 +153,7 @@ class Run:
             compiled = wanted and preflight.can_compile(self.accelerator.device)  # a run may go on elsewhere
             self.figures.recipe = self.resolved = decided(self.recipe, compiled)
             if wanted and not compiled:
-                self.progress.say("layers are not compiled, though that would pay: no kernel can be made here (train.compile)")
+                self.progress.say("layers are not compiled, as was decided: several processes, or no kernel can be made here")
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
