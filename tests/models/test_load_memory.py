@@ -38,9 +38,10 @@ def own():
 
 def watch():
     while not stop.wait(0.001):
-        peak[0] = max(peak[0], own())
+        with turn:  # else what was read before a step would be written after its begin
+            peak[0] = max(peak[0], own())
 
-peak, told, stop = [0], {}, threading.Event()
+peak, told, stop, turn = [0], {}, threading.Event(), threading.Lock()
 threading.Thread(target=watch, daemon=True).start()
 base = ModelConfig(path=sys.argv[1])
 structure = structure_of(load_config(base))
@@ -50,7 +51,8 @@ load_model(base.at(sys.argv[2]), "cpu", torch.bfloat16)  # what a first load tak
 held = {}
 
 def step(name, work):
-    before = peak[0] = own()
+    with turn:
+        before = peak[0] = own()
     held[name] = work()
     told[name] = max(peak[0], own()) - before
 

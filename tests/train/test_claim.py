@@ -77,6 +77,7 @@ def test_replacing_a_run_removes_its_files_and_no_others(tmp_path: Path) -> None
 OTHER: dict[str, Any] = {
     "trackers": ["tensorboard"],
     "train.checkpoint_every": 7,
+    "train.compile": False,
     "train.shard": "full",
     "train.threads": 3,
     "evaluate.batch": 5,
