@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -114,11 +115,18 @@ def peak(device: torch.device) -> dict[str, float]:
     return {"peak_gib": memory / 2**30} if memory else {}
 
 
+def resident(name: str) -> int:
+    """Bytes of this process in host memory by a line of /proc/self/status: ``VmRSS`` now, ``VmHWM`` at most. 0 elsewhere."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"^{name}:\s+(\d+) kB", status.read_text(), re.MULTILINE) if status.is_file() else None
+    return int(found[1]) << 10 if found else 0
+
+
 def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any]) -> dict[str, Any]:
     """A row of ATP, and where its time went, by phase and turn."""
     device = run.accelerator.device
     forget_peak(device)
-    marks = dict[str, float]()
+    marks, before = dict[str, float](), resident("VmRSS")
     with timed(marks, probe):
         outcome = atp.run(run.session("main"))
         marks["end"] = time.perf_counter()
@@ -126,6 +134,7 @@ def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any])
     steps = [line for line in lines if "step" in line]
     found: dict[str, Any] = {"what": "atp", "seconds": marks["end"] - marks["loaded"], **peak(device)}
     found["prepare_seconds"] = marks["search"] - marks["loaded"]
+    found["host_gib"] = (resident("VmHWM") - before) / 2**30  # more than before, once in the process: of a run without lora's
     found |= {f"{name.removeprefix('of which ')}_seconds": value for name, value in marks.items() if "of which" in name}
     for phase in ("search", "recover"):
         rows = [row for row in steps if row["phase"] == phase]
