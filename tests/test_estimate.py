@@ -537,12 +537,16 @@ def test_steps_that_are_compiled_are_those_measured_on_a_gpu_and_what_compiling_
     taken = row["recover_seconds"] - row["recover_steps"] * row["recover_step_seconds"]
     assert taken == pytest.approx(recipe.model.config["num_hidden_layers"] * GRAPH, rel=0.25), "a graph for each layer"
     assert [each.seconds for each in found.phases[:-1]] == [each.seconds for each in plain.phases[:-1]]
-    shape = {**recipe.model.config, "num_hidden_layers": 4}
-    few = recipe.model_copy(update={"model": recipe.model.model_copy(update={"config": shape})})
+    few, some = (
+        recipe.model_copy(
+            update={"model": recipe.model.model_copy(update={"config": {**recipe.model.config, "num_hidden_layers": layers}})}
+        )
+        for layers in (4, 8)
+    )
     uniform = recipe.model_copy(update={"budget": recipe.budget.model_copy(update={"layout": "uniform"})})
-    for changed in (few, uniform):
+    for changed, wanted in ((few, FIRST_GRAPH), (some, 8 * GRAPH), (uniform, FIRST_GRAPH)):
         phase = estimate(changed, gpu="h100").phases[-1]
-        assert (phase.seconds or 0.0) - phase.steps * (phase.step_seconds or 0.0) == pytest.approx(FIRST_GRAPH)
+        assert (phase.seconds or 0.0) - phase.steps * (phase.step_seconds or 0.0) == pytest.approx(wanted)
 
 
 def test_layers_are_compiled_where_that_is_expected_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,8 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
     if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
         machine = timed(kind, dtype)
     job = with_room(job_of(recipe, config, structure, kind), kind, machine.memory if machine else None)
-    known = present(torch.device(kind), dtype) if machine and kind == "cuda" and not gpu else machine  # as ``tune`` decides
-    job = with_compiling(job, known)
+    here = machine and not gpu  # then it is decided as ``tune`` does, by a data sheet where there is one
+    job = with_compiling(job, present(torch.device(kind), dtype, machine) if here else machine)
     return Estimate(
         model_type=structure.family.model_type,
         units=_units(structure),

@@ -58,8 +58,8 @@ def _phases(estimate: Estimate) -> Table:
 
 def _memory(estimate: Estimate) -> Table:
     ranks = world_size()
-    table = Table(f"of one of {ranks} processes" if ranks > 1 else "of one process", title="Memory, fullest phase")
-    table.title_justify = "left"
+    whose = f"of one of {ranks} processes" if ranks > 1 else "of one process"
+    table = Table(whose, title="Memory, fullest phase", title_justify="left")
     table.add_column("GB", justify="right")
     for name, size in estimate.memory.items():
         table.add_row(name, f"{size / 1e9:,.2f}")
