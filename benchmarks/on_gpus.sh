@@ -34,7 +34,7 @@ several() {
 compiled() {
   local ten=(llama-3-8b --steps 200 --search 10 --prior 16 --what atp --name 'ten steps') two=0 three=1
   [ "$count" -ge 4 ] && two=2 three=3
-  scale 0,1 scale-compiled --processes 2 --ways one none train.compile=true &
+  scale 0,1 scale-compiled train.compile=true --processes 2 --ways one none &
   [ "$count" -ge 4 ] || wait
   cost $two ten "${ten[@]}" &
   run $three compiling compiling llama-3-8b --ways fp32 eager symbolic &

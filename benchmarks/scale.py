@@ -53,7 +53,8 @@ def recipe_of(args: argparse.Namespace, shard: str) -> Recipe:
 
 def asked(row: dict[str, Any]) -> Recipe:
     """The recipe of a row, on GPUs."""
-    told = {**row, "shape": row["model"], "processes": 1, "out": "runs/scale", "overrides": row["overrides"].split()}
+    told = {**row, "shape": row["model"], "out": "runs/scale", "overrides": row["overrides"].split()}
+    told |= {"batch": row["micro_batch"], "processes": row["batch"] // row["micro_batch"]}
     return recipe_of(argparse.Namespace(**told), "full" if row["way"] == "full" else "none").model_copy(
         update={"device": "cuda"}
     )
@@ -87,6 +88,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
     found |= {
         "batch": recipe.train.batch,
+        "micro_batch": args.batch,
         "window": args.window,
         "seconds": cost["seconds"],
         "tokens": sum(outcome.tokens.values()),
