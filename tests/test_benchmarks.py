@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -352,3 +355,37 @@ def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:
         "recover_seconds": 1.2,
     }
     assert "| layers | 8 | 2.000 | 1.50x | 1.20x | 0.60x |  |  |" in growth.table([row])
+
+
+@pytest.mark.parametrize("gpus", [2, 4])
+def test_runs_for_gpus_are_words_that_their_scripts_understand(
+    gpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command of benchmarks/on_gpus.sh up to its parser: a slip would show on rented GPUs only."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\" > {tmp_path}/$$.words\n")
+    python.chmod(0o755)
+    environment = os.environ | {"GPUS": str(gpus), "PYTHON": str(python), "EXACT": "1"}
+    command = ["bash", str(ROOT / "benchmarks" / "on_gpus.sh"), str(tmp_path / "rows")]
+    told = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert told[-1] == "all done"
+    assert {line.split(" at ")[0].split(" ended with ")[1] for line in told[:-1]} == {"0"}
+    commands = [file.read_text().splitlines() for file in tmp_path.glob("*.words")]
+    assert len(commands) == len(told) - 1 > 10
+
+    class Understood(Exception):
+        pass
+
+    def stopping(parse: Any) -> Any:
+        def parsed(self: Any, *words: Any) -> Any:
+            raise Understood(parse(self, *words))
+
+        return parsed
+
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, stopping(getattr(argparse.ArgumentParser, name)))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    for path, *words in commands:
+        monkeypatch.setattr(sys, "argv", [path, *words])
+        with pytest.raises(Understood):
+            script(Path(path).stem).main()
