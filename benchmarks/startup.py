@@ -19,6 +19,8 @@ COMMANDS = {
     "slimtune --help": (*SLIMTUNE, "--help"),
     "slimtune --version": (*SLIMTUNE, "--version"),
     "slimtune tuen (a bad command)": (*SLIMTUNE, "tuen"),
+    "slimtune tune --help": (*SLIMTUNE, "tune", "--help"),
+    "slimtune recipe": (*SLIMTUNE, "recipe"),
 }
 
 

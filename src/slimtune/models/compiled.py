@@ -15,7 +15,7 @@ from slimtune.structure.axes import Structure
 
 MOST_GRAPHS = 12
 """Different widths that get a graph each. Those of symbolic widths, of which three or so serve all layers (the first is plain,
-a width of one is special), take as long to trace as 8 to 10 plain ones (``benchmarks/compiling.py``, two cores of a CPU)."""
+a width of one is special), take as long to trace as 8 to 15 plain ones (``benchmarks/compiling.py``, two cores of a CPU)."""
 
 
 def decided(recipe: Recipe, compiled: bool) -> Recipe:
