@@ -65,8 +65,8 @@ GRAPH = 5.0
 """Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
 docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
 FIRST_GRAPH = 30.0
-"""The least: what two graphs of symbolic widths took beyond eager layers' first step, 26 s in docs/results/compiling.json and 32
-on another host."""
+"""The least: what two graphs of symbolic widths took beyond eager layers' first step, 26 s in docs/results/compiling.json and
+32 on another host."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 
