@@ -35,6 +35,7 @@ from slimtune.methods import atp
 from slimtune.methods.compensation import Compensation
 from slimtune.methods.decide import Decider
 from slimtune.methods.passes import Passes
+from slimtune.methods.scores import Scorer
 from slimtune.models.compiled import decided
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
@@ -163,6 +164,7 @@ def timed(marks: dict[str, float], probe: Callable[[str, str, int], Any]) -> Ite
 
     def phase(session: Any, what: loop.Phase, first: int = 0) -> None:
         marks[what.name] = time.perf_counter()
+        marks.setdefault("of which first_solves", marks.get("of which solves", 0.0))
         turns = [replace(turn, run=watched(what.name, turn)) for turn in what.turns]
         phase_of(session, replace(what, turns=turns), first)
 
@@ -173,7 +175,8 @@ def timed(marks: dict[str, float], probe: Callable[[str, str, int], Any]) -> Ite
 
         return run
 
-    parts = {"moments": (Passes, "second_moments"), "taylor": (Decider, "taylor"), "solves": (Compensation, "_solve")}
+    parts = {"moments": (Passes, "second_moments"), "wanda": (Scorer, "wanda"), "taylor": (Decider, "taylor")}
+    parts |= {"consumers": (Compensation, "__init__"), "solves": (Compensation, "_solve")}
     saved = {name: getattr(owner, method) for name, (owner, method) in parts.items()}
     atp.gated_model, atp.run_phase = loaded, phase
     for name, (owner, method) in parts.items():

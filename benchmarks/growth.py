@@ -28,6 +28,7 @@ KEEPS = (0.8, 0.6, 0.4)
 START = {"steps": 12, "search": 3, "prior": 1}
 AXES = ("window", "batch", "layers", "keep")
 TURNS = ("decide", "adapt", "recover_step")
+PREPARED = ("prepare", "moments", "wanda", "taylor", "consumers", "first_solves")
 
 
 def drawn_text(folder: Path, window: int) -> str:
@@ -81,7 +82,7 @@ def at(args: Namespace, size: dict[str, Any], text: str, folder: str) -> dict[st
     told = {"window": size["window"], "batch": size["batch"], "overrides": words, "out": folder, "profile": False}
     lora, atp = rows_of(Namespace(**{**vars(args), **told}))
     row = {"model": args.shape, "gpu": lora["gpu"], **size, "lora_seconds": lora["step_seconds"], **versions()}
-    row["prepare_seconds"] = atp["prepare_seconds"]
+    row |= {f"{part}_seconds": atp[f"{part}_seconds"] for part in PREPARED}
     row |= {f"{turn.removesuffix('_step')}_seconds": atp[f"{turn}_seconds"] for turn in TURNS}
     return row | {f"{each['what']}_peak_gib": each["peak_gib"] for each in (lora, atp) if "peak_gib" in each}
 

@@ -21,7 +21,6 @@ pass whole: what is in no block (embeddings, head, norms) and two blocks, the pr
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import torch
@@ -125,13 +124,13 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
     wanted, ranks = job.recipe.compensate, runtime.world_size()
     one, items = _weight_bytes(job, kind), dict[str, float]()
     if wanted.weights != "none" and job.searches and wanted.offload:
-        moments = sum(_locked(9 / 4 * width**2, kind) for width in job.consumers)
-        weights = [job.config.hidden_size * width for width in job.consumers]
+        moments = sum(9 / 4 * width**2 for width in job.consumers)
+        weights = job.config.hidden_size * sum(job.consumers)
         # shared, every part has its original beside the whole that a fit reads; else every process has the whole
         copies = 2 if job.parts > 1 else ranks
-        consumers = copies * sum(_locked(each * _block_bytes(job, one), kind) for each in weights)
+        consumers = copies * weights * _block_bytes(job, one)
         if job.quantized:  # and what a fit reads is another
-            consumers += sum(_locked(each * one, kind) for each in weights)
+            consumers += weights * one
         items = {"second moments": moments, "weights of consumers": consumers}
         if job.parts == 1 and ranks * moments > sum(items.values()):  # each process's own sums, before they are added up
             items = {"second moments": ranks * moments}
@@ -140,11 +139,6 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
     if job.quantized:
         items["original weights"] = _originals(job, one)
     return {name: int(value) for name, value in items.items()}
-
-
-def _locked(size: float, kind: str) -> float:
-    """What a tensor of ``size`` bytes takes: torch rounds page-locked memory up to a power of two."""
-    return 2 ** math.ceil(math.log2(size)) if kind == "cuda" and size else size
 
 
 def _originals(job: Job, weight_bytes: int) -> float:

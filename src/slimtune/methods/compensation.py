@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import groupby, repeat
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class _Consumer:
         opened: what this process's part of it holds with all gates open.
         entire: the whole weight with all gates open, where this process fits it and has it not at hand otherwise.
         mask: [units] for which it was solved last.
-        changed: what its part then held, once the gates have opened since.
+        changed: what its part held when its gates last opened.
+        stale: whether it was solved anew since.
     """
 
     site: Site
@@ -74,6 +75,7 @@ class _Consumer:
     entire: Tensor | None
     mask: Tensor | None = None
     changed: list[Tensor] | None = None
+    stale: bool = True
 
     @property
     def own(self) -> bool:
@@ -160,8 +162,8 @@ class Compensation:
         if self.open:
             return
         for consumer in self.consumers:
-            if consumer.changed is None:
-                consumer.changed = self._kept(consumer.weight)
+            if consumer.stale:
+                consumer.changed, consumer.stale = self._kept(consumer.weight, consumer.changed), False
             consumer.put_back(consumer.opened)
         self.open = True
 
@@ -172,7 +174,7 @@ class Compensation:
         for consumer in self.consumers:
             mask = masks[consumer.site]
             if consumer.mask is None or not torch.equal(mask, consumer.mask):
-                consumer.mask, consumer.changed = mask.clone(), None
+                consumer.mask, consumer.stale = mask.clone(), True
                 self.innovations.pop(consumer.site, None)
                 if mask.all() and not self.judge:
                     consumer.put_back(consumer.opened)
@@ -214,9 +216,10 @@ class Compensation:
         full = whole(weight.detach())
         return kept_on(self.place, full) if own else None
 
-    def _kept(self, weight: Tensor) -> list[Tensor]:
-        """What this process's part of a consumer holds now, copied to where it waits."""
-        return [kept_on(self.place, tensor) for tensor in held(local(weight))]
+    def _kept(self, weight: Tensor, rooms: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """What this process's part of a consumer holds now, copied to where it waits: into ``rooms``, if it has any there."""
+        tensors = held(local(weight))
+        return [kept_on(self.place, tensor, room) for tensor, room in zip(tensors, rooms or repeat(None), strict=False)]
 
     def _fitted(self, consumers: Sequence[_Consumer], fit: Fit) -> Iterator[tuple[_Consumer, Tensor | None, Innovation | None]]:
         """Each consumer with what its present mask makes of it, in the process that fits it; in the others with nothing.

@@ -70,13 +70,12 @@ class Passes:
         def see(at: Tensor, layer: int, axis: str, values: Tensor) -> None:
             with torch.autocast(values.device.type, enabled=False):
                 flat = values.flatten(0, 1)
-                product = _products(flat if len(at) == len(flat) else flat.index_select(0, at))
-                if shared:
-                    torch.distributed.reduce(product, owner_of(layer))
-                    if owner_of(layer) != torch.distributed.get_rank():
-                        return
-                found = Moments.of(product)
+                found = Moments.of_inputs(flat if len(at) == len(flat) else flat.index_select(0, at))
             site, half = (layer, axis), found.half
+            if shared:
+                torch.distributed.reduce(half, owner_of(layer))
+                if owner_of(layer) != torch.distributed.get_rank():
+                    return
             if site in totals:  # added where the product is: the host would take longer than both ways there
                 total = totals[site].half
                 total.copy_(half.add_(total.to(half.device, non_blocking=True)))
@@ -133,17 +132,6 @@ class Passes:
         if self.session.accelerator.num_processes > 1:
             torch.distributed.all_reduce(smallest, torch.distributed.ReduceOp.MIN)
         return sum(9 / 4 * width**2 for width in widths) < float(smallest) / 16
-
-
-def _products(x: Tensor) -> Tensor:
-    """x^T x [d, d] of x [N, d], summed in fp32."""
-    exact, before = x.float(), torch.backends.cuda.matmul.allow_tf32
-    # tf32 holds every bf16 and fp16 number, so their products are exact in it, at several times the rate of fp32
-    torch.backends.cuda.matmul.allow_tf32 = before or x.dtype is not torch.float32
-    try:
-        return exact.T @ exact
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _real(batch: Batch, pad: int) -> Tensor:

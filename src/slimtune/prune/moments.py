@@ -29,12 +29,26 @@ class Moments:
         """Those of a whole matrix, on its device."""
         return cls(torch.cat([matrix[rows, : rows.stop].reshape(-1) for rows in _blocks(len(matrix))]), len(matrix))
 
+    @classmethod
+    def of_inputs(cls, inputs: Tensor) -> Moments:
+        """Sums of x x^T over inputs x, [N, d], in fp32, on their device."""
+        if not inputs.is_cuda or inputs.dtype is torch.float32:
+            exact = inputs.float()
+            return cls.of(exact.T @ exact)
+        size = inputs.shape[1]
+        half = torch.empty(sum(map(_entries, _blocks(size))), device=inputs.device)
+        for rows, part in zip(_blocks(size), half.split(list(map(_entries, _blocks(size)))), strict=True):
+            # products of 16-bit numbers are exact in fp32, where they are summed: no copy of the inputs in fp32, no second half
+            there = part.view(-1, rows.stop)
+            torch.mm(inputs[:, rows].T, inputs[:, : rows.stop], out_dtype=torch.float32, out=there)
+        return cls(half, size)
+
     def whole(self, half: Tensor | None = None) -> Tensor:
         """[d, d], on the device of ``half``, which is another copy of this one's."""
         half, taken = self.half if half is None else half, 0
         matrix = torch.empty(self.size, self.size, dtype=half.dtype, device=half.device)
         for rows in _blocks(self.size):
-            count = (rows.stop - rows.start) * rows.stop
+            count = _entries(rows)
             matrix[rows, : rows.stop] = half[taken : taken + count].view(-1, rows.stop)
             matrix[: rows.start, rows] = matrix[rows, : rows.start].T
             taken += count
@@ -44,7 +58,7 @@ class Moments:
         """[d]."""
         found, taken = list[Tensor](), 0
         for rows in _blocks(self.size):
-            count = (rows.stop - rows.start) * rows.stop
+            count = _entries(rows)
             found.append(self.half[taken : taken + count].view(-1, rows.stop).diagonal(rows.start))
             taken += count
         return torch.cat(found)
@@ -53,3 +67,8 @@ class Moments:
 def _blocks(size: int) -> list[slice]:
     edges = [size * number // BLOCKS for number in range(BLOCKS + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges) if stop > start]
+
+
+def _entries(rows: slice) -> int:
+    """Of a block up to its diagonal."""
+    return int((rows.stop - rows.start) * rows.stop)
