@@ -40,7 +40,7 @@ from slimtune.models.compiled import decided
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
 from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, seed_everything
-from slimtune.train import loop
+from slimtune.train import loop, offload
 from slimtune.version import versions
 
 HERE = Path(__file__).parent
@@ -137,6 +137,7 @@ def measure_atp(recipe: Recipe, run: Run, probe: Callable[[str, str, int], Any])
     found["prepare_seconds"] = marks["search"] - marks["loaded"]
     found["host_gib"] = (resident("VmHWM") - before) / 2**30  # more than before, once in the process: of a run without lora's
     found |= {f"{name.removeprefix('of which ')}_seconds": value for name, value in marks.items() if "of which" in name}
+    found["cut_seconds"] = marks["recover"] - marks["search"] - sum(row["seconds"] for row in steps if row["phase"] == "search")
     for phase in ("search", "recover"):
         rows = [row for row in steps if row["phase"] == phase]
         if not rows:
@@ -175,8 +176,9 @@ def timed(marks: dict[str, float], probe: Callable[[str, str, int], Any]) -> Ite
 
         return run
 
-    parts = {"moments": (Passes, "second_moments"), "wanda": (Scorer, "wanda"), "taylor": (Decider, "taylor")}
-    parts |= {"consumers": (Compensation, "__init__"), "solves": (Compensation, "_solve")}
+    parts: dict[str, tuple[Any, str]] = {"moments": (Passes, "second_moments"), "wanda": (Scorer, "wanda")}
+    parts |= {"taylor": (Decider, "taylor"), "consumers": (Compensation, "__init__"), "solves": (Compensation, "_solve")}
+    parts |= {"unlock": (offload, "_unlock")}
     saved = {name: getattr(owner, method) for name, (owner, method) in parts.items()}
     atp.gated_model, atp.run_phase = loaded, phase
     for name, (owner, method) in parts.items():

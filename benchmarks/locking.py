@@ -3,8 +3,9 @@
     python benchmarks/locking.py llama-3-8b --rows docs/results/locking.json   # on a GPU
     python benchmarks/locking.py --rows docs/results/locking.json              # only print the table
 
-Tensors of the sizes that the second moments of a shape's consumers have. Each way has a process of its own, for memory that was
-locked once is used again. Then as many once more while the GPU multiplies matrices: how much of its rate is left to it.
+Tensors of the sizes that the second moments of a shape's consumers have, filled from the GPU, brought back and given up (torch
+keeps its own for another time). Each way has a process of its own. Then as many once more while the GPU multiplies matrices:
+how much of its rate is left to it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import mmap
 import os
 import subprocess
 import sys
@@ -26,7 +28,7 @@ from cost import HERE, kept
 from torch import Tensor
 
 from slimtune.runtime import machine
-from slimtune.train.offload import locked
+from slimtune.train import offload
 from slimtune.version import versions
 
 Way = Callable[[Sequence[int]], Iterator[Tensor]]
@@ -57,7 +59,20 @@ def at_once(sizes: Sequence[int]) -> Iterator[Tensor]:
 
 def ours(sizes: Sequence[int]) -> Iterator[Tensor]:
     """What a run does."""
-    return (locked((size,), torch.float32, torch.device("cuda")) for size in sizes)
+    return (offload.locked((size,), torch.float32, torch.device("cuda")) for size in sizes)
+
+
+def large_pages(sizes: Sequence[int]) -> Iterator[Tensor]:
+    """What a run does, of large pages where the system has any."""
+    made = offload._pages
+
+    def asked(count: int) -> mmap.mmap:
+        found = made(count)
+        found.madvise(mmap.MADV_HUGEPAGE)
+        return found
+
+    offload._pages = asked
+    return ours(sizes)
 
 
 WAYS: dict[str, tuple[Way, str]] = {
@@ -67,6 +82,7 @@ WAYS: dict[str, tuple[Way, str]] = {
     "torch, eight threads": (at_once, ""),
     "torch, registered": (pinned, SETTINGS),
     "slimtune": (ours, ""),
+    "slimtune, large pages": (large_pages, ""),
 }
 """And what torch's allocator is told."""
 
@@ -101,6 +117,7 @@ def measured(way: str, sizes: Sequence[int]) -> dict[str, Any]:
     clock("fill", lambda: [each.copy_(source[: len(each)]) for each in tensors])
     assert all(float(each[-1]) == 1.0 for each in tensors)
     clock("back", lambda: [source[: len(each)].copy_(each) for each in tensors])
+    clock("free", tensors.clear)
     with ThreadPoolExecutor(1) as pool:
         more = pool.submit(lambda: list(make(sizes)))
         row["beside"] = products(0.8 * max(0.5, row["lock_seconds"])) / quiet
@@ -120,9 +137,9 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
-    lines = ["| way | GiB | to lock, s | to fill, s | back, s | the GPU's rate beside |", f"|{' --- |' * 6}"]
+    lines = ["| way | GiB | to lock, s | to fill, s | back, s | to give up, s | the GPU's rate beside |", f"|{' --- |' * 7}"]
     for row in rows:
-        seconds = " | ".join(f"{row[f'{name}_seconds']:.1f}" for name in ("lock", "fill", "back"))
+        seconds = " | ".join(f"{row[f'{name}_seconds']:.1f}" for name in ("lock", "fill", "back", "free"))
         lines.append(f"| {row['way']} | {row['gib']:.1f} | {seconds} | {row['beside']:.2f} |")
     return "\n".join(lines) + "\n"
 

@@ -30,11 +30,11 @@ several() {
   [ -z "${EXACT:-}" ] || scale 0,1 scale-exact --processes 2 "${exact[@]}"
 }
 
-# the same with compiled layers, and on two other cards what else is of one
+# one process with compiled layers, and on two other cards what else is of one
 compiled() {
   local ten=(llama-3-8b --steps 200 --search 10 --prior 16 --what atp --name 'ten steps') two=0 three=1
   [ "$count" -ge 4 ] && two=2 three=3
-  scale 0,1 scale-compiled train.compile=true --processes 2 --ways one none &
+  scale 0 scale-compiled train.compile=true --processes 2 --ways one &
   [ "$count" -ge 4 ] || wait
   cost $two ten "${ten[@]}" &
   run $three compiling compiling llama-3-8b --ways fp32 eager symbolic &
@@ -65,6 +65,7 @@ single() {
   cost 0 small qwen3-1.7b --steps 60 &
   cost 1 qlora-auto llama-3-8b --steps 60 --what atp --name qlora-auto model.quantize=nf4 &
   wait
+  run 0 locking locking llama-3-8b
   run 0 loading loading llama-3-8b --device cuda --only load tune
 }
 

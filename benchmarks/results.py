@@ -4,8 +4,8 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``compiling``, ``growth`` and ``scale``, as the scripts print them that make those rows; what signs mean is said once
-in a document.
+``cost``, ``compiling``, ``growth``, ``scale`` and ``startup``, as the scripts print them that make those rows; what signs mean
+is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
@@ -22,6 +22,7 @@ import decode_ways
 import growth
 import scale
 import speed
+import startup
 
 from slimtune.comparison.figure import draw
 from slimtune.comparison.rows import Row, read
@@ -40,6 +41,7 @@ OWN = {
     "compiling": compiling.table,
     "growth": growth.table,
     "scale": scale.table,
+    "startup": startup.table,
 }
 """Parts of rows that are no runs, by the script that makes them."""
 

@@ -63,9 +63,9 @@ app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # boxes take as long as all else of a help text, and say no more
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120},
     help="Tune and prune a language model in one stage.",
     epilog="SLIMTUNE_DEBUG=1 shows the traceback of an error.",
 )

@@ -89,7 +89,9 @@ def recovers_in_4_bits(recipe: Recipe, config: PreTrainedConfig, structure: Stru
 
 
 def compiles(recipe: Recipe, config: PreTrainedConfig, structure: Structure, device: torch.device) -> bool:
-    """What ``train.compile`` means on ``device``."""
+    """What ``train.compile`` means on ``device``. Raises UserError where several processes on GPUs are to compile."""
+    if recipe.train.compile is True and device.type == "cuda" and world_size() > 1:  # two stood still, each at its first step
+        raise UserError("train.compile=true does not work with several processes on GPUs yet; leave it at auto, or false")
     if recipe.train.compile != "auto":
         return recipe.train.compile
     job = job_of(recipe, config, structure, device.type)

@@ -10,17 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo as dynamo
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from bases import Bench, losses, verify_here
 from gated import random_model, sample_ids
+from slimtune.errors import UserError
 from slimtune.methods import atp
 from slimtune.models import compiled
 from slimtune.models.compiled import compile_blocks, compiling
 from slimtune.models.load import enable_checkpointing
 from slimtune.models.surgery import cut
 from slimtune.pipeline import Run, tune
-from slimtune.preflight import can_compile
+from slimtune.preflight import can_compile, compiles
 from slimtune.runtime import RunFolder
 from slimtune.structure.plan import Plan
 from slimtune.train import tuner
@@ -36,13 +39,14 @@ def _fresh_compiler() -> Iterator[None]:
     dynamo.utils.counters.clear()
     with compiling(True):
         yield
-    assert settings() == (8, True, True)
+    assert settings() == (8, True, True, True)
     dynamo.reset()
 
 
 def settings() -> tuple[Any, ...]:
     config: Any = dynamo.config
-    return config.recompile_limit, config.force_parameter_static_shapes, config.force_nn_module_property_static_shapes
+    static = config.force_parameter_static_shapes, config.force_nn_module_property_static_shapes
+    return config.recompile_limit, *static, config.optimize_ddp
 
 
 def graphs() -> int:
@@ -91,6 +95,31 @@ def test_more_widths_than_dynamo_would_compile_by_itself() -> None:
         assert graphs() == len(widths)
 
 
+def test_a_block_stays_one_graph_under_ddp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DDP's buckets, which LoRA of a large model fills several times a block, would part it."""
+    monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 64)
+    model, structure = random_model("llama", rank=4)
+    made = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        made.append(graph)
+        return graph
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(model, bucket_cap_mb=1e-4)
+        compile_blocks(model, structure, backend=backend)
+        with dynamo.config.patch(optimize_ddp=True):
+            wrapped(input_ids=sample_ids(), use_cache=False)
+        parted = len(made)
+        dynamo.reset()
+        wrapped(input_ids=sample_ids(), use_cache=False)
+        assert len(made) - parted == 1
+        assert parted > 1, "else this shows nothing"
+    finally:
+        dist.destroy_process_group()
+
+
 def test_a_run_compiles_the_cut_model_and_nothing_else(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("slimtune.pipeline.self_check", lambda config, seed: 0.0)
     monkeypatch.setattr("slimtune.delivery.verify", verify_here)
@@ -124,6 +153,16 @@ def test_whether_a_run_compiles_is_decided_once(
         assert run.session("main").recipe.train.compile is run.figures.recipe.train.compile is wanted
         assert ("it is expected to save more time than it takes" in capsys.readouterr().err) is wanted
     assert "compile: auto" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
+
+
+def test_several_processes_on_gpus_are_not_compiled(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(bench.recipe(tmp_path, train__compile=True), RunFolder(tmp_path), resume=False)
+    wanted = run.recipe, run.config, run.structure
+    assert compiles(*wanted, torch.device("cuda"))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert compiles(*wanted, torch.device("cpu"))
+    with pytest.raises(UserError, match=r"train.compile=true does not work with several processes on GPUs"):
+        compiles(*wanted, torch.device("cuda"))
 
 
 def test_a_kernel_is_made_for_trial(monkeypatch: pytest.MonkeyPatch) -> None:

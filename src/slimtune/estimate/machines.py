@@ -64,6 +64,9 @@ layers in docs/results/growth.json, on an H100's host."""
 GRAPH = 5.0
 """Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
 docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
+SYMBOLIC = 45.0
+"""Of symbolic widths, for all blocks: 26, 33 and 51 on three hosts (docs/RESULTS.md). Rather too many: a run that compiles in
+vain takes longer."""
 FIRST_GRAPH = 30.0
 """The least: what two graphs of symbolic widths took beyond eager layers' first step, 26 s in docs/results/compiling.json and
 32 on another host."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from slimtune.estimate import launches, traffic
 from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
-from slimtune.estimate.machines import FIRST_GRAPH, Machine
+from slimtune.estimate.machines import FIRST_GRAPH, SYMBOLIC, Machine
 from slimtune.models.compiled import MOST_GRAPHS, decided
 
 
@@ -96,8 +96,9 @@ def _compiling(rows: list[Phase], job: Job, machine: Machine | None) -> list[Pha
         return rows
     budget = job.recipe.budget
     differ = budget.layout == "per-layer" and budget.keep < 1
-    graphs = {"recover": min(len(job.structure.layers), MOST_GRAPHS) if differ else 1, "tune": 1, "dense LoRA": 1}
-    taken = {name: max(FIRST_GRAPH, machine.graph * count) for name, count in graphs.items()}
+    layers = len(job.structure.layers) if differ else 1
+    cut = SYMBOLIC if layers > MOST_GRAPHS else max(FIRST_GRAPH, machine.graph * layers)
+    taken = {"recover": cut, "tune": FIRST_GRAPH, "dense LoRA": FIRST_GRAPH}
     return [replace(row, seconds=(row.seconds or 0.0) + taken.get(row.name, 0.0)) for row in rows]
 
 

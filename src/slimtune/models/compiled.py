@@ -31,7 +31,7 @@ def compiling(wanted: bool) -> Iterator[None]:
         return
     import torch._dynamo.config as dynamo_config  # costs a second
 
-    names = ("recompile_limit", "force_parameter_static_shapes", "force_nn_module_property_static_shapes")
+    names = ("recompile_limit", "force_parameter_static_shapes", "force_nn_module_property_static_shapes", "optimize_ddp")
     with dynamo_config.patch({name: getattr(dynamo_config, name) for name in names}):
         yield
 
@@ -55,6 +55,7 @@ def compile_blocks(model: nn.Module, structure: Structure, backend: str = "induc
     dynamo_config.force_parameter_static_shapes = dynamo_config.force_nn_module_property_static_shapes = not symbolic
     # all blocks are calls of one function, which dynamo would stop compiling at the eighth width
     dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 2 * len(structure.layers) + 8)
+    dynamo_config.optimize_ddp = False  # parts graphs by DDP's buckets, which blocks lie between as they are
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     base.enable_input_require_grads()  # else the first block, whose input needs no gradient, is compiled by itself
     for block in blocks_of(model, structure):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
+import sys
 import weakref
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,15 +41,22 @@ def locked(shape: Iterable[int], dtype: torch.dtype, device: torch.device) -> Te
     """
     shape = tuple(shape)
     count = math.prod(shape) * dtype.itemsize
-    pages = mmap.mmap(-1, count)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    pages = _pages(count)
     flat = torch.frombuffer(pages, dtype=torch.uint8)
     threads = min(THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads) as pool:  # not torch's own, of which launchers leave a process one
         list(pool.map(Tensor.zero_, flat.chunk(threads)))
     _lock(pages, flat, device)
     return flat.view(dtype).view(shape)
+
+
+def _pages(count: int) -> mmap.mmap:
+    """Memory of ``count`` bytes whose pages are not there yet."""
+    if sys.platform != "linux":
+        return mmap.mmap(-1, count)
+    found = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # what may be shared is fetched more slowly
+    found.madvise(mmap.MADV_DONTFORK)  # a child would be given a copy of all that is locked
+    return found
 
 
 def _lock(pages: mmap.mmap, flat: Tensor, device: torch.device) -> None:
