@@ -54,7 +54,7 @@ tables: setup
 	  echo; echo $$rows; $(BIN)/python -m slimtune compare --table --rows $$rows || exit 1; done
 	@echo; echo docs/results/speed.json; $(BIN)/python benchmarks/speed.py --rows docs/results/speed.json
 	@echo; echo docs/results/decode-ways.json; $(BIN)/python benchmarks/decode_ways.py --rows docs/results/decode-ways.json
-	@for what in cost compiling growth scale loading; do echo; echo docs/results/$$what.json; $(BIN)/python benchmarks/$$what.py --rows docs/results/$$what.json; done
+	@for what in cost compiling growth locking scale loading; do echo; echo docs/results/$$what.json; $(BIN)/python benchmarks/$$what.py --rows docs/results/$$what.json; done
 	@echo; echo docs/results/startup.json; $(BIN)/python benchmarks/startup.py --table --rows docs/results/startup.json
 	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 

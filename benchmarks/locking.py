@@ -64,14 +64,14 @@ def ours(sizes: Sequence[int]) -> Iterator[Tensor]:
 
 def large_pages(sizes: Sequence[int]) -> Iterator[Tensor]:
     """What a run does, of large pages where the system has any."""
-    made = offload._pages
+    made = offload._mapped
 
     def asked(count: int) -> mmap.mmap:
         found = made(count)
         found.madvise(mmap.MADV_HUGEPAGE)
         return found
 
-    offload._pages = asked
+    offload._mapped = asked
     return ours(sizes)
 
 
@@ -139,8 +139,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
     lines = ["| way | GiB | to lock, s | to fill, s | back, s | to give up, s | the GPU's rate beside |", f"|{' --- |' * 7}"]
     for row in rows:
-        seconds = " | ".join(f"{row[f'{name}_seconds']:.1f}" for name in ("lock", "fill", "back", "free"))
-        lines.append(f"| {row['way']} | {row['gib']:.1f} | {seconds} | {row['beside']:.2f} |")
+        told = (f"{name}_seconds" for name in ("lock", "fill", "back", "free"))
+        cells = [row["way"], f"{row['gib']:.1f}", *(f"{row[name]:.1f}" if name in row else "" for name in told)]
+        cells.append(f"{row['beside']:.2f}" if "beside" in row else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -4,8 +4,8 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``compiling``, ``growth``, ``scale`` and ``startup``, as the scripts print them that make those rows; what signs mean
-is said once in a document.
+``cost``, ``compiling``, ``growth``, ``locking``, ``scale`` and ``startup``, as the scripts print them that make those rows;
+what signs mean is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
@@ -20,6 +20,7 @@ import compiling
 import cost
 import decode_ways
 import growth
+import locking
 import scale
 import speed
 import startup
@@ -40,6 +41,7 @@ OWN = {
     "cost": cost.table,
     "compiling": compiling.table,
     "growth": growth.table,
+    "locking": locking.table,
     "scale": scale.table,
     "startup": startup.table,
 }

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,19 @@ def measured(runs: int, beside: dict[str, str]) -> list[dict[str, Any]]:
         for name, what in tried.items():
             taken[name].append(seconds(*what))
     known = {"runs": runs, "python": platform.python_version(), "machine": platform.machine()}
-    known |= {name: version(name) for name in ("typer", "rich", "pydantic")}
+    versions = {folder: versions_of(folder) for _, folder in tried.values()}
     figures = {name: {"seconds": statistics.median(each), "fastest": min(each)} for name, each in taken.items()}
-    return [{"command": name, **each, **known} for name, each in figures.items()]
+    return [{"command": name, **figures[name], **known, **versions[folder]} for name, (_, folder) in tried.items()]
+
+
+def versions_of(folder: str) -> dict[str, str]:
+    """Of what the start takes its time for, where ``folder`` is looked into first."""
+    told = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('typer', 'rich', 'pydantic')}))"
+    done = subprocess.run(
+        (sys.executable, "-c", told), env={**os.environ, "PYTHONPATH": folder}, check=True, stdout=subprocess.PIPE
+    )
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -237,7 +237,7 @@ def test_compensation_costs_what_its_tensors_do() -> None:
     for compensate, bytes_ in (
         ({"weights": "adapt"}, 0),
         ({"weights": "decide"}, squares),
-        ({"weights": "adapt", "offload": False}, halves + weights),
+        ({"weights": "adapt", "offload": False}, halves + 2 * weights),
         ({"weights": "decide", "offload": False}, squares + halves + weights),
         ({"weights": "decide", "matrices": 0}, 0),
     ):
@@ -649,6 +649,14 @@ def test_what_tune_refuses_is_a_problem_here() -> None:
     result = cost(LLAMA_3_8B, budget={"keep": 0.611, "layout": "uniform", "ffn_multiple": 2048})
     assert result.problem is not None
     assert "budget.layout=uniform" in result.problem
+
+
+def test_several_processes_on_gpus_that_are_to_compile_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cost(LLAMA_3_8B, device="cuda", train={"compile": True}).problem is None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cost(LLAMA_3_8B, device="cpu", train={"compile": True}).problem is None
+    problem = cost(LLAMA_3_8B, device="cuda", train={"compile": True}).problem or ""
+    assert "train.compile=true does not work with several processes on GPUs" in problem
 
 
 def test_windows_beyond_the_model_are_a_problem_here_too() -> None:

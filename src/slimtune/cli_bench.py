@@ -43,7 +43,7 @@ def bench(
     dtype: Dtype = "auto",
     as_json: Json = None,
 ) -> None:
-    """Time a model on this machine: prompts, the first token, decode steps.
+    """Time a model here: prompts, the first token, decode steps.
 
     Against another one, both are timed by turns, and held to what the bytes and operations that were saved allow.
     On a GPU decode steps run as generate launches them and as a CUDA graph.

@@ -61,10 +61,10 @@ def evaluate(
     as_json: Json = None,
     write_tasks: WriteTasks = None,
 ) -> None:
-    """Measure a model on suites of tasks, with 95% intervals, through lm-evaluation-harness.
+    """Measure a model on suites of tasks, with 95% intervals.
 
-    Rows are read from the folder in SLIMTUNE_DATA where it holds them, else from the hub where they are public;
-    a suite's tasks that can be had from neither are skipped and named.
+    Through lm-evaluation-harness. Rows are read from the folder in SLIMTUNE_DATA where it holds them, else from the hub
+    where they are public; a suite's tasks that can be had from neither are skipped and named.
     What a domain costs in general English is part of each suite: WikiText-2 and held-out general text.
     """
     target = _target(as_json)

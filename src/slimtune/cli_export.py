@@ -96,7 +96,7 @@ def export(
 
 
 def verify(export: Export, against: Against = "", as_json: Json = False) -> None:
-    """Load an export again, in a fresh process, and compare what it computes.
+    """Load an export in a fresh process and compare what it computes.
 
     A folder is held to what tune recorded in it (verify.json), a GGUF file to the folder beside it that it was made from.
     Exits 1 where it computes something else.
@@ -124,10 +124,10 @@ def apply(
     revision: Revision = None,
     as_json: Json = False,
 ) -> None:
-    """Rebuild a run's model on its base from plan.json and the adapter beside it, bit for bit.
+    """Rebuild a run's model on its base from its plan and adapter.
 
-    It needs no data and no training. The plan is small; the adapter is LoRA and, unless compensate.weights is none, the weights
-    that compensation changed.
+    Bit for bit, without data or training. The plan (plan.json) is small; the adapter is LoRA and, unless
+    compensate.weights is none, the weights that compensation changed.
     """
     from slimtune.export.apply import apply_plan
     from slimtune.runtime import quiet_libraries

@@ -102,12 +102,12 @@ class Run:
         self.structure: Structure = structure_of(self.config)
         self.progress = Progress(costs=preflight.costs(recipe, self.config, self.structure))
         self.accelerator = make_accelerator(recipe)
-        if recipe.trackers:
-            self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         tight = preflight.recovers_in_4_bits(recipe, self.config, self.structure, self.accelerator.device)
         self.recover_in_4_bits = any(gather_object([tight]))  # the processes' GPUs may differ
         compiled = preflight.compiles(recipe, self.config, self.structure, self.accelerator.device)
         self.resolved = decided(recipe, compiled)
+        if recipe.trackers:
+            self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         self.metrics, self.resumed = Metrics(folder), False
         self.stages: dict[str, Any] = {"cwd": str(Path.cwd())}  # that relative paths of the recipe go by
         self.tokenizer: Any = None

@@ -23,6 +23,7 @@ from slimtune.sections import DataConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import check_biases
 from slimtune.train.progress import Progress
+from slimtune.train.session import check_compiled
 
 
 def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) -> Splits:
@@ -90,8 +91,7 @@ def recovers_in_4_bits(recipe: Recipe, config: PreTrainedConfig, structure: Stru
 
 def compiles(recipe: Recipe, config: PreTrainedConfig, structure: Structure, device: torch.device) -> bool:
     """What ``train.compile`` means on ``device``. Raises UserError where several processes on GPUs are to compile."""
-    if recipe.train.compile is True and device.type == "cuda" and world_size() > 1:  # two stood still, each at its first step
-        raise UserError("train.compile=true does not work with several processes on GPUs yet; leave it at auto, or false")
+    check_compiled(recipe, device.type)
     if recipe.train.compile != "auto":
         return recipe.train.compile
     job = job_of(recipe, config, structure, device.type)

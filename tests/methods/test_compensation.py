@@ -67,6 +67,25 @@ def test_weights_follow_the_gates_and_come_back_bit_for_bit(bench: Bench, tmp_pa
     assert all(torch.equal(weight, original[site]) for site, weight in consumers(run).items())
 
 
+def test_weights_of_other_masks_take_the_place_of_those_that_waited(bench: Bench, tmp_path: Path) -> None:
+    run = started(bench, tmp_path, "adapt")
+    one = halves(run)
+    other = {site: 1.0 - mask for site, mask in one.items()}
+    seen = dict[bool, dict[Site, Tensor]]()
+    for first in (True, False, True, False):
+        masks = one if first else other
+        run.bank.close(masks)
+        found = consumers(run)
+        expected = seen.setdefault(first, found)
+        assert all(torch.equal(weight, expected[site]) for site, weight in found.items())
+        for _ in range(2):  # a decide turn opens them
+            run.bank.open()
+            run.bank.close(masks)
+            assert all(torch.equal(weight, expected[site]) for site, weight in consumers(run).items())
+        run.bank.open()
+    assert not any(torch.equal(weight, seen[False][site]) for site, weight in seen[True].items())
+
+
 def test_a_model_that_compensates_is_nearer_to_the_whole_one(bench: Bench, tmp_path: Path) -> None:
     run = started(bench, tmp_path)
     batch = run.decider.batches.at(0)[0]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from slimtune.train.offload import kept_on, locked
+from slimtune.train.offload import SMALL, kept_on, locked
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -26,8 +29,15 @@ class Driver:
             self.locked[address] = size
         return int(self.refuses)
 
-    def cudaHostUnregister(self, address: int) -> None:
+    def cudaHostUnregister(self, address: int) -> int:
+        assert is_mapped(address), "the memory has gone first"
         del self.locked[address]
+        return 0
+
+
+def is_mapped(address: int) -> bool:
+    spans = (line.split()[0].split("-") for line in Path("/proc/self/maps").read_text().splitlines())
+    return any(int(start, 16) <= address < int(stop, 16) for start, stop in spans)
 
 
 @pytest.fixture
@@ -59,6 +69,18 @@ def test_memory_is_locked_to_its_size_until_the_last_view_has_gone(driver: Drive
     assert driver.locked
     assert view.eq(2.0).all()
     del view
+    assert not driver.locked
+
+
+@pytest.mark.parametrize("count", [1, 4096, 4097, SMALL, SMALL + 1, 3 * SMALL + 12345])
+def test_all_pages_are_there_and_zero(driver: Driver, count: int) -> None:
+    tensor = locked((count,), torch.uint8, GPU)
+    assert not tensor.any()
+    assert driver.locked == {tensor.data_ptr(): count}
+
+
+def test_nothing_takes_no_memory(driver: Driver) -> None:
+    assert locked((0, 7), torch.float32, GPU).shape == (0, 7)
     assert not driver.locked
 
 
@@ -111,13 +133,3 @@ def test_a_gpu_reads_and_writes_locked_memory_and_survives_a_refusal(monkeypatch
     assert int(before.cudaHostUnregister(taken[0])) != 0, "it was unlocked with its last view"
     with pytest.raises(RuntimeError):  # the driver tells of that as well
         torch.ones(3, device=GPU).sum().item()
-
-
-@needs_gpu
-def test_moments_of_short_numbers_are_their_exact_products() -> None:
-    from slimtune.prune.moments import Moments
-
-    x = torch.randn(4096, 200, device=GPU, dtype=torch.bfloat16)
-    exact = x.double().T @ x.double()
-    found = Moments.of_inputs(x).whole().double()
-    assert float((found - exact).norm() / exact.norm()) < 1e-5

@@ -58,7 +58,7 @@ def compare(
     table: TableOnly = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Several methods, budgets and seeds of one recipe: one table, one figure.
+    """Methods, budgets and seeds of one recipe: a table and a figure.
 
     Runs that the same words and the same program have made are taken as they
     are: stop the command and give it again, or make the table in several

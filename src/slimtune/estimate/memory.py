@@ -128,6 +128,7 @@ def host_memory(job: Job, kind: str) -> dict[str, int]:
         weights = job.config.hidden_size * sum(job.consumers)
         # shared, every part has its original beside the whole that a fit reads; else every process has the whole
         copies = 2 if job.parts > 1 else ranks
+        copies += (wanted.weights == "adapt") * (1 if job.parts > 1 else ranks)  # closed ones wait while decide turns are open
         consumers = copies * weights * _block_bytes(job, one)
         if job.quantized:  # and what a fit reads is another
             consumers += weights * one
@@ -157,8 +158,8 @@ def _compensation(job: Job, weight_bytes: int) -> dict[str, float]:
     narrow = sum(width**2 for width in job.consumers if width <= wanted.matrices)
     innovations = job.bytes_ * narrow if wanted.weights == "decide" else 0
     weights = _block_bytes(job, weight_bytes) * sum(job.config.hidden_size * width for width in job.consumers)
-    if job.parts > 1:  # the original weight whole where it is fitted, and each part of it
-        weights *= 2 / job.parts
+    # the original weight, shared also whole where it is fitted; closed ones wait while decide turns are made on open ones
+    weights *= (1 + (job.parts > 1) + (wanted.weights == "adapt")) / job.parts
     moments = 9 * squares / 4 / job.parts  # without parts each process sums up its own first
     return {"compensation": innovations + (0 if wanted.offload else moments + weights)}
 

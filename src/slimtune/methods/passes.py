@@ -80,7 +80,7 @@ class Passes:
                 total = totals[site].half
                 total.copy_(half.add_(total.to(half.device, non_blocking=True)))
             else:
-                totals[site] = found if adding == half.device else Moments(kept_on(adding, half), found.size)
+                totals[site] = found if adding.type == half.device.type else Moments(kept_on(adding, half), found.size)
 
         def watchers(real: Tensor) -> dict[str, Any]:
             at = real.flatten().nonzero().flatten()
@@ -102,7 +102,7 @@ class Passes:
                 torch.distributed.reduce(half, owner_of(site[0]))
                 if owner_of(site[0]) != torch.distributed.get_rank():
                     continue
-            moments[site] = Moments(half if half.device == device else kept_on(device, half), total.size)
+            moments[site] = Moments(half if half.device.type == device.type else kept_on(device, half), total.size)
         self._check(moments)
         return moments
 

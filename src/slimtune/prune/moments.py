@@ -32,7 +32,7 @@ class Moments:
     @classmethod
     def of_inputs(cls, inputs: Tensor) -> Moments:
         """Sums of x x^T over inputs x, [N, d], in fp32, on their device."""
-        if not inputs.is_cuda or inputs.dtype is torch.float32:
+        if not inputs.is_cuda or inputs.dtype not in (torch.bfloat16, torch.float16):
             exact = inputs.float()
             return cls.of(exact.T @ exact)
         size = inputs.shape[1]
