@@ -82,6 +82,8 @@ def main() -> None:
     parser.add_argument("--rows", type=Path)
     parser.add_argument("--table", action="store_true", help="measure nothing")
     args = parser.parse_args()
+    if args.table and not args.rows:
+        parser.error("--table needs --rows FILE")
     beside = dict(each.split("=", 1) for each in args.beside)
     rows = json.loads(args.rows.read_text()) if args.table else measured(args.runs, beside)
     if args.rows and not args.table:
