@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,39 +37,35 @@ class Moments:
             exact = inputs.float()
             return cls.of(exact.T @ exact)
         size = inputs.shape[1]
-        half = torch.empty(sum(map(_entries, _blocks(size))), device=inputs.device)
-        for rows, part in zip(_blocks(size), half.split(list(map(_entries, _blocks(size)))), strict=True):
+        half = torch.empty(sum((rows.stop - rows.start) * rows.stop for rows in _blocks(size)), device=inputs.device)
+        for rows, part in _parts(half, size):
             # products of 16-bit numbers are exact in fp32, where they are summed: no copy of the inputs in fp32, no second half
-            there = part.view(-1, rows.stop)
-            torch.mm(inputs[:, rows].T, inputs[:, : rows.stop], out_dtype=torch.float32, out=there)
+            torch.mm(inputs[:, rows].T, inputs[:, : rows.stop], out_dtype=torch.float32, out=part)
         return cls(half, size)
 
     def whole(self, half: Tensor | None = None) -> Tensor:
         """[d, d], on the device of ``half``, which is another copy of this one's."""
-        half, taken = self.half if half is None else half, 0
+        half = self.half if half is None else half
         matrix = torch.empty(self.size, self.size, dtype=half.dtype, device=half.device)
-        for rows in _blocks(self.size):
-            count = _entries(rows)
-            matrix[rows, : rows.stop] = half[taken : taken + count].view(-1, rows.stop)
+        for rows, part in _parts(half, self.size):
+            matrix[rows, : rows.stop] = part
             matrix[: rows.start, rows] = matrix[rows, : rows.start].T
-            taken += count
         return matrix
 
     def diagonal(self) -> Tensor:
         """[d]."""
-        found, taken = list[Tensor](), 0
-        for rows in _blocks(self.size):
-            count = _entries(rows)
-            found.append(self.half[taken : taken + count].view(-1, rows.stop).diagonal(rows.start))
-            taken += count
-        return torch.cat(found)
+        return torch.cat([part.diagonal(rows.start) for rows, part in _parts(self.half, self.size)])
+
+
+def _parts(half: Tensor, size: int) -> Iterator[tuple[slice, Tensor]]:
+    """Each block of rows, and where ``half`` has it up to its diagonal: a view."""
+    taken = 0
+    for rows in _blocks(size):
+        count = (rows.stop - rows.start) * rows.stop
+        yield rows, half[taken : taken + count].view(-1, rows.stop)
+        taken += count
 
 
 def _blocks(size: int) -> list[slice]:
     edges = [size * number // BLOCKS for number in range(BLOCKS + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges) if stop > start]
-
-
-def _entries(rows: slice) -> int:
-    """Of a block up to its diagonal."""
-    return int((rows.stop - rows.start) * rows.stop)
