@@ -3,9 +3,9 @@
     python benchmarks/locking.py llama-3-8b --rows docs/results/locking.json   # on a GPU
     python benchmarks/locking.py --rows docs/results/locking.json              # only print the table
 
-Tensors of the sizes that the second moments of a shape's consumers have, filled from the GPU, brought back and given up (torch
-keeps its own for another time). Each way has a process of its own. Then as many once more while the GPU multiplies matrices:
-how much of its rate is left to it.
+Tensors of the sizes that the second moments of a shape's consumers have, filled from the GPU and brought back; as many once
+more while the GPU multiplies matrices, to see how much of its rate is left to it; then the first are given up (torch keeps its
+own for another time). Each way has a process of its own.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def products(seconds: float) -> float:
 
 
 def measured(way: str, sizes: Sequence[int]) -> dict[str, Any]:
-    """Seconds to get all tensors, to fill them from the GPU and to bring them back; then more, beside products."""
+    """Seconds to get all tensors, to fill them from the GPU and to bring them back; more, beside products; to give up."""
     source, make = torch.ones(max(sizes), device="cuda"), WAYS[way][0]
     products(0.5)
     quiet, row = products(1.0), {"way": way, "gib": sum(sizes) * 4 / 2**30}
@@ -117,11 +117,11 @@ def measured(way: str, sizes: Sequence[int]) -> dict[str, Any]:
     clock("fill", lambda: [each.copy_(source[: len(each)]) for each in tensors])
     assert all(float(each[-1]) == 1.0 for each in tensors)
     clock("back", lambda: [source[: len(each)].copy_(each) for each in tensors])
-    clock("free", tensors.clear)
     with ThreadPoolExecutor(1) as pool:
-        more = pool.submit(lambda: list(make(sizes)))
+        more = pool.submit(lambda: list(make(sizes)))  # before torch is given back what it would give again
         row["beside"] = products(0.8 * max(0.5, row["lock_seconds"])) / quiet
-        tensors += more.result()
+        more.result()
+    clock("free", tensors.clear)
     return row
 
 
@@ -137,10 +137,11 @@ def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table."""
-    lines = ["| way | GiB | to lock, s | to fill, s | back, s | to give up, s | the GPU's rate beside |", f"|{' --- |' * 7}"]
+    lines = ["| way | GPU | GiB | to lock, s | to fill, s | back, s | to give up, s | the GPU's rate beside |"]
+    lines.append(f"|{' --- |' * 8}")
     for row in rows:
         told = (f"{name}_seconds" for name in ("lock", "fill", "back", "free"))
-        cells = [row["way"], f"{row['gib']:.1f}", *(f"{row[name]:.1f}" if name in row else "" for name in told)]
+        cells = [row["way"], row["gpu"], f"{row['gib']:.1f}", *(f"{row[name]:.1f}" if name in row else "" for name in told)]
         cells.append(f"{row['beside']:.2f}" if "beside" in row else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

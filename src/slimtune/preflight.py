@@ -18,12 +18,11 @@ from slimtune.models.quantized import check_bitsandbytes, check_quantizable
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
-from slimtune.runtime import pick_precision, world_size
+from slimtune.runtime import pick_precision
 from slimtune.sections import DataConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.families import check_biases
 from slimtune.train.progress import Progress
-from slimtune.train.session import check_compiled
 
 
 def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) -> Splits:
@@ -90,8 +89,7 @@ def recovers_in_4_bits(recipe: Recipe, config: PreTrainedConfig, structure: Stru
 
 
 def compiles(recipe: Recipe, config: PreTrainedConfig, structure: Structure, device: torch.device) -> bool:
-    """What ``train.compile`` means on ``device``. Raises UserError where several processes on GPUs are to compile."""
-    check_compiled(recipe, device.type)
+    """What ``train.compile`` means on ``device``."""
     if recipe.train.compile != "auto":
         return recipe.train.compile
     job = job_of(recipe, config, structure, device.type)
@@ -101,11 +99,11 @@ def compiles(recipe: Recipe, config: PreTrainedConfig, structure: Structure, dev
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether ``train.compile=auto`` can be had: one process, on a GPU, for which a small kernel is made and run.
+    """Whether ``train.compile=auto`` can be had: on a GPU, for which a small kernel is made and run.
 
     That takes Triton, a C compiler and Python's headers, and not every GPU has it.
     """
-    if world_size() > 1 or device.type != "cuda":
+    if device.type != "cuda":
         return False
     try:
         return bool(torch.compile(lambda numbers: 2 * numbers + 1)(torch.ones(8, device=device)).sum() == 24)

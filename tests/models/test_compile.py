@@ -16,14 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bases import Bench, losses, verify_here
 from gated import random_model, sample_ids
-from slimtune.errors import UserError
 from slimtune.methods import atp
 from slimtune.models import compiled
 from slimtune.models.compiled import compile_blocks, compiling
 from slimtune.models.load import enable_checkpointing
 from slimtune.models.surgery import cut
 from slimtune.pipeline import Run, tune
-from slimtune.preflight import can_compile, compiles
+from slimtune.preflight import can_compile
 from slimtune.runtime import RunFolder
 from slimtune.structure.plan import Plan
 from slimtune.train import tuner
@@ -155,14 +154,33 @@ def test_whether_a_run_compiles_is_decided_once(
     assert "compile: auto" in (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
 
 
-def test_several_processes_on_gpus_are_not_compiled(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(bench.recipe(tmp_path, train__compile=True), RunFolder(tmp_path), resume=False)
-    wanted = run.recipe, run.config, run.structure
-    assert compiles(*wanted, torch.device("cuda"))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert compiles(*wanted, torch.device("cpu"))
-    with pytest.raises(UserError, match=r"train.compile=true does not work with several processes on GPUs"):
-        compiles(*wanted, torch.device("cuda"))
+@pytest.mark.parametrize("all_can", [True, False])
+def test_all_processes_compile_or_none(all_can: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on in processes of which one has no compiler."""
+    monkeypatch.setattr("slimtune.preflight.compiles", lambda *_: True)
+    monkeypatch.setattr("slimtune.preflight.can_compile", lambda device: True)
+    run = Run(bench.recipe(tmp_path), RunFolder(tmp_path), resume=False)
+    monkeypatch.setattr("slimtune.pipeline.gather_object", lambda own: [*own, all_can])
+    run.check()
+    assert run.session("main").recipe.train.compile is all_can
+
+
+@pytest.mark.parametrize("all_pay", [True, False])
+def test_what_pays_on_each_of_several_gpus_is_compiled(
+    all_pay: bool, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slimtune.preflight.compiles", lambda *_: True)
+    monkeypatch.setattr("slimtune.pipeline.gather_object", lambda own: [*own, (False, all_pay)])
+    assert Run(bench.recipe(tmp_path), RunFolder(tmp_path), resume=False).resolved.train.compile is all_pay
+
+
+def test_a_run_that_goes_on_spread_goes_on_eager(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("slimtune.preflight.compiles", lambda *_: True)
+    monkeypatch.setattr("slimtune.preflight.can_compile", lambda device: True)
+    run = Run(bench.recipe(tmp_path, train__shard="full"), RunFolder(tmp_path), resume=False)
+    monkeypatch.setattr("slimtune.pipeline.shards", lambda recipe, accelerator: True)
+    run.check()
+    assert run.session("main").recipe.train.compile is False
 
 
 def test_a_kernel_is_made_for_trial(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +204,3 @@ def test_a_kernel_is_made_for_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     compiling_by(torch.zeros_like)
     assert not can_compile(gpu), "other numbers"
     assert len(tried) == 3
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    compiling_by(None)
-    assert not can_compile(gpu)

@@ -61,6 +61,8 @@ def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFact
             (folder / f"sharded-{out}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "quantized", folder / "quantized")
     (folder / "sharded-none.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    recipe = recipe_of(bench, "atp", folder / "compiled", train__compile=True)
+    (folder / "sharded-compiled.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "rival", folder / "rival", train__shard="full")
     (folder / "sharded-rival.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "recipe.yaml").write_text(bench.recipe(folder / "run", **RUN).to_yaml(), encoding="utf-8")
@@ -139,6 +141,11 @@ def test_two_processes_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
 
 def test_two_processes_on_4_bits_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
     agree(one_run / "quantized", two_ranks / "quantized")
+
+
+def test_two_processes_that_compile_do_what_one_does_without(one_run: Path, two_ranks: Path) -> None:
+    assert json.loads((two_ranks / "compiled" / "summary.json").read_text(encoding="utf-8"))["compiled"]
+    agree(one_run / "atp", two_ranks / "compiled")
 
 
 @pytest.mark.parametrize("kind", ["atp", "scratch", "rival"])

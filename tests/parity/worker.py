@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ import slimtune
 import slimtune.pipeline
 from families import tiny_config
 from gated import random_model, random_plan, sample_ids
+from slimtune.methods import atp
+from slimtune.models.compiled import compile_blocks
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, enable_checkpointing
 from slimtune.models.sharded import cut_model, gathered, sharded, template_of
@@ -37,8 +40,8 @@ from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
 from slimtune.prune.generator import Generator
 from slimtune.sections import LoraConfig
 from slimtune.structure.plan import Plan
-from slimtune.train import loop
-from slimtune.train.objective import IGNORE, Batch, accumulate, cross_entropy_sum, forward
+from slimtune.train import loop, tuner
+from slimtune.train.objective import IGNORE, Batch, accumulate, compiled_cross_entropy, cross_entropy_sum, forward
 from slimtune.train.optimizers import adamw, carry_over
 from slimtune.train.session import Session
 
@@ -191,6 +194,8 @@ def run_rank(folder: Path) -> None:
                 record["small"] = alternation.shrink()
             torch.save(record, folder / f"{wrapper}-{checkpointing}-{rank}.pt")
     torch.save({name: spread_and_cut(name) for name in SPREAD}, folder / f"spread-{rank}.pt")
+    atp.compile_blocks = partial(compile_blocks, backend="eager")  # inductor takes minutes on a CPU
+    tuner.compiled_cross_entropy = partial(compiled_cross_entropy, backend="eager")
     slimtune.pipeline.self_check = lambda config, seed: 0.0  # a quarter of such a short run, and done in the other one
     decide = Generator.forward
     Generator.forward = lambda self: decide(self) if rank == 0 or torch.is_grad_enabled() else contrary(decide(self))

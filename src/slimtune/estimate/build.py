@@ -21,7 +21,7 @@ from slimtune.prune.generator import Generator
 from slimtune.prune.solve import MULTIPLES, check_budget, smallest_ratio
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import Structure
-from slimtune.train.session import check_compiled, check_sharded, check_step
+from slimtune.train.session import check_sharded, check_step
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
         dtype=str(dtype).removeprefix("torch."),
         machine=machine,
         compiled=job.compiled,
-        problem=_problem(recipe, config, structure, smallest, kind),
+        problem=_problem(recipe, config, structure, smallest),
     )
 
 
@@ -143,7 +143,7 @@ def _least(recipe: Recipe, smallest: Size) -> float:
     return smallest.total_ratio if recipe.budget.of == "total" else smallest.block_ratio
 
 
-def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, smallest: Size, kind: str) -> str | None:
+def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, smallest: Size) -> str | None:
     """What ``tune`` would say before it starts.
 
     To the windows and how processes share them, to keys that do not go together, and to the budget with rounding, layout and
@@ -153,7 +153,6 @@ def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, sma
     try:
         check_length(config, recipe.data.max_length)
         check_sharded(recipe)
-        check_compiled(recipe, kind)
         check_quantizable(recipe)
         _check_steps(recipe)
     except UserError as error:

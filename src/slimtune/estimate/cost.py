@@ -126,8 +126,8 @@ class Job:
 
     @property
     def may_compile(self) -> bool:
-        """Whether ``train.compile=auto`` is open: of LoRA by one process, nothing in 4 bits."""
-        return not (self.whole or runtime.world_size() > 1 or self.recipe.model.quantize != "none")
+        """Whether ``train.compile=auto`` is open: of LoRA, nothing in 4 bits, the model whole in each process."""
+        return not (self.whole or self.parts > 1 or self.recipe.model.quantize != "none")
 
     @property
     def compiled(self) -> bool:

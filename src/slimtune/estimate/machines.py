@@ -57,8 +57,8 @@ ATTAINED = {"matmul": 0.69, "exact": 0.44, "copied": 0.83, "link": 0.8}
 (``exact``) by ``solves_seconds`` of docs/results/cost.json; ``link`` is taken, not measured."""
 FILLED = 2.5e9
 """Bytes a second of host memory that is new and mostly page-locked: between 1.8e9 and 4e9 on two hosts where torch locked it,
-by what ``moments_seconds`` of docs/results/cost.json leave beside the arithmetic of the passes; on an H200's host, where
-slimtune did, at least 3.4e9 (32 layers of docs/results/growth.json)."""
+by what ``moments_seconds`` of docs/results/cost.json leave beside the arithmetic of the passes. Rather too few, as freeze and
+cut are not counted: on an H200's host, where slimtune did, at least 6.3e9 (32 layers of docs/results/growth.json)."""
 BLOCK = 0.005
 """Seconds of Python and launches in a block's forward pass, with LoRA: by recovery steps and decide turns of 4 windows on 8
 layers in docs/results/growth.json as it was at bf76c42, on an H100's host."""
@@ -66,7 +66,7 @@ GRAPH = 5.0
 """Seconds in which blocks of one pair of widths are compiled on a GPU's host: what the row ``compiled, a graph a width`` of
 docs/results/cost.json took beside its steps, over its 32 layers. Nothing is taken to be on disk from an earlier run."""
 SYMBOLIC = 45.0
-"""Of symbolic widths, for all blocks: 26, 33 and 51 on three hosts (docs/RESULTS.md). Rather too many: a run that compiles in
+"""Of symbolic widths, for all blocks: 26, 30 and 51 on three hosts (docs/RESULTS.md). Rather too many: a run that compiles in
 vain takes longer."""
 FIRST_GRAPH = 30.0
 """The least: what two graphs of symbolic widths took beyond eager layers' first step, 26 s in docs/results/compiling.json and

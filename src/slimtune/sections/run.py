@@ -249,8 +249,8 @@ class TrainConfig(Section):
     """``torch.compile`` the loss of adapt turns and the decoder layers; where something is cut, those of the cut model: a graph
     for each different pair of widths, or one of symbolic widths where there are more than twelve (a minute or so
     before the first step); kept on disk by torch for later runs. ``auto``: where ``slimtune estimate`` expects the steps to
-    save more than that takes, of LoRA by one process on a GPU, nothing in 4 bits, if a kernel can be made there. Several
-    processes on GPUs cannot."""
+    save more than that takes, of LoRA on a GPU, nothing in 4 bits, each process with the whole model (``train.shard``), if a
+    kernel can be made there."""
     checkpoint_every: Count = 100
     """Steps between checkpoints, which is what an interrupted run can lose; 0: only between phases."""
     threads: Positive | None = None

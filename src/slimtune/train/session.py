@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from slimtune.data.batches import Order, Splits, Windows
 from slimtune.errors import UserError, nearest
 from slimtune.recipe import Recipe
-from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision, world_size
+from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision
 from slimtune.structure.axes import Structure
 from slimtune.train.objective import find_targets
 from slimtune.train.progress import Progress
@@ -90,12 +90,6 @@ def check_sharded(recipe: Recipe) -> None:
     for key, asked in unfit.items():
         if asked:
             raise UserError(f"{key} needs whole weights and does not go with train.shard=full; leave one of them out")
-
-
-def check_compiled(recipe: Recipe, kind: str) -> None:
-    """Raise UserError where several processes on GPUs (``kind`` is ``cuda``) are to compile: two stood still for good."""
-    if recipe.train.compile is True and kind == "cuda" and world_size() > 1:
-        raise UserError("train.compile=true does not work with several processes on GPUs yet; leave it at auto, or false")
 
 
 def check_step(batch: int, purpose: str, ranks: int, sharded: bool) -> None:
