@@ -4,8 +4,8 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``compiling``, ``growth``, ``locking``, ``scale`` and ``startup``, as the scripts print them that make those rows;
-what signs mean is said once in a document.
+``cost``, ``compiling``, ``growth``, ``locking``, ``scale``, ``startup`` and ``updates``, as the scripts print them that make
+those rows; what signs mean is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
@@ -22,6 +22,7 @@ import decode_ways
 import growth
 import locking
 import scale
+import small_updates
 import speed
 import startup
 
@@ -44,6 +45,7 @@ OWN = {
     "locking": locking.table,
     "scale": scale.table,
     "startup": startup.table,
+    "updates": small_updates.table,
 }
 """Parts of rows that are no runs, by the script that makes them."""
 

@@ -41,7 +41,7 @@ def recipe_of(args: argparse.Namespace, shard: str) -> Recipe:
     changes = ["model.path=''", "model.init=config", f"model.config={json.dumps(config)}", "model.tokenizer=builtin:base-10m"]
     changes += ["evaluate={}", "generator={}", "model.checkpointing=non_reentrant", f"data.max_length={args.window}"]
     changes += [f"train.batch={batch}", f"train.micro_batch={args.batch}", f"search.batch={batch}", "train.checkpoint_every=0"]
-    changes += ["train.compile=false"]  # auto would have one process compile, and several not
+    changes += ["train.compile=false"]  # auto would have these compile, and not a sharded model
     changes += ["train.lr=1e-5", f"train.shard={shard}", "lora.rank=32", "budget.keep=0.6", f"search.steps={args.search}"]
     changes += [
         f"recover.steps={args.recover}",

@@ -590,19 +590,21 @@ def test_steps_of_other_sizes_and_of_several_gpus_are_expected_within_a_quarter(
 ) -> None:
     """Two constants are from a row of growth (4 windows: launches); by both it was seen which fits are not the steps'.
 
-    Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected. So is the
-    one of four sharded GPUs, which took 1.6 and 1.9 times: what processes send one another is not counted.
+    Rows of an earlier program are left out: one of them (``no block ahead``, fp32) took 1.6 times what is expected. What
+    processes send one another is not counted: four sharded GPUs, which had most to send, took 1.6 and 1.95 times that.
     """
     file = Path(__file__).parent.parent / "docs" / "results" / f"{made_by.__name__}.json"
     held = [row for row in json.loads(file.read_text(encoding="utf-8")) if not row.get("program")]
-    held = [row for row in held if (row.get("way"), row.get("gpus")) != ("full", 4)]
     assert len(held) > 3
     for row in held:
         monkeypatch.setenv("WORLD_SIZE", str(row.get("gpus", 1)))
         found = estimate(made_by.asked(row), gpu=cost_of_a_run.sheet_of(row["gpu"]))
-        search, recover = (phase.step_seconds for phase in found.phases)
-        assert search == pytest.approx(row["decide_seconds"] + row["adapt_seconds"], rel=0.25)
-        assert recover == pytest.approx(row["recover_seconds"], rel=0.25)
+        steps = [phase.step_seconds or 0.0 for phase in found.phases]
+        taken = [row["decide_seconds"] + row["adapt_seconds"], row["recover_seconds"]]
+        if (row.get("way"), row.get("gpus")) == ("full", 4):
+            assert all(took > 1.25 * expected for took, expected in zip(taken, steps, strict=True)), "what it sends is counted"
+        else:
+            assert steps == pytest.approx(taken, rel=0.25)
         peak = row["atp_peak_gib"] if made_by is growth else row["peak_gib"]
         assert sum(found.memory.values()) / 2**30 == pytest.approx(peak, rel=0.25)
 

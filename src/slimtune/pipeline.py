@@ -154,7 +154,9 @@ class Run:
             compiled = wanted and self._can_compile()
             self.figures.recipe = self.resolved = decided(self.recipe, compiled)
             if wanted and not compiled:
-                self.progress.say("layers are not compiled, as was decided: they are spread, or no kernel can be made here")
+                self.progress.say(
+                    "layers are not compiled, though that was decided: the model is spread, or no kernel can be made"
+                )
         same_input(self.stages, "data", self.splits.fingerprint, "data")
         same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended

@@ -144,7 +144,7 @@ def test_two_processes_on_4_bits_do_what_one_does(one_run: Path, two_ranks: Path
 
 
 def test_two_processes_that_compile_do_what_one_does_without(one_run: Path, two_ranks: Path) -> None:
-    assert json.loads((two_ranks / "compiled" / "summary.json").read_text(encoding="utf-8"))["compiled"]
+    assert all(torch.load(two_ranks / f"graphs-{rank}.pt") > 0 for rank in (0, 1)), "of blocks"
     agree(one_run / "atp", two_ranks / "compiled")
 
 

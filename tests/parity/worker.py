@@ -194,7 +194,13 @@ def run_rank(folder: Path) -> None:
                 record["small"] = alternation.shrink()
             torch.save(record, folder / f"{wrapper}-{checkpointing}-{rank}.pt")
     torch.save({name: spread_and_cut(name) for name in SPREAD}, folder / f"spread-{rank}.pt")
-    atp.compile_blocks = partial(compile_blocks, backend="eager")  # inductor takes minutes on a CPU
+    graphs = []
+
+    def backend(graph: Any, inputs: Any) -> Any:  # inductor takes minutes on a CPU
+        graphs.append(graph)
+        return graph
+
+    atp.compile_blocks = partial(compile_blocks, backend=backend)
     tuner.compiled_cross_entropy = partial(compiled_cross_entropy, backend="eager")
     slimtune.pipeline.self_check = lambda config, seed: 0.0  # a quarter of such a short run, and done in the other one
     decide = Generator.forward
@@ -203,6 +209,7 @@ def run_rank(folder: Path) -> None:
         recipe = slimtune.load_recipe(file)
         with kept_checkpoints():
             slimtune.pipeline.tune(recipe, resume=(Path(recipe.out) / "recipe.yaml").is_file())
+    torch.save(len(graphs), folder / f"graphs-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -70,7 +70,7 @@ SYMBOLIC = 45.0
 vain takes longer."""
 FIRST_GRAPH = 30.0
 """The least: what two graphs of symbolic widths took beyond eager layers' first step, 26 s in docs/results/compiling.json and
-32 on another host."""
+32 on another host (no row kept)."""
 OF_TIMED = {"cpu": 0.5, "cuda": 0.9}
 """Part that training reaches of a large product's rate, timed just now."""
 

@@ -41,7 +41,7 @@ FREE_ON_RESUME = frozenset(
         "export.adapter",
     }
 )
-"""Keys that may be others on a resume: none of them changes what is learned (threads and processes: but for the last bits)."""
+"""Keys that may be others on a resume: none changes what is learned (threads, processes, compiling: but for rounding)."""
 
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:

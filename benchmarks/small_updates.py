@@ -1,0 +1,138 @@
+"""What bf16 leaves of LoRA's first small updates: eager layers round them away where compiled ones do not.
+
+    python benchmarks/small_updates.py cpu-size --layers 8 --rows docs/results/small-updates.json   # 100 s on a CPU
+    python benchmarks/small_updates.py --rows docs/results/small-updates.json                       # only print the table
+
+A model of random weights, each layer cut to widths that are drawn (``compiling.py``), is tuned in fp32 for a few steps on
+tokens drawn by Zipf's law. Its LoRA is then put into the same model with the base in bf16, under autocast, eager and compiled
+(symbolic widths). What counts is the change of the loss on other such tokens. An output of a layer's base weight is a bf16
+number before LoRA's is added, and a sum that is rounded to bf16 is that number again where LoRA's is less than half of its last
+place. Inductor adds both, and what comes after, in fp32 before it rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from compiling import cut_model
+from cost import HERE, told
+from torch import Tensor, nn
+
+from slimtune.models import compiled
+from slimtune.runtime import machine
+from slimtune.version import versions
+
+Factors = dict[str, Tensor]
+SAME = ("model", "layers", "gpu", "way", "rate", "steps", "batch", "window")
+
+
+def factors_of(model: nn.Module) -> Factors:
+    """All LoRA factors, as they are."""
+    return {name: each.detach().clone() for name, each in model.named_parameters() if each.requires_grad}
+
+
+@torch.no_grad()
+def put(factors: Factors, model: nn.Module) -> None:
+    """Write ``factors`` into ``model``."""
+    for name, parameter in model.named_parameters():
+        if name in factors:
+            parameter.copy_(factors[name])
+
+
+def loss_of(model: Any, ids: Tensor, autocast: bool) -> Tensor:
+    """Cross-entropy, from the logits on in fp32."""
+    with torch.autocast(ids.device.type, torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+
+
+def tuned(model: nn.Module, start: Factors, batches: list[Tensor], rate: float) -> Factors:
+    """LoRA's factors after a step of AdamW on each of ``batches``."""
+    put(start, model)
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    for ids in batches:
+        optimizer.zero_grad()
+        loss_of(model, ids, False).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    return factors_of(model)
+
+
+@torch.no_grad()
+def losses(model: nn.Module, all_factors: list[Factors], ids: Tensor, autocast: bool) -> list[float]:
+    """The loss under each of ``all_factors``."""
+    found = []
+    for factors in all_factors:
+        put(factors, model)
+        found.append(float(loss_of(model, ids, autocast)))
+    return found
+
+
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each way and rate."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, structure = cut_model(args, device)
+    start = {name: torch.zeros_like(each) if "lora_B" in name else each for name, each in factors_of(model).items()}
+    vocabulary, draw = model.config.vocab_size, torch.Generator().manual_seed(1)
+    zipf = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float32)
+
+    def drawn() -> Tensor:
+        return torch.multinomial(zipf, args.batch * args.window, True, generator=draw).view(args.batch, -1).to(device)
+
+    held, batches, whole = drawn(), [drawn() for _ in range(args.steps)], copy.deepcopy(model).float()
+    states = [start, *(tuned(whole, start, batches, rate) for rate in args.rates)]
+    ways = {"fp32": losses(whole, states, held, False), "eager": losses(model, states, held, True)}
+    with compiled.compiling(True):
+        compiled.MOST_GRAPHS = 0
+        compiled.compile_blocks(model, structure)
+        ways["compiled"] = losses(model, states, held, True)
+    known = {"model": args.shape, "layers": len(structure.layers), "gpu": machine(device), "steps": args.steps}
+    known |= {"batch": args.batch, "window": args.window, "rank": args.rank}
+    for way, (before, *after) in ways.items():
+        for rate, loss in zip(args.rates, after, strict=True):
+            yield {**known, "way": way, "rate": rate, "before": before, "after": loss, **versions()}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows as a Markdown table; shares of what the same LoRA changes in fp32."""
+    lines = [
+        "| layers | model | layers of it | machine | steps | rate | loss before | change | of fp32's |",
+        f"|{' --- |' * 9}",
+    ]
+    size = ("model", "layers", "gpu", "steps", "rate", "batch", "window")
+    whole = {tuple(row[key] for key in size): row["after"] - row["before"] for row in rows if row["way"] == "fp32"}
+    for row in rows:
+        cells = [row["way"], row["model"], str(row["layers"]), row["gpu"], str(row["steps"]), f"{row['rate']:.0e}"]
+        change = row["after"] - row["before"]
+        share = change / whole[tuple(row[key] for key in size)]
+        cells += [f"{row['before']:.5f}", f"{change:.5f}", f"{share:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure, print, write rows."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
+    made.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
+    made.add_argument("--layers", type=int, help="default: the shape's")
+    made.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 1e-3])
+    made.add_argument("--steps", type=int, default=4)
+    made.add_argument("--batch", type=int, default=4)
+    made.add_argument("--window", type=int, default=128)
+    made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--rows", type=Path)
+    args = made.parse_args()
+    told(args, measured(args), table, SAME)
+
+
+if __name__ == "__main__":
+    main()
