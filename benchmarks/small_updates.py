@@ -104,7 +104,7 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows as a Markdown table; shares of what the same LoRA changes in fp32."""
     lines = [
-        "| layers | model | layers of it | machine | steps | rate | loss before | change | of fp32's |",
+        "| way | model | layers | machine | steps | rate | loss before | change | of fp32's |",
         f"|{' --- |' * 9}",
     ]
     size = ("model", "layers", "gpu", "steps", "rate", "batch", "window")
