@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost import HERE, kept
+from cost import HERE, told
 from torch import Tensor
 
 from slimtune.runtime import machine
@@ -128,9 +128,10 @@ def measured(way: str, sizes: Sequence[int]) -> dict[str, Any]:
 def rows_of(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A row a way."""
     for way in args.ways:
-        told = {"PYTORCH_CUDA_ALLOC_CONF": WAYS[way][1], "PYTORCH_ALLOC_CONF": WAYS[way][1]} if WAYS[way][1] else {}
+        setting = WAYS[way][1]
+        asked = {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting} if setting else {}
         command = [sys.executable, __file__, args.shape, "--layers", str(args.layers), "--alone", way]
-        done = subprocess.run(command, env={**os.environ, **told}, text=True, stdout=subprocess.PIPE, check=True)
+        done = subprocess.run(command, env={**os.environ, **asked}, text=True, stdout=subprocess.PIPE, check=True)
         known = {"model": args.shape, "layers": args.layers, "gpu": machine(torch.device("cuda"))}
         yield {**known, **json.loads(done.stdout.splitlines()[-1]), **versions()}
 
@@ -140,8 +141,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| way | GPU | GiB | to lock, s | to fill, s | back, s | to give up, s | the GPU's rate beside |"]
     lines.append(f"|{' --- |' * 8}")
     for row in rows:
-        told = (f"{name}_seconds" for name in ("lock", "fill", "back", "free"))
-        cells = [row["way"], row["gpu"], f"{row['gib']:.1f}", *(f"{row[name]:.1f}" if name in row else "" for name in told)]
+        clocks = (f"{name}_seconds" for name in ("lock", "fill", "back", "free"))
+        cells = [row["way"], row["gpu"], f"{row['gib']:.1f}", *(f"{row[name]:.1f}" if name in row else "" for name in clocks)]
         cells.append(f"{row['beside']:.2f}" if "beside" in row else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -157,21 +158,13 @@ def main() -> None:
     made.add_argument("--rows", type=Path)
     made.add_argument("--alone", choices=list(WAYS), help=argparse.SUPPRESS)
     args = made.parse_args()
-    if args.shape is None:
-        print(table(json.loads(args.rows.read_text())))
-        return
-    config = shapes[args.shape]
-    args.layers = args.layers or config["num_hidden_layers"]
+    config = shapes.get(args.shape, {})
+    args.layers = args.layers or config.get("num_hidden_layers")
     if args.alone:
         widths = config["hidden_size"], config["intermediate_size"]  # as wide as heads times their width
         print(json.dumps(measured(args.alone, [math.ceil(9 / 16 * width**2) for width in widths] * args.layers)))
         return
-    new = []
-    for row in rows_of(args):
-        print(json.dumps(row), flush=True)
-        new.append(row)
-        kept(args.rows, new, SAME)
-    print(table(new))
+    told(args, rows_of(args), table, SAME)
 
 
 if __name__ == "__main__":
