@@ -4,9 +4,9 @@
     python benchmarks/scale.py --rows docs/results/scale.json                            # only print the table
 
 Each row is ATP from its first turn to its last, without what comes before and after (reading, drawing weights, measuring,
-writing), in processes of its own; the peak is the largest of any process. All read the same batches, so losses must agree; a
-pass has the same windows everywhere, one process makes more of them. Weights are random, of the true shape. The first step of
-a phase warms up and is left out.
+writing), in processes of its own; the peak is the largest of any process. What a process receives in a second is of gathers of
+one tensor, before all that. All read the same batches, so losses must agree; a pass has the same windows everywhere, one
+process makes more of them. Weights are random, of the true shape. The first step of a phase warms up and is left out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,26 @@ def asked(row: dict[str, Any]) -> Recipe:
     )
 
 
+def gathering(device: torch.device, count: int) -> float:
+    """Bytes a second that a process receives while all gather ``count`` fp32 numbers of each: the median of five times."""
+    own, seconds = torch.zeros(count, device=device), []
+    whole = torch.empty(world_size() * count, device=device)
+    for _ in range(7):
+        begun = time.perf_counter()
+        torch.distributed.all_gather_into_tensor(whole, own)
+        float(whole[-1])  # waits for it
+        seconds.append(time.perf_counter() - begun)
+    return (world_size() - 1) * own.nbytes / statistics.median(seconds[2:])
+
+
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """The row of this process group; every process of it must call this."""
     recipe = recipe_of(args, "full" if args.way == "full" else "none")
     run = Run(recipe, RunFolder(recipe.out), resume=False)
     run.check()
     seed_everything(recipe.seed)
+    device = run.accelerator.device
+    links = gathering(device, 2**26 if device.type == "cuda" else 2**22) if world_size() > 1 else 0.0
     load = atp.gated_model
 
     def loaded(session: Any) -> Any:  # rank 0 draws random weights whole; files it would read into host memory
@@ -96,6 +111,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     found |= {name: getattr(args, name) for name in ("search", "recover", "prior")}
     found |= {"overrides": " ".join(args.overrides), "losses": " ".join(str(row["adapt_loss"]) for row in steps), **versions()}
     found |= {"peak_gib": peak / 2**30} if peak else {}
+    found |= {"gathered_gb_per_second": links / 1e9} if links else {}
     for name, phase, turn in (("decide", "search", "decide"), ("adapt", "search", "adapt"), ("recover", "recover", "adapt")):
         taken = [row[f"{turn}_seconds"] for row in steps if row["phase"] == phase and row["step"]]
         found[f"{name}_seconds"] = statistics.median(taken)
@@ -126,7 +142,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| way | program | model | GPUs | batch x window | decide, tokens/s | x one | adapt, gated | x one | recovery | x one |"
     ]
-    lines = [f"{lines[0]} whole run, s | of one | peak, GiB | losses differ by |", f"|{' --- |' * 15}"]
+    lines = [f"{lines[0]} whole run, s | of one | peak, GiB | gathers, GB/s | losses differ by |", f"|{' --- |' * 16}"]
     same = ("program", "model", "gpu", "batch", "window", "overrides")
     alone = {tuple(row[key] for key in same): row for row in rows if row["way"] == "one"}
     for row in rows:
@@ -142,6 +158,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells += [f"{row[name]:,.0f}", f"{row[name] / one[name]:.2f}" if one else ""]
         cells += [f"{row['seconds']:.1f}", f"{row['seconds'] / one['seconds']:.2f}" if one else ""]
         cells.append(f"{row['peak_gib']:.1f}" if "peak_gib" in row else "")
+        cells.append(f"{row['gathered_gb_per_second']:.1f}" if "gathered_gb_per_second" in row else "")
         losses = [map(float, each["losses"].split()) for each in (row, one)] if one and one is not row else []
         pairs = list(zip(*losses, strict=True))
         cells.append(f"{max(abs(ours - theirs) / abs(theirs) for ours, theirs in pairs):.1e}" if pairs else "")
