@@ -19,6 +19,7 @@ from parity.worker import CHECKPOINTING, SPREAD, WRAPPERS, Alternation, differen
 from slimtune.pipeline import tune
 from slimtune.recipe import Recipe
 
+pytestmark = pytest.mark.timeout(180)  # the fixture below has two ranks run for a minute on idle cores
 WORKER = Path(__file__).with_name("worker.py")
 RUN: dict[str, Any] = {
     "generator__prior": "mixed",
@@ -69,7 +70,7 @@ def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFact
     paths = [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(WORKER), str(folder), str(folder / "recipe.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
