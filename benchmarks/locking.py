@@ -158,6 +158,8 @@ def main() -> None:
     made.add_argument("--rows", type=Path)
     made.add_argument("--alone", choices=list(WAYS), help=argparse.SUPPRESS)
     args = made.parse_args()
+    if args.shape and not torch.cuda.is_available():
+        made.error("there is no GPU here to lock host memory for; without a shape the table of --rows is printed")
     config = shapes.get(args.shape, {})
     args.layers = args.layers or config.get("num_hidden_layers")
     if args.alone:
