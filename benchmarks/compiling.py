@@ -124,19 +124,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    """Measure, print, write rows."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(about: str, batch: int, window: int) -> argparse.ArgumentParser:
+    """What a measurement of a cut model is told; the sizes by default."""
+    made = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
     made.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
     made.add_argument("--layers", type=int, help="default: the shape's")
+    made.add_argument("--batch", type=int, default=batch)
+    made.add_argument("--window", type=int, default=window)
+    made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--rows", type=Path)
+    return made
+
+
+def main() -> None:
+    """Measure, print, write rows."""
+    made = parser(__doc__ or "", batch=8, window=1024)
     made.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     made.add_argument("--backend", default="inductor", help="of torch.compile")
     made.add_argument("--steps", type=int, default=8)
-    made.add_argument("--batch", type=int, default=8)
-    made.add_argument("--window", type=int, default=1024)
-    made.add_argument("--rank", type=int, default=32)
-    made.add_argument("--rows", type=Path)
     args = made.parse_args()
     told(args, measured(args), table, ("way", "model", "layers", "gpu", "backend", "batch", "window"))
 

@@ -14,15 +14,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from compiling import cut_model
-from cost import HERE, told
+from compiling import cut_model, parser
+from cost import told
 from torch import Tensor, nn
 
 from slimtune.models import compiled
@@ -120,16 +118,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Measure, print, write rows."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shapes = sorted(json.loads((HERE / "shapes.json").read_text()))
-    made.add_argument("shape", nargs="?", choices=shapes, help="without it: only print the table of --rows")
-    made.add_argument("--layers", type=int, help="default: the shape's")
+    made = parser(__doc__ or "", batch=4, window=128)
     made.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 1e-3])
     made.add_argument("--steps", type=int, default=4)
-    made.add_argument("--batch", type=int, default=4)
-    made.add_argument("--window", type=int, default=128)
-    made.add_argument("--rank", type=int, default=32)
-    made.add_argument("--rows", type=Path)
     args = made.parse_args()
     told(args, measured(args), table, SAME)
 
