@@ -330,6 +330,8 @@ def parser(about: str) -> argparse.ArgumentParser:
 def told(args: argparse.Namespace, rows: Iterator[dict[str, Any]], shown: Table, same: tuple[str, ...]) -> None:
     """Print rows as they come, keep them in ``--rows``, show their table; without a shape the table of ``--rows``."""
     if args.shape is None:
+        if not args.rows:
+            raise SystemExit("error: give a shape to measure, or --rows FILE whose table is to be printed")
         print(shown(json.loads(args.rows.read_text())))
         return
     new, by = [], commit()
