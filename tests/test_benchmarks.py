@@ -29,6 +29,18 @@ from slimtune.evaluate.perplexity import Influences, perplexity
 from slimtune.train.objective import forward
 
 ROOT = Path(__file__).parent.parent
+OF_OWN_KIND = {
+    "dry-run": {"model", "machine", "peak_gib", "expected_peak_gib", "search_seconds"},
+    "crosscheck": {"library", "version", "criterion", "axis", "measure", "value"},
+    "loading": {"shape", "command", "when", "base_bytes", "own", "with_files", "machine"},
+    "speed": {"shape", "model", "what", "how", "batch", "ms", "seconds", "bytes", "flops", "machine"},
+    "locking": {"way", "model", "layers", "gib", "lock_seconds", "gpu"},
+    "small-updates": {"way", "model", "layers", "rate", "steps", "before", "after", "gpu"},
+    "startup": {"command", "seconds", "fastest", "runs", "python", "typer"},
+    "compiling": {"way", "model", "layers", "widths", "graphs", "first_seconds", "step_seconds", "gpu"},
+    "decode-ways": {"way", "batch", "dense_us", "aligned_us", "by_size", "machine"},
+}
+"""What rows have that are no figures of models, by file."""
 
 
 def script(name: str) -> ModuleType:
@@ -104,37 +116,13 @@ def test_published_rows_are_flat_and_whole() -> None:
         assert rows
         for row in rows:
             assert all(not isinstance(value, (dict, list)) for value in row.values())
-            if file.stem == "dry-run":
-                assert {"model", "machine", "peak_gib", "expected_peak_gib", "search_seconds"} <= set(row)
-                continue
-            if file.stem == "crosscheck":
-                assert {"library", "version", "criterion", "axis", "measure", "value"} <= set(row)
-                continue
-            if file.stem == "loading":
-                assert {"shape", "command", "when", "base_bytes", "own", "with_files", "machine"} <= set(row)
-                continue
-            if file.stem == "speed":
-                assert {"shape", "model", "what", "how", "batch", "ms", "seconds", "bytes", "flops", "machine"} <= set(row)
+            if file.stem in OF_OWN_KIND:
+                assert OF_OWN_KIND[file.stem] <= set(row)
                 continue
             if file.stem in ("cost", "growth", "scale"):
                 assert {"model", "gpu"} <= set(row)
                 assert file.stem == "growth" or {"seconds", "peak_gib", "tokens", "gpus"} <= set(row)
                 assert file.stem != "cost" or "what" in row
-                continue
-            if file.stem == "locking":
-                assert {"way", "model", "layers", "gib", "lock_seconds", "gpu"} <= set(row)
-                continue
-            if file.stem == "small-updates":
-                assert {"way", "model", "layers", "rate", "steps", "before", "after", "gpu"} <= set(row)
-                continue
-            if file.stem == "startup":
-                assert {"command", "seconds", "fastest", "runs", "python", "typer"} <= set(row)
-                continue
-            if file.stem == "compiling":
-                assert {"way", "model", "layers", "widths", "graphs", "first_seconds", "step_seconds", "gpu"} <= set(row)
-                continue
-            if file.stem == "decode-ways":
-                assert {"way", "batch", "dense_us", "aligned_us", "by_size", "machine"} <= set(row)
                 continue
             if file.stem.startswith("lm-eval"):
                 assert {"task", "metric", "ours", "plain", "difference", "dtype", "lm_eval"} <= set(row)
