@@ -13,10 +13,8 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +29,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimtune
+from slimtune.comparison.program import commit
 from slimtune.estimate import estimate
 from slimtune.estimate.machines import sheet_of
 from slimtune.methods import atp
@@ -336,25 +335,10 @@ def told(args: argparse.Namespace, rows: Iterator[dict[str, Any]], shown: Table,
         return
     new, by = [], commit()
     for row in rows:
-        new.append({**row, **by})
+        new.append({**row, "commit": by} if by else row)
         print(json.dumps(new[-1]), flush=True)
         kept(args.rows, new, same)
     print(shown(new))
-
-
-def commit() -> dict[str, str]:
-    """The program of rows: by git, with ``+`` where sources are not as committed, or by ``COMMIT`` where git knows nothing."""
-
-    def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(HERE.parent), *words], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
-    try:
-        found = git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "src", "benchmarks") else "")
-    except (OSError, subprocess.CalledProcessError):
-        found = os.environ.get("COMMIT", "")
-    return {"commit": found} if found else {}
 
 
 def main() -> None:
