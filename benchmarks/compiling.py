@@ -38,14 +38,14 @@ WAYS = {"fp32": None, "eager": None, "a graph a width": 10**9, "symbolic": 0}
 REFERENCES = ("fp32", "eager")
 
 
-def cut_model(args: argparse.Namespace, device: torch.device) -> tuple[Any, Any]:
-    """A model of random weights and widths, the same ones for each way, and its structure."""
+def cut_model(args: argparse.Namespace, device: torch.device, seed: int = 0) -> tuple[Any, Any]:
+    """A model of random weights by ``seed``, of random widths that are always the same ones, and its structure."""
     keys = json.loads((HERE / "shapes.json").read_text())[args.shape]
     if args.layers:
         keys["num_hidden_layers"] = args.layers
     config = AutoConfig.for_model(keys.pop("model_type"), **keys)
     structure, draw = structure_of(config), random.Random(0)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with torch.device(device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model = attach_lora(model, structure, LoraConfig(rank=args.rank), autocast=True)

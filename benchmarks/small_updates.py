@@ -1,13 +1,13 @@
 """What bf16 leaves of LoRA's first small updates: eager layers round them away where compiled ones do not.
 
-    python benchmarks/small_updates.py cpu-size --layers 8 --rows docs/results/small-updates.json   # 100 s on a CPU
+    python benchmarks/small_updates.py cpu-size --layers 8 --rows docs/results/small-updates.json   # 5 minutes on a CPU
     python benchmarks/small_updates.py --rows docs/results/small-updates.json                       # only print the table
 
 A model of random weights, each layer cut to widths that are drawn (``compiling.py``), is tuned in fp32 for a few steps on
 tokens drawn by Zipf's law. Its LoRA is then put into the same model with the base in bf16, under autocast, eager and compiled
-(symbolic widths). What counts is the change of the loss on other such tokens. An output of a layer's base weight is a bf16
-number before LoRA's is added, and a sum that is rounded to bf16 is that number again where LoRA's is less than half of its last
-place. Inductor adds both, and what comes after, in fp32 before it rounds.
+(symbolic widths). What counts is the change of the loss on other such tokens, for each seed of weights and tokens. An output
+of a layer's base weight is a bf16 number before LoRA's is added, and a sum that is rounded to bf16 is that number again where
+LoRA's is less than half of its last place. Inductor adds both, and what comes after, in fp32 before it rounds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Iterator
+from statistics import mean, stdev
 from typing import Any
 
 import torch
@@ -28,7 +29,8 @@ from slimtune.runtime import machine
 from slimtune.version import versions
 
 Factors = dict[str, Tensor]
-SAME = ("model", "layers", "gpu", "way", "rate", "steps", "batch", "window")
+SIZE = ("model", "layers", "gpu", "steps", "rate", "batch", "window")
+SAME = (*SIZE, "way", "seed")
 
 
 def factors_of(model: nn.Module) -> Factors:
@@ -74,12 +76,12 @@ def losses(model: nn.Module, all_factors: list[Factors], ids: Tensor, autocast: 
     return found
 
 
-def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A row for each way and rate."""
+def of_seed(args: argparse.Namespace, seed: int) -> Iterator[dict[str, Any]]:
+    """A row for each way and rate, of one model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, structure = cut_model(args, device)
+    model, structure = cut_model(args, device, seed)
     start = {name: torch.zeros_like(each) if "lora_B" in name else each for name, each in factors_of(model).items()}
-    vocabulary, draw = model.config.vocab_size, torch.Generator().manual_seed(1)
+    vocabulary, draw = model.config.vocab_size, torch.Generator().manual_seed(seed + 1)
     zipf = 1 / torch.arange(1, vocabulary + 1, dtype=torch.float32)
 
     def drawn() -> Tensor:
@@ -93,25 +95,35 @@ def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         compiled.compile_blocks(model, structure)
         ways["compiled"] = losses(model, states, held, True)
     known = {"model": args.shape, "layers": len(structure.layers), "gpu": machine(device), "steps": args.steps}
-    known |= {"batch": args.batch, "window": args.window, "rank": args.rank}
+    known |= {"batch": args.batch, "window": args.window, "rank": args.rank, "seed": seed}
     for way, (before, *after) in ways.items():
         for rate, loss in zip(args.rates, after, strict=True):
             yield {**known, "way": way, "rate": rate, "before": before, "after": loss, **versions()}
 
 
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The rows of all seeds."""
+    for seed in args.seeds:
+        yield from of_seed(args, seed)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows as a Markdown table; shares of what the same LoRA changes in fp32."""
+    """Rows as a Markdown table: means over seeds, and the share of what the same LoRA changes in fp32 with its deviation."""
     lines = [
-        "| way | model | layers | machine | steps | rate | loss before | change | of fp32's |",
-        f"|{' --- |' * 9}",
+        "| way | model | layers | machine | steps | rate | seeds | loss before | change | of fp32's |",
+        f"|{' --- |' * 10}",
     ]
-    size = ("model", "layers", "gpu", "steps", "rate", "batch", "window")
-    whole = {tuple(row[key] for key in size): row["after"] - row["before"] for row in rows if row["way"] == "fp32"}
+    change = {tuple(row[key] for key in SAME): row["after"] - row["before"] for row in rows}
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        cells = [row["way"], row["model"], str(row["layers"]), row["gpu"], str(row["steps"]), f"{row['rate']:.0e}"]
-        change = row["after"] - row["before"]
-        share = change / whole[tuple(row[key] for key in size)]
-        cells += [f"{row['before']:.5f}", f"{change:.5f}", f"{share:.2f}"]
+        groups.setdefault(tuple(row[key] for key in (*SIZE, "way")), []).append(row)
+    for size, group in groups.items():
+        first, changes = group[0], [change[*size, row["seed"]] for row in group]
+        shares = [each / change[*size[:-1], "fp32", row["seed"]] for each, row in zip(changes, group, strict=True)]
+        cells = [first["way"], first["model"], str(first["layers"]), first["gpu"], str(first["steps"]), f"{first['rate']:.0e}"]
+        cells += [str(len(group)), f"{mean(row['before'] for row in group):.5f}", f"{mean(changes):.5f}"]
+        spread = f" ± {stdev(shares):.2f}" if len(group) > 1 and first["way"] != "fp32" else ""
+        cells.append(f"{mean(shares):.2f}{spread}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -121,6 +133,7 @@ def main() -> None:
     made = parser(__doc__ or "", batch=4, window=128)
     made.add_argument("--rates", type=float, nargs="+", default=[1e-5, 3e-5, 1e-4, 1e-3])
     made.add_argument("--steps", type=int, default=4)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = made.parse_args()
     told(args, measured(args), table, SAME)
 
