@@ -40,7 +40,6 @@ from slimtune.runtime import (
     RunFolder,
     forget_peak,
     machine,
-    peak_memory,
     pick_dtype,
     rank,
     seed_everything,
@@ -217,8 +216,7 @@ class Run:
         session = self.session(stage)
         with compiling(self.resolved.train.compile is True):
             outcome = method(session)
-        peak = peak_memory(self.accelerator.device)
-        return outcome, {"seconds": round(session.seconds, 1), **({"memory": peak} if peak else {})}
+        return outcome, {"seconds": round(session.seconds, 1), **({"memory": session.peak} if session.peak else {})}
 
     def session(self, stage: str) -> Session:
         return Session(

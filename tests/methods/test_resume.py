@@ -21,7 +21,7 @@ from slimtune.errors import UserError
 from slimtune.pipeline import tune
 from slimtune.recipe import Recipe
 from slimtune.report.table import render
-from slimtune.train import checkpoint, loop
+from slimtune.train import checkpoint, loop, session
 from slimtune.train.loop import Phase
 from slimtune.train.session import Session
 from warm import Warm
@@ -221,6 +221,18 @@ def test_an_interrupt_leaves_a_usable_state_even_in_a_folder_that_moved(bench: B
     assert (state["phase"], state["step"]) == ("recover", 4)
     (tmp_path / "old").rename(tmp_path / "new")
     assert_same(tmp_path / "new", tune(variant(bench, "hard", tmp_path / "new"), resume=True), whole("hard"))
+
+
+def test_a_resumed_run_knows_the_peak_of_memory_that_was_before(bench: Bench, tmp_path: Path) -> None:
+    recipe = variant(bench, "finetune", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "peak_memory", lambda _: 900)
+        kill_at(patch, "main", "tune", 4)
+        with pytest.raises(Killed):
+            tune(recipe)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "peak_memory", lambda _: 300)
+        assert tune(recipe, resume=True)["result"]["memory"] == 900
 
 
 @pytest.mark.parametrize("name", ["hard", "dense", "finetune"])

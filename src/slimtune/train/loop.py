@@ -81,7 +81,7 @@ def resumed(session: Session) -> dict[str, Any] | None:
     place = torch.device("cpu") if session.sharded else session.device
     saved = checkpoint.load(checkpoint_path(session), place) if session.resume else None
     if saved:
-        session.earlier = saved["seconds"]
+        session.earlier, session.earlier_peak = saved["seconds"], saved.get("memory", 0)
     return saved
 
 
@@ -158,7 +158,7 @@ def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: st
 def _checkpoint(session: Session, phase: Phase, step: int) -> None:
     # the row first: a kill between the two leaves a row too many, which the resumed run cuts off again
     session.metrics.write(checkpoint=[session.stage, phase.name, step])
-    state = {"phase": phase.name, "step": step, "seconds": session.seconds, **phase.capture()}
+    state = {"phase": phase.name, "step": step, "seconds": session.seconds, "memory": session.peak, **phase.capture()}
     if session.sharded and phase.in_parts:
         shards.save(checkpoint_path(session), state, f"{phase.name}-{step}")
     else:

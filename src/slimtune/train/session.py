@@ -19,7 +19,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType
 from slimtune.data.batches import Order, Splits, Windows
 from slimtune.errors import UserError, nearest
 from slimtune.recipe import Recipe
-from slimtune.runtime import Metrics, RunFolder, pick_device, pick_precision
+from slimtune.runtime import Metrics, RunFolder, peak_memory, pick_device, pick_precision
 from slimtune.structure.axes import Structure
 from slimtune.train.objective import find_targets
 from slimtune.train.progress import Progress
@@ -130,6 +130,7 @@ class Session:
             evaluation lives beside the methods, not below them.
         stage: name of the checkpoint and prefix of the metric rows (``main``, or ``dense_lora`` for the reference).
         earlier: seconds of work that a resumed stage had behind it.
+        earlier_peak: most bytes that it had taken on a GPU, 0 on a CPU.
         recover_in_4_bits: whether a base in 4 bits is quantised anew after the cut; the pipeline knows what fits.
     """
 
@@ -144,6 +145,7 @@ class Session:
     stage: str = "main"
     resume: bool = False
     earlier: float = 0.0
+    earlier_peak: int = 0
     recover_in_4_bits: bool = False
     started: float = field(default_factory=time.perf_counter)
 
@@ -151,6 +153,11 @@ class Session:
     def seconds(self) -> float:
         """Seconds of work on this stage, those before an interruption (up to its last checkpoint) included."""
         return self.earlier + time.perf_counter() - self.started
+
+    @property
+    def peak(self) -> int:
+        """Most bytes on this process's GPU on this stage, before an interruption as well; 0 on a CPU."""
+        return max(self.earlier_peak, peak_memory(self.device) or 0)
 
     @property
     def device(self) -> torch.device:
