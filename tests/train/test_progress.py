@@ -21,13 +21,22 @@ class Clock:
         return self.now
 
 
-def shown(monkeypatch: pytest.MonkeyPatch, terminal: bool, costs: dict[str, float] | None, first: int = 0) -> str:
+STEPS = (30.0,) * 4
+
+
+def shown(
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: bool,
+    costs: dict[str, float] | None,
+    first: int = 0,
+    seconds: tuple[float, ...] = STEPS,
+) -> str:
     clock, file = Clock(), io.StringIO()
     monkeypatch.setattr(progress, "time", clock)
     bar = Progress(Console(file=file, width=80, force_terminal=terminal), costs)
     bar.start("search", first, 4)
     for step in range(first, 4):
-        clock.now += 30.0
+        clock.now += seconds[step]
         bar.step("search", step, 2.5, 0.75)
     bar.stop()
     return file.getvalue()
@@ -43,6 +52,11 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
         "search   3/4  kept  75.0%  loss 2.500  left 00:30 (run 03:30)",
         "search   4/4  kept  75.0%  loss 2.500  left 00:00 (run 03:00)",
     ]
+
+
+def test_a_first_step_that_took_long_is_not_held_against_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = shown(monkeypatch, False, None, seconds=(600.0, 30.0, 60.0, 30.0)).splitlines()  # kernels are made in it
+    assert [line.split("left ")[1] for line in told] == ["30:00", "01:00", "00:45", "00:00"]
 
 
 def test_hours_are_told_where_there_are_any() -> None:

@@ -29,16 +29,16 @@ class Progress:
         self.console = console or Console(stderr=True)
         self.costs = dict(costs or {})
         self._bar: RichProgress | None = None
-        self._started = self._printed = time.monotonic()
-        self._steps, self._first, self._later = 0, 0, 0.0
+        self._begun = self._printed = time.monotonic()
+        self._steps, self._first, self._later, self._warm = 0, 0, 0.0, False
 
     def say(self, text: str) -> None:
         if rank() == 0:
             self.console.print(text, highlight=False)
 
     def start(self, phase: str, first: int, steps: int) -> None:
-        self._steps, self._first, self._later = steps, first, self._cost_after(phase)
-        self._started = time.monotonic()
+        self._steps, self._first, self._later, self._warm = steps, first, self._cost_after(phase), False
+        self._begun = time.monotonic()
         self._printed = 0.0
         if rank() != 0 or not self.console.is_terminal:
             return
@@ -76,7 +76,10 @@ class Progress:
         return sum(self.costs[name] for name in names[names.index(phase) + 1 :]) / self.costs[phase]
 
     def _left(self, done: int) -> str:
-        step = (time.monotonic() - self._started) / max(1, done - self._first)
+        now = time.monotonic()
+        step = (now - self._begun) / max(1, done - self._first)
+        if not self._warm:  # the first step, in which kernels are made, says little of those after it
+            self._begun, self._first, self._warm = now, done, True
         here = step * (self._steps - done)
         run = f" (run {_clock(here + step * self._steps * self._later)})" if self._later else ""
         return f"left {_clock(here)}{run}"
