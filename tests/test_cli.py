@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import distributed
 from typer.testing import CliRunner
 
 import slimtune
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.recipe import Recipe
+from slimtune.runtime import leave_group
 from slimtune.structure.families import FAMILIES, REFUSED
 
 run = CliRunner().invoke
@@ -110,6 +112,15 @@ def test_a_full_gpu_is_one_line_with_what_to_do(file: str, calls: list[Any], err
     assert run(app, ["tune", file]).stderr.startswith("error: memory is full; work in smaller parts (")
     calls[:] = [RuntimeError("CUDA error: an illegal memory access")]
     assert isinstance(run(app, ["tune", file]).exception, RuntimeError)
+
+
+def test_a_run_parts_from_the_other_processes_at_its_end(file: str, calls: list[Any]) -> None:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert run(app, ["tune", file]).exit_code == 0
+        assert not distributed.is_initialized()
+    finally:
+        leave_group()
 
 
 def test_an_interrupt_says_how_to_go_on(file: str, calls: list[Any]) -> None:

@@ -104,10 +104,11 @@ def tune(
 
     loaded = load(recipe, overrides or [])
     from slimtune import pipeline
-    from slimtune.runtime import quiet_libraries
+    from slimtune.runtime import leave_group, quiet_libraries
 
     quiet_libraries()
     pipeline.tune(loaded, resume=resume, overwrite=overwrite)
+    leave_group()
 
 
 app.command()(evaluate)
