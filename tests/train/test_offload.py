@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,39 @@ def test_all_pages_are_there_and_zero(driver: Driver, count: int) -> None:
     tensor = locked((count,), torch.uint8, GPU)
     assert not tensor.any()
     assert driver.locked == {tensor.data_ptr(): count}
+
+
+def flags_of(address: int) -> list[str]:
+    """What the system notes of the mapping in which ``address`` lies."""
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags: ")
+    for mapping, after in pairwise(mappings):
+        span = next(line for line in mapping.splitlines() if "-" in line.split()[0]).split()[0]
+        start, stop = (int(each, 16) for each in span.split("-"))
+        if start <= address < stop:
+            return after.splitlines()[0].split()
+    raise AssertionError("not mapped")
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_large_pages_are_asked_for(driver: Driver) -> None:
+    tensor = locked((SMALL,), torch.uint8, GPU)
+    assert {"hg", "dc"} <= set(flags_of(tensor.data_ptr()))  # and no child gets a copy
+
+
+def test_a_system_without_large_pages_will_do(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[int]()
+
+    class Old(mmap.mmap):
+        def madvise(self, option: int, *span: int) -> None:
+            asked.append(option)
+            if option == mmap.MADV_HUGEPAGE:
+                raise OSError(22, "Invalid argument")
+            super().madvise(option, *span)
+
+    monkeypatch.setattr(mmap, "mmap", Old)
+    tensor = locked((5000,), torch.uint8, GPU)
+    assert mmap.MADV_HUGEPAGE in asked
+    assert driver.locked == {tensor.data_ptr(): 5000}
 
 
 def test_nothing_takes_no_memory(driver: Driver) -> None:
