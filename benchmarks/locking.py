@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def small_pages(sizes: Sequence[int]) -> Iterator[Tensor]:
 
     def asked(count: int) -> mmap.mmap:
         found = made(count)
-        found.madvise(mmap.MADV_NOHUGEPAGE)
+        with suppress(OSError):
+            found.madvise(mmap.MADV_NOHUGEPAGE)
         return found
 
     offload._mapped = asked

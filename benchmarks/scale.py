@@ -29,7 +29,7 @@ import slimtune
 from slimtune.methods import atp
 from slimtune.pipeline import Run
 from slimtune.recipe import Recipe
-from slimtune.runtime import RunFolder, forget_peak, machine, peak_memory, rank, seed_everything, world_size
+from slimtune.runtime import RunFolder, forget_peak, leave_group, machine, peak_memory, rank, seed_everything, world_size
 from slimtune.version import versions
 
 HERE = Path(__file__).parent
@@ -197,8 +197,7 @@ def main() -> None:
     row = measured(args)
     if rank() == 0:
         args.row.write_text(json.dumps(row))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_group()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def _mapped(count: int) -> mmap.mmap:
     found = mmap.mmap(-1, count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     found.madvise(mmap.MADV_DONTFORK)  # a child would be given a copy of all that is locked
     with suppress(OSError):  # a kernel may have been made without
-        found.madvise(mmap.MADV_HUGEPAGE)  # are fetched and locked in half the time
+        found.madvise(mmap.MADV_HUGEPAGE)  # large pages are fetched and locked in less than half the time
     return found
 
 
