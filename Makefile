@@ -43,7 +43,7 @@ bench: setup
 	$(BIN)/python benchmarks/scale.py $(SMALL) --processes 2 --prior 16 --search 2 --recover 4 \
 	  model.dtype=float32 train.precision=float32
 	$(BIN)/python benchmarks/compiling.py $(SMALL) --layers 12 --steps 4 --backend aot_eager
-	$(BIN)/python benchmarks/small_updates.py $(SMALL) --layers 8
+	$(BIN)/python benchmarks/small_updates.py $(SMALL) --layers 8 --seeds 0
 	$(BIN)/python benchmarks/loading.py small --only load
 	$(BIN)/python benchmarks/startup.py
 
