@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from slimtune.comparison.program import commit
+
 SLIMTUNE = (sys.executable, "-m", "slimtune")
 HELP = ("--help", "tune --help")
 COMMANDS = {
@@ -48,7 +50,7 @@ def measured(runs: int, beside: dict[str, str]) -> list[dict[str, Any]]:
     for _ in range(runs):
         for name, what in tried.items():
             taken[name].append(seconds(*what))
-    known = {"runs": runs, "python": platform.python_version(), "machine": platform.machine()}
+    known = {"runs": runs, "python": platform.python_version(), "machine": platform.machine(), "commit": commit()}
     versions = {folder: versions_of(folder) for _, folder in tried.values()}
     figures = {name: {"seconds": statistics.median(each), "fastest": min(each)} for name, each in taken.items()}
     return [{"command": name, **figures[name], **known, **versions[folder]} for name, (_, folder) in tried.items()]
