@@ -131,6 +131,17 @@ def test_published_rows_are_flat_and_whole() -> None:
             assert row["metric"] != "failed"
 
 
+def test_shares_of_small_updates_are_of_the_same_seed_in_fp32_and_have_a_deviation() -> None:
+    size = {"model": "m", "layers": 2, "gpu": "g", "steps": 4, "rate": 1e-5, "batch": 1, "window": 8}
+    losses = {("fp32", 0): 9.0, ("fp32", 1): 8.0, ("eager", 0): 9.5, ("eager", 1): 10.0}  # from 10: 1 and 2, 0.5 and nothing
+    rows = [{**size, "way": way, "seed": seed, "before": 10.0, "after": after} for (way, seed), after in losses.items()]
+    whole, eager = script("small_updates").table(rows).splitlines()[2:]
+    assert whole.endswith("| 2 | 10.00000 | -1.50000 | 1.00 |")
+    assert eager.endswith("| 2 | 10.00000 | -0.25000 | 0.25 ± 0.35 |")
+    alone = script("small_updates").table([row for row in rows if row["seed"] == 0]).splitlines()[-1]
+    assert alone.endswith("| 1 | 10.00000 | -0.50000 | 0.50 |")
+
+
 def test_figures_of_plain_lm_eval_are_held_against_ours() -> None:
     figures = {"accuracy": {"value": 0.5}, "perplexity": {"value": 202.0}}
     ours = {
