@@ -1,4 +1,4 @@
-"""What bf16 leaves of LoRA's first small updates: eager layers round them away where compiled ones do not.
+"""What bf16 makes of LoRA's first small updates: eager layers lose some, compiled ones make too much of the smallest.
 
     python benchmarks/small_updates.py cpu-size --layers 8 --rows docs/results/small-updates.json   # 5 minutes on a CPU
     python benchmarks/small_updates.py --rows docs/results/small-updates.json                       # only print the table
