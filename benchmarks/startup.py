@@ -21,10 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from slimtune.comparison.program import commit
-
 SLIMTUNE = (sys.executable, "-m", "slimtune")
 HELP = ("--help", "tune --help")
+TOLD = """
+import importlib.metadata, json
+from slimtune.comparison.program import commit
+found = {name: importlib.metadata.version(name) for name in ("typer", "rich", "pydantic")}
+print(json.dumps({**found, "commit": commit()}))
+"""
 COMMANDS = {
     "python -c pass": (sys.executable, "-c", "pass"),
     "python -c 'import typer'": (sys.executable, "-c", "import typer"),
@@ -50,17 +54,16 @@ def measured(runs: int, beside: dict[str, str]) -> list[dict[str, Any]]:
     for _ in range(runs):
         for name, what in tried.items():
             taken[name].append(seconds(*what))
-    known = {"runs": runs, "python": platform.python_version(), "machine": platform.machine(), "commit": commit()}
+    known = {"runs": runs, "python": platform.python_version(), "machine": platform.machine()}
     versions = {folder: versions_of(folder) for _, folder in tried.values()}
     figures = {name: {"seconds": statistics.median(each), "fastest": min(each)} for name, each in taken.items()}
     return [{"command": name, **figures[name], **known, **versions[folder]} for name, (_, folder) in tried.items()]
 
 
 def versions_of(folder: str) -> dict[str, str]:
-    """Of what the start takes its time for, where ``folder`` is looked into first."""
-    told = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('typer', 'rich', 'pydantic')}))"
+    """Of what the start takes its time for, and slimtune's commit, where ``folder`` is looked into first."""
     done = subprocess.run(
-        (sys.executable, "-c", told), env={**os.environ, "PYTHONPATH": folder}, check=True, stdout=subprocess.PIPE
+        (sys.executable, "-c", TOLD), env={**os.environ, "PYTHONPATH": folder}, check=True, stdout=subprocess.PIPE
     )
     found: dict[str, str] = json.loads(done.stdout)
     return found
