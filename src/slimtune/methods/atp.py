@@ -25,6 +25,7 @@ from slimtune.models.compiled import compile_blocks
 from slimtune.models.surgery import checkpoint_fewer, lora_slices
 from slimtune.prune import budget, penalties
 from slimtune.prune.gates import Site
+from slimtune.prune.trace import Trace
 from slimtune.structure.plan import Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase
 from slimtune.train.objective import Batch, distillation_sum, forward
@@ -52,6 +53,7 @@ class _Atp:
         self.tuner = Tuner(session, self.model, recipe.updates)
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.masks: dict[Site, Tensor] = {}
+        self.trace = Trace()
         self.teacher = Teacher(session, self.model, self.bank)
         self.compensation: Compensation | None = None
         self.plan: Plan | None = None
@@ -204,7 +206,8 @@ class _Atp:
     def _phase(self, name: str, turns: list[Turn], steps: int, first: int) -> None:
         search = self.recipe.search.steps
         before = {"search": 0, "settle": search, "recover": search + self.settle_steps}[name]
-        run_phase(self.session, Phase(name, steps, turns, self._capture, self._kept, self._figures, before), first)
+        parts = (turns, self._capture, self._kept, self._figures)
+        run_phase(self.session, Phase(name, steps, *parts, lambda: self.trace.row(self.masks), before), first)
 
     def _kept(self) -> float:
         of = self.recipe.budget.of
@@ -238,6 +241,7 @@ class _Atp:
         elif saved["step"]:
             last = saved["step"] - 1
             self.masks = self.decider.masks(last - last % self.recipe.search.decide_every)
+        self.trace.follow(self.masks)
         if self.compensation and self.masks:
             self._close_gates()  # a decide turn is made under the weights of the turn before
         if saved["phase"] == "recover":

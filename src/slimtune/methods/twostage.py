@@ -27,6 +27,7 @@ from slimtune.prune import budget
 from slimtune.prune.depth import drop_layers
 from slimtune.prune.gates import Site
 from slimtune.prune.solve import solve
+from slimtune.prune.trace import Trace
 from slimtune.structure.plan import Counts, Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase
 from slimtune.train.session import Session
@@ -46,6 +47,8 @@ class _TwoStage:
         self.tuner = Tuner(session, self.model, recipe.tuning_steps)
         self.decider = Decider(session, self.model, self.bank, lambda: self.tuner.wrapped)
         self.plan: Plan | None = None
+        self.masks: dict[Site, Tensor] = {}
+        self.trace = Trace()
         self.means: dict[tuple[int, str], Tensor] = {}
         self.scored = 0
 
@@ -87,8 +90,10 @@ class _TwoStage:
         every = self.recipe.search.decide_every
         if first:
             self._follow((first - 1) // every * every)
+            self.trace.follow(self.masks)
         turns = [Turn("decide", self._turn, every)]
         run_phase(self.session, self._phase("decide", self.recipe.search.steps, turns), first)
+        self.masks = {}
         return self.decider.plan()
 
     def _turn(self, step: int) -> dict[str, Any]:
@@ -98,7 +103,8 @@ class _TwoStage:
 
     def _follow(self, step: int) -> None:
         """The masks of ``step``: of figures on the way, and where weights compensate, what the next turn is made under."""
-        self.bank.close(self.decider.masks(step))
+        self.masks = self.decider.masks(step)
+        self.bank.close(self.masks)
 
     def _scored(self, kind: str) -> tuple[Plan, Counts]:
         scorer, wanted = Scorer(self.session, self.model, self.decider), self.recipe.budget
@@ -147,7 +153,8 @@ class _TwoStage:
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:
         before = self.recipe.search.steps if name == "recover" and self.recipe.twostage.scores == "generator" else 0
-        return Phase(name, steps, turns, self._capture, self._kept, lambda: self.session.valid_figures(self.model), before)
+        parts = (turns, self._capture, self._kept, lambda: self.session.valid_figures(self.model))
+        return Phase(name, steps, *parts, lambda: self.trace.row(self.masks), before)
 
     def _kept(self) -> float:
         if self.plan is None:

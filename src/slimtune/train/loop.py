@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,7 @@ class Phase:
         capture: everything a resumed run needs besides (phase, step).
         kept: the present kept ratio, for the progress bar and the metrics.
         figures: validation figures of the current hard Plan, taken every ``evaluate.every`` or ``search_every`` steps.
+        shape: what a row tells of the present masks, while they move.
         before: steps of the stage's earlier phases; trackers count on from there.
         in_parts: all weights are trained: of a sharded model each process writes its part of a checkpoint.
     """
@@ -53,6 +54,7 @@ class Phase:
     capture: Callable[[], dict[str, Any]]
     kept: Callable[[], float]
     figures: Callable[[], Figures]
+    shape: Callable[[], Mapping[str, Any]] = dict
     before: int = 0
     in_parts: bool = False
 
@@ -125,6 +127,7 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
                 _stop_on_nan(session, phase, turn, step, f"{key.replace('_', ' ')} is {value}")
         row |= {f"{turn.name}_{key}": value for key, value in figures.items()}
     row["kept"] = phase.kept()
+    row |= phase.shape()
     row["seconds"] = round(time.perf_counter() - started, 4)
     every = _cadence(session, phase)
     if every and (step + 1) % every == 0:
