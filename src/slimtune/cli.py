@@ -41,7 +41,7 @@ class _Group(TyperGroup):
             if os.environ.get("SLIMTUNE_DEBUG") == "1":
                 raise
             _complain(f"error: {error}")
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _complain("interrupted" + ("; continue with --resume" if ctx.invoked_subcommand == "tune" else ""))
             raise typer.Exit(130) from None

@@ -9,6 +9,9 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user gave cannot be used. The message names the value and the remedy; the CLI prints it alone."""
 
+    exit_code = 2
+    """Of the command line."""
+
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """``" Did you mean 'x'?"`` for the closest known word, else the empty string."""

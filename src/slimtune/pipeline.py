@@ -12,6 +12,7 @@ from accelerate.utils import gather_object
 from rich.markup import escape
 
 from slimtune import preflight
+from slimtune.appraisal import Appraisal
 from slimtune.data.batches import Splits
 from slimtune.delivery import Made, deliver
 from slimtune.errors import UserError
@@ -43,10 +44,12 @@ from slimtune.runtime import (
     pick_dtype,
     rank,
     seed_everything,
+    world_size,
 )
 from slimtune.structure.axes import Structure
 from slimtune.train import checkpoint
 from slimtune.train.claim import check_model, claim, open_folder, read_stages, same_input
+from slimtune.train.judgement import Judgement, not_judged
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator, shards
 from slimtune.version import __version__, versions
@@ -70,6 +73,7 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
 
     Raises:
         UserError: anything the user can mend.
+        Breach: a figure is out of its bound in ``guard`` and ``alarm.then`` is ``stop``; at the end everything is written.
     """
     started = time.perf_counter()
     if not isinstance(recipe, Recipe):
@@ -90,6 +94,8 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
         run.progress.console.print(render(summary))
     if recipe.trackers:
         run.accelerator.end_training()
+    if run.last.stop:
+        raise run.last.stop
     return summary
 
 
@@ -113,6 +119,8 @@ class Run:
         self.tokenizer: Any = None
         self.splits: Splits
         self.figures: Measure
+        self.appraisal: Appraisal
+        self.last = Judgement()
 
     def check(self) -> None:
         """Everything that can be wrong is found before the first step: budget, family, data, masked = cut."""
@@ -120,6 +128,7 @@ class Run:
         check_target(self.folder / "model", of_run=True)
         check_model(self.folder, recipe)
         preflight.check_method(recipe, self.structure)
+        self.appraisal = Appraisal(recipe, self.folder, self.stages, self.progress.say)
         preflight.check_teacher(recipe, self.config.vocab_size)
         check_attention(recipe.model, str(self.accelerator.device))
         preflight.check_quantize(recipe, str(self.accelerator.device))
@@ -144,7 +153,8 @@ class Run:
     def _start_or_resume(self) -> None:
         stages = self.folder / "stages.json"
         if self.resume and stages.is_file():
-            self.stages, self.resumed = read_stages(stages), True
+            self.stages.update(read_stages(stages))
+            self.resumed = True
         base = self.recipe.model
         if base.quantize != "none":  # what fits may be another on the machines that a run goes on with
             self.recover_in_4_bits = self.stages.setdefault("recover_in_4_bits", self.recover_in_4_bits)
@@ -179,8 +189,14 @@ class Run:
         base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
+        if "dense" in self.appraisal.missing:  # a guard that came with a resume
+            self._measure_base()
+        self.appraisal.start()
         outcome, cost = self.train(METHODS[recipe.method], "main")
         result, difference = deliver(self._made(), outcome, {"base": base, "dense_lora": dense})
+        result |= cost
+        speed = self.appraisal.speed(self.accelerator)
+        rulings, self.last = self.appraisal.at_end(result, base, dense, speed)
         return {
             "version": __version__,
             "method": recipe.method,
@@ -191,12 +207,17 @@ class Run:
             "of": recipe.budget.of,
             "base": base,
             "dense_lora": dense,
-            "result": {**result, **cost},
+            "result": result,
+            "speed": speed,
+            "guard": rulings,
             "reload_difference": difference,
             "compiled": self.resolved.train.compile,
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
             "tokens": outcome.tokens,
+            "data": self.splits.fingerprints,
+            "weights": self.stages["weights"],
+            "processes": world_size(),
             **self.splits.summary,
             **self.figures.summary,
             "machine": machine(self.accelerator.device),
@@ -231,6 +252,7 @@ class Run:
             stage=stage,
             resume=self.resume,
             recover_in_4_bits=self.recover_in_4_bits,
+            judge=self.appraisal.at_step if stage == "main" else not_judged,
         )
 
     def _made(self) -> Made:
@@ -243,6 +265,7 @@ class Run:
         dtype = pick_dtype(self.recipe.model.dtype, str(self.accelerator.device))
         model = untuned_model(self.session("base"), dtype)
         found = self.figures.test(model) if self.recipe.evaluate.base else self.figures.glance(model)
+        self.appraisal.refer("dense", lambda: self.figures.valid(model))
         preflight.check_base(found["loss"], self.recipe)
         location, local = locate(self.recipe.model.path)
         found |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
@@ -258,4 +281,5 @@ class Run:
             model = to_measure(
                 unquantized(model), self.structure, self.accelerator.device
             )  # what its LoRA would be merged into
+        self.appraisal.refer("dense_lora", lambda: self.figures.valid(model))
         return {**self.figures.test(model), **cost, "tuning_tokens": sum(outcome.tokens.values())}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_validator
@@ -17,6 +17,7 @@ from pydantic import Field, ModelWrapValidatorHandler, ValidationError, model_va
 from slimtune.errors import UserError, nearest
 from slimtune.section import Section
 from slimtune.sections import (
+    AlarmConfig,
     BudgetConfig,
     CompensateConfig,
     DataConfig,
@@ -24,19 +25,24 @@ from slimtune.sections import (
     EvaluateConfig,
     ExportConfig,
     GeneratorConfig,
+    Guard,
     LoraConfig,
     ModelConfig,
     Names,
     RecoverConfig,
     SearchConfig,
     Source,
+    SpeedConfig,
     TrainConfig,
     TwoStageConfig,
 )
+from slimtune.yaml_file import Loader, read_yaml
 
 
 class Recipe(Section):
     """A run."""
+
+    literal: ClassVar[frozenset[str]] = frozenset({"alarm"})
 
     method: Literal["atp", "finetune", "twostage"] = "atp"
     """``atp``: tune and prune in one stage; ``twostage``: prune, then tune (the rivals, see ``twostage.scores``);
@@ -61,6 +67,10 @@ class Recipe(Section):
     twostage: TwoStageConfig = TwoStageConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    guard: Guard = {}
+    """Bounds on figures, ``{figure: condition}``, held at every evaluation and at the end: docs/guard.md."""
+    alarm: AlarmConfig = AlarmConfig()
+    speed: SpeedConfig = SpeedConfig()
     export: ExportConfig = ExportConfig()
 
     @property
@@ -173,38 +183,6 @@ class Recipe(Section):
         return yaml.safe_dump(raw, sort_keys=False) if re.search("[\x85\u2028\u2029]", legible) else legible
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML as it is meant: a key that stands twice in a mapping is an error, not the last of them."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if str(key.value) in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands there twice", key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | Path, kind: str, example: str) -> dict[str, Any]:
-    """The mapping in a YAML file.
-
-    Raises:
-        UserError: the file is missing, not YAML, not a mapping, or has a key twice; ``kind`` says in it what the file is, and
-            ``example`` what a path may look like.
-    """
-    file = Path(path)
-    if not file.is_file():
-        why = "is a folder; give" if file.is_dir() else "does not exist; give"
-        raise UserError(f"{kind} {str(path)!r} {why} the path of a YAML file, e.g. {example}")
-    try:
-        raw = yaml.load(file.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind} {str(path)!r} is not valid YAML: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{kind} {str(path)!r} must be a mapping of keys to values, not {type(raw).__name__}")
-    return raw
-
-
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe file and apply ``section.key=value`` overrides (values are YAML).
 
@@ -227,8 +205,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key.strip():
         raise UserError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.load(text, _Loader)
+    try:  # to YAML a > begins a block of text, which has no place in one line: here it begins a condition
+        value = text.strip() if text.lstrip().startswith(">") else yaml.load(text, Loader)
     except yaml.YAMLError as error:
         raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
     *parents, leaf = key.strip().split(".")

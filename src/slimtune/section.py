@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -12,14 +12,22 @@ from slimtune.errors import UserError
 
 
 class Section(BaseModel):
-    """Frozen; unknown keys are errors; attribute docstrings are the reference of ``slimtune recipe``."""
+    """Frozen; unknown keys are errors; attribute docstrings are the reference of ``slimtune recipe``.
+
+    Attributes:
+        literal: keys whose text keeps its ``${NAME}``: secrets, which are not to be written down.
+    """
+
+    literal: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, raw: Any) -> Any:
-        return expand(raw)
+        if not isinstance(raw, dict):
+            return expand(raw)
+        return {key: value if key in cls.literal else expand(value) for key, value in raw.items()}
 
 
 def expand(value: Any) -> Any:

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, field_validator, model_validator
 
 from slimtune.errors import UserError, nearest
-from slimtune.recipe import Recipe, read_yaml
+from slimtune.recipe import Recipe
 from slimtune.section import Section
+from slimtune.yaml_file import read_yaml
 
 Keep = Annotated[float, Field(gt=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$")]

@@ -14,9 +14,11 @@ import yaml
 
 from slimtune.comparison.config import Comparison, Method
 from slimtune.errors import UserError, nearest
+from slimtune.evaluate.scoring import words as task_words
 from slimtune.evaluate.tasks import find_task
-from slimtune.recipe import Recipe, load, read_yaml
+from slimtune.recipe import Recipe, load
 from slimtune.version import versions
+from slimtune.yaml_file import read_yaml
 
 OUT = "{out}"
 """In a text of a method: the folder of the runs."""
@@ -149,11 +151,11 @@ def _seeded(recipe: Recipe, seed: int) -> Recipe:
 
 
 def tasks_text(names: Sequence[str]) -> tuple[str, ...]:
-    """What the figures of tasks depend on besides the program: their files, and the versions of what measures."""
+    """What the figures of tasks depend on besides the program: their files and functions, and the versions of what measures."""
     if not names:
         return ()
     return (
-        *(find_task(name).file.model_dump_json() for name in names),
+        *(word for name in names for word in task_words(find_task(name))),
         *(f"{name} {number}" for name, number in versions(("lm_eval", "rouge_score")).items()),
     )
 

@@ -60,8 +60,16 @@ class Splits:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of all token ids and targets: whether a resumed run reads what the interrupted one read."""
+        return self._digest(*SPLITS)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The same of each split that has windows: which of them two runs have in common."""
+        return {name: self._digest(name) for name in SPLITS if len(getattr(self, name))}
+
+    def _digest(self, *names: str) -> str:
         digest = hashlib.sha256()
-        for name in SPLITS:
+        for name in names:
             windows: Windows = getattr(self, name)
             for array in (windows.ids, windows.target, windows.offsets):
                 digest.update(np.ascontiguousarray(array).tobytes())

@@ -2,6 +2,7 @@
 
 from slimtune.sections.bounds import Names
 from slimtune.sections.data import DataConfig, Source, Sources
+from slimtune.sections.guard import AlarmConfig, Guard, SpeedConfig
 from slimtune.sections.run import (
     BudgetConfig,
     CompensateConfig,
@@ -18,6 +19,7 @@ from slimtune.sections.run import (
 )
 
 __all__ = [
+    "AlarmConfig",
     "BudgetConfig",
     "CompensateConfig",
     "DataConfig",
@@ -25,6 +27,7 @@ __all__ = [
     "EvaluateConfig",
     "ExportConfig",
     "GeneratorConfig",
+    "Guard",
     "LoraConfig",
     "ModelConfig",
     "Names",
@@ -32,6 +35,7 @@ __all__ = [
     "SearchConfig",
     "Source",
     "Sources",
+    "SpeedConfig",
     "TrainConfig",
     "TwoStageConfig",
 ]

@@ -22,6 +22,7 @@ _FILES = (
     "stages.json",
     "plan.json",
     "metrics.jsonl",
+    "bench.json",
     "checkpoint-main.pt",
     "checkpoint-dense_lora.pt",
 )
@@ -42,6 +43,8 @@ FREE_ON_RESUME = frozenset(
     }
 )
 """Keys that may be others on a resume: none changes what is learned (threads, processes, compiling: but for rounding)."""
+FREE_SECTIONS = ("guard.", "alarm.", "speed.")
+"""Beginnings of keys of which that is true as well."""
 
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
@@ -141,6 +144,8 @@ def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
         stored = yaml.safe_load(type(recipe).model_validate(stored).to_yaml())
     before, now = _flat(stored), _flat(yaml.safe_load(recipe.to_yaml()))
     for key in sorted((set(before) | set(now)) - FREE_ON_RESUME):
+        if key.startswith(FREE_SECTIONS):
+            continue
         old, new = before.get(key), now.get(key)
         if old != new:
             raise UserError(

@@ -92,12 +92,16 @@ def run_phase(session: Session, phase: Phase, first: int = 0) -> None:
 
     Raises:
         UserError: a loss, or another figure of a turn such as its gradient norm, is not finite.
+        Breach: validation figures left a bound at which the recipe ends a run; a checkpoint is there.
     """
     session.progress.start(phase.name, first, phase.steps)
     try:
         with no_full_collections():
             for step in range(first, phase.steps):
                 _run_step(session, phase, step)
+                if session.stop:
+                    _checkpoint(session, phase, step + 1)
+                    raise session.stop
                 if (step + 1) % COLLECT_EVERY == 0:
                     gc.collect()
                 every = session.recipe.train.checkpoint_every
@@ -131,7 +135,12 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
     row["seconds"] = round(time.perf_counter() - started, 4)
     every = _cadence(session, phase)
     if every and (step + 1) % every == 0:
-        row |= {f"valid_{key}": value for key, value in phase.figures().items()}
+        figures = phase.figures()
+        row |= {f"valid_{key}": value for key, value in figures.items()}
+        judged = session.judge(figures, phase.name, step)
+        session.stop = judged.stop
+        if judged.breached:
+            row["breached"] = list(judged.breached)
     session.metrics.write(**row)
     if session.recipe.trackers:
         _track(session, row, phase.before + step)

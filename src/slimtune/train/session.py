@@ -21,6 +21,7 @@ from slimtune.errors import UserError, nearest
 from slimtune.recipe import Recipe
 from slimtune.runtime import Metrics, RunFolder, peak_memory, pick_device, pick_precision
 from slimtune.structure.axes import Structure
+from slimtune.train.judgement import Breach, Judgement, not_judged
 from slimtune.train.objective import find_targets
 from slimtune.train.progress import Progress
 
@@ -128,6 +129,8 @@ class Session:
     Attributes:
         valid_figures: measures a model (gates as they are) on validation windows; supplied by the pipeline, because
             evaluation lives beside the methods, not below them.
+        judge: holds those figures, of a phase and step, to the recipe's guards.
+        stop: what ends the run after a checkpoint, once figures have left a bound.
         stage: name of the checkpoint and prefix of the metric rows (``main``, or ``dense_lora`` for the reference).
         earlier: seconds of work that a resumed stage had behind it.
         earlier_peak: most bytes that it had taken on a GPU, 0 on a CPU.
@@ -142,6 +145,8 @@ class Session:
     metrics: Metrics
     progress: Progress
     valid_figures: Callable[[torch.nn.Module], Figures]
+    judge: Callable[[Figures, str, int], Judgement] = not_judged
+    stop: Breach | None = None
     stage: str = "main"
     resume: bool = False
     earlier: float = 0.0

@@ -1,0 +1,79 @@
+"""What a run's figures must be, and what happens when they are not; how its speed is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from slimtune.condition import Condition
+from slimtune.section import Section
+from slimtune.sections.bounds import Positive
+
+
+def _flat(value: Any) -> Any:
+    """``{"a": {"b": "< 1"}}``, as an override ``guard.a.b`` gives it, is ``{"a.b": "< 1"}``."""
+    if not isinstance(value, Mapping):
+        return value
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        inner = _flat(item)
+        found |= {f"{key}.{name}": each for name, each in inner.items()} if isinstance(inner, dict) else {str(key): inner}
+    return found
+
+
+def _checked(value: dict[str, str]) -> dict[str, str]:
+    for name, text in value.items():
+        unfit = {"baseline", "noise"} & set(Condition.of(text, f"guard.{name}").words)
+        if unfit:
+            raise ValueError(
+                f"guard.{name}: {unfit.pop()!r} is for slimtune check; a run knows itself, dense (its base) and dense_lora"
+            )
+    return value
+
+
+Guard = Annotated[dict[str, str], BeforeValidator(_flat), AfterValidator(_checked)]
+"""``{figure: condition}``."""
+
+
+def _words(value: Any) -> Any:
+    import shlex
+
+    return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+
+class AlarmConfig(Section):
+    """What happens when a figure leaves its bound in ``guard``, once each time it does."""
+
+    literal: ClassVar[frozenset[str]] = frozenset({"command", "webhook"})
+
+    then: Literal["warn", "stop"] = "warn"
+    """``warn``: a line, and the run goes on. ``stop``: a checkpoint is written and the run ends with exit code 1; after the
+    last evaluation, when the model is written, with that code alone."""
+    begin: Literal["search", "recover", "end"] = "search"
+    """The phase from which on figures are held to their bounds: while gates close quality falls, and comes back later."""
+    command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
+    """Program and arguments, run with the event as JSON on its standard input (docs/guard.md). ``${NAME}`` is replaced when it
+    runs, and stands unreplaced in what the run writes."""
+    webhook: str = ""
+    """Address that the event is posted to as JSON. ``${NAME}`` as in ``command``."""
+    timeout: Annotated[float, Field(gt=0.0, le=600.0)] = 10.0
+    """Seconds that either may take; one that fails is told, and stops nothing."""
+
+
+class SpeedConfig(Section):
+    """Whether the written model is timed beside its base (``slimtune bench``), and how."""
+
+    measure: Literal["auto"] | bool = "auto"
+    """``auto``: where ``guard`` names a figure of speed."""
+    batches: Annotated[tuple[Positive, ...], Field(min_length=1)] = (1,)
+    """Rows at once."""
+    prompt: Positive = 512
+    """Tokens of a prompt."""
+    context: Positive = 512
+    """Tokens in the cache before decode steps."""
+    steps: Annotated[int, Field(ge=2)] = 32
+    """Decode steps of one measurement."""
+    repeats: Positive = 5
+    """Turns."""
