@@ -29,10 +29,10 @@ def render(summary: Summary) -> RenderableType:
             table.add_row(label, *cells)
     for key, label in names_of(summary[name] for name in present).items():
         table.add_row(label, *(told(summary[name], key) for name in present))
-    return Group(table, Text(_footer(summary)), *(Text(line, "yellow") for line in _cautions(summary)))
+    return Group(table, Text(_footer(summary)), *(Text(line, "yellow") for line in cautions(summary)))
 
 
-def _cautions(summary: Summary) -> list[str]:
+def cautions(summary: Summary) -> list[str]:
     """What a reader of the figures should not overlook."""
     base, result = summary.get("base") or {}, summary["result"]
     if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= 1.01 * base["ppl"]:  # nan is told as well

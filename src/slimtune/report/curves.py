@@ -1,0 +1,170 @@
+"""Curves of a run, or of several in one picture: loss, kept ratio, validation figures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from slimtune.report.ink import FAINT, INK, SERIES, Picture, look, mark, sheet, smooth, svg, thin
+from slimtune.report.run import Row, Run
+from slimtune.report.words import label, number
+
+Points = list[tuple[int, float]]
+Line = tuple[str, Points]
+_POINTS = 60
+"""Of a line with markers."""
+
+
+def loss(runs: Sequence[Run], key: str) -> Picture | None:
+    """Training loss of the adapt turns (running mean, single steps faint where one run is shown), and of dense LoRA."""
+    lines: list[Line] = []
+    for run in runs:
+        lines.append((run.name if len(runs) > 1 else "adapt", _of(run.main, "adapt_loss")))
+        if len(runs) == 1:
+            lines.append(("decide (held-out rows)", _of(run.main, "decide_loss")))
+            lines.append(("dense LoRA", _of(run.reference, "adapt_loss")))
+    lines = [line for line in lines if line[1]]
+    if not lines:
+        return None
+    figure, axis = sheet(230)
+    for index, (name, points) in enumerate(lines):
+        steps, values = [step for step, _ in points], [value for _, value in points]
+        window = max(1, len(values) // 40)
+        if len(runs) == 1 and window > 1:
+            axis.plot(*thin(steps, values), color=SERIES[index % len(SERIES)], alpha=0.25, linewidth=0.8)
+        (line,) = axis.plot(*thin(steps, smooth(values, window), 200), **look(index), label=name)
+        mark(line, f"loss-{index}")
+    _finish(axis, "loss, nats a token")
+    _cuts(axis, runs)
+    title = "Training loss"
+    note = "Running mean; single steps faint." if len(runs) == 1 else "Running means of the adapt turns."
+    return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: f"{value:.3f}"))
+
+
+def kept(runs: Sequence[Run], key: str) -> Picture | None:
+    """The kept ratio against its target, in per cent of what the budget is of."""
+    lines: list[Line] = []
+    for run in runs:
+        name = run.name if len(runs) > 1 else "kept"
+        lines.append((name, [(step, 100 * value) for step, value in _of(run.main, "kept")]))
+    if len(runs) == 1 and (target := _of(runs[0].main, "decide_target")):
+        lines.append(("target", [(step, 100 * value) for step, value in target]))
+        lines.append(("sampled", [(step, 100 * value) for step, value in _of(runs[0].main, "decide_sampled")]))
+    lines = [line for line in lines if line[1]]
+    if not lines:
+        return None
+    figure, axis = sheet(230)
+    for index, (name, points) in enumerate(lines):
+        style = {"drawstyle": "steps-post"} if name != "sampled" else {"linewidth": 0.8}
+        xs, ys = thin([step for step, _ in points], [value for _, value in points], 200)
+        (line,) = axis.plot(xs, ys, **look(index), label=name, **style)
+        mark(line, f"kept-{index}")
+    of = {run.recipe.get("budget", {}).get("of", "total") for run in runs}
+    what = "all parameters" if of == {"total"} else "the blocks" if of == {"block"} else "the budget"
+    goals = {100 * run.recipe["budget"]["keep"] for run in runs if run.recipe.get("method") != "finetune" and run.recipe}
+    for goal in goals:
+        axis.axhline(goal, color=INK, linewidth=0.8, linestyle=":")
+    _finish(axis, f"% of {what}")
+    _cuts(axis, runs)
+    note = f"Dotted: the budget, {', '.join(f'{goal:g}%' for goal in sorted(goals))}." if goals else ""
+    title = "Kept ratio against target"
+    return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: f"{value:.2f}"))
+
+
+def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | None:
+    """A validation figure at the steps at which it was taken, with the level of the base where it is known."""
+    lines: list[Line] = []
+    for run in runs:
+        lines.append((run.name if len(runs) > 1 else "this run", _of(run.main, f"valid_{figure_name}")))
+        if len(runs) == 1:
+            lines.append(("dense LoRA", _of(run.reference, f"valid_{figure_name}")))
+    lines = [line for line in lines if line[1]]
+    if not lines:
+        return None
+    figure, axis = sheet(230)
+    factor = 100 if number(figure_name, 0.5).endswith("%") else 1
+    for index, (name, points) in enumerate(lines):
+        some = points[:: -(-len(points) // _POINTS)] + points[-1:] if len(points) > _POINTS else points
+        (line,) = axis.plot(
+            [step for step, _ in some],
+            [factor * value for _, value in some],
+            **look(index, points=True),
+            label=name,
+        )
+        mark(line, f"valid-{index}")
+    levels = _levels(runs, figure_name)
+    for level in levels:
+        axis.axhline(factor * level, color=INK, linewidth=0.8, linestyle=":")
+    values = [value for _, points in lines for _, value in points] + levels
+    if figure_name in ("ppl",) and min(values) > 0 and max(values) / min(values) > 8:
+        axis.set_yscale("log")
+        _plain_log(axis)
+    name = label(figure_name).removesuffix(", test")
+    _finish(axis, f"{name}, %" if factor == 100 else name)
+    _cuts(axis, runs)
+    note = "On validation rows, present hard masks." + (
+        f" Dotted: the base, {number(figure_name, levels[0])}." if levels else ""
+    )
+    title = f"{name[0].upper() + name[1:]} through the run" if figure_name == "ppl" else name
+    return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: number(figure_name, value)))
+
+
+def followed(runs: Iterable[Run]) -> list[str]:
+    """Validation figures of tasks that any run has, in their order."""
+    keys = {key: None for run in runs for row in run.main for key in row if key.startswith("valid_") and "." in key}
+    return [key.removeprefix("valid_") for key in keys if not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))]
+
+
+def _levels(runs: Sequence[Run], figure: str) -> list[float]:
+    """Of the base on validation rows, where one was measured; of several runs only if all have the same."""
+    found: list[float] = []
+    for run in runs:
+        value = run.stages.get("valid", {}).get("dense", {}).get(figure)
+        value = run.of("base").get("valid_ppl") if value is None and figure == "ppl" else value
+        if value is None:
+            return []
+        found.append(float(value))
+    return found[:1] if max(found) - min(found) <= 1e-3 * abs(max(found)) else []
+
+
+def _of(rows: Sequence[Row], key: str) -> Points:
+    """Finite values with their steps, counted from one over all phases."""
+    found = [(step, row[key]) for step, row in enumerate(rows, 1) if isinstance(row.get(key), (int, float))]
+    return [(step, float(value)) for step, value in found if math.isfinite(value)]
+
+
+def _finish(axis: Any, name: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axis.set(xlabel="step", title=name)
+    handles, labels = axis.get_legend_handles_labels()
+    if len(labels) > 1:
+        axis.legend(handles, labels, loc="best")
+
+
+def _plain_log(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _cuts(axis: Any, runs: Sequence[Run]) -> None:
+    """A line where the model was cut, if that is at the same step in all runs."""
+    cuts = {run.cut for run in runs}
+    if len(cuts) == 1 and (cut := cuts.pop()):
+        axis.axvline(cut + 0.5, color=FAINT, linewidth=1)
+        axis.annotate("cut", (cut + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points")
+
+
+def _table(lines: Sequence[Line], told: Callable[[float], str], most: int = 24) -> tuple[list[str], list[list[str]]]:
+    """Head and rows: the lines' values at some steps, the last among them."""
+    by_step = [dict(points) for _, points in lines]
+    steps = sorted({step for points in by_step for step in points})
+    every = -(-len(steps) // most)
+    chosen = steps[(len(steps) - 1) % every :: every]
+    rows = [[str(step), *(told(points[step]) if step in points else "" for points in by_step)] for step in chosen]
+    return ["step", *(name for name, _ in lines)], rows

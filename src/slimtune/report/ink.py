@@ -1,0 +1,168 @@
+"""Pictures as SVG: drawn by matplotlib, coloured by the style sheet of the page, so that they follow light and dark."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from typing import Any
+
+WIDTH = 340
+"""Pixels: what fits a telephone at full size; on a wide page pictures stand beside one another."""
+INK, FAINT, PAPER = "#010203", "#0a0b0c", "#fefdfc"
+SERIES = ("#c00001", "#c00002", "#c00003", "#c00004", "#c00005", "#c00006", "#c00007", "#c00008", "#c00009", "#c00010")
+"""Stand-ins for the style sheet's colours."""
+STYLES: tuple[Any, ...] = (
+    "-",
+    "--",
+    "-.",
+    ":",
+    (0, (5, 1)),
+    (0, (3, 1, 1, 1)),
+    (0, (1, 1)),
+    (0, (7, 2)),
+    (0, (2, 2)),
+    (0, (9, 1)),
+)
+"""Lines, and with ``MARKERS`` points, that do without colour."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
+HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")
+_VARIABLES = {INK: "--ink", FAINT: "--faint", PAPER: "--paper", **{name: f"--s{n}" for n, name in enumerate(SERIES, 1)}}
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text that can be searched, and read aloud
+    "svg.hashsalt": "slimtune",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4.0,
+    "hatch.linewidth": 0.5,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 2.6,
+    "path.simplify": True,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color", "legend.labelcolor", "hatch.color"),
+        INK,
+    ),
+    **dict.fromkeys(("axes.edgecolor", "grid.color"), FAINT),
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the page.
+
+    Attributes:
+        key: unique on the page.
+        title: above it.
+        svg: the drawing.
+        note: below it.
+        head, rows: its data as a table: what those read who do not see it.
+        wide: takes a whole line on a wide page.
+    """
+
+    key: str
+    title: str
+    svg: str
+    note: str = ""
+    head: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = field(default_factory=list)
+    wide: bool = False
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Inside, figures are drawn for the page."""
+    import matplotlib as mpl
+
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def sheet(height: int, rows: int = 1, columns: int = 1, width: int = WIDTH, left: int = 46, **how: Any) -> tuple[Any, Any]:
+    """A figure of ``width`` by ``height`` pixels and its axes; margins are fixed, for finding them takes as long as drawing.
+
+    Args:
+        left: pixels for the labels of the y axis; ``right``, ``top``, ``bottom``, ``hspace`` (pixels), ``wspace`` likewise.
+    """
+    from matplotlib.figure import Figure
+
+    margins = {"right": 8, "top": 22, "bottom": 34} | {key: how.pop(key) for key in ("right", "top", "bottom") if key in how}
+    gaps = {"hspace": how.pop("hspace", 34), "wspace": how.pop("wspace", 40)}
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    inner_height = (height - margins["top"] - margins["bottom"] - gaps["hspace"] * (rows - 1)) / rows
+    inner_width = (width - left - margins["right"] - gaps["wspace"] * (columns - 1)) / columns
+    figure.subplots_adjust(
+        left=left / width,
+        right=1 - margins["right"] / width,
+        top=1 - margins["top"] / height,
+        bottom=margins["bottom"] / height,
+        hspace=gaps["hspace"] / inner_height,
+        wspace=gaps["wspace"] / inner_width,
+    )
+    return figure, figure.subplots(rows, columns, **how)
+
+
+def svg(figure: Any, key: str, title: str) -> str:
+    """The drawing as an element of the page: ids of its own, the page's colours, a title for those who do not see it."""
+    target = io.StringIO()
+    figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = target.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="', f'id="{key}-', text)
+    text = re.sub(r"url\(#", f"url(#{key}-", text)
+    text = re.sub(r'href="#', f'href="#{key}-', text)
+    text = re.sub(r"#(?:010203|0a0b0c|fefdfc|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", text)
+    text = re.sub(r"font: (?:normal )?([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", text)
+    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # a hundredth of a pixel is enough
+    view = re.search(r'viewBox="[^"]*"', text)
+    opened = f'<svg {view.group() if view else ""} role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg" '
+    body = re.sub(r"<svg[^>]*>", "", text, count=1)
+    return f'{opened}xmlns:xlink="http://www.w3.org/1999/xlink">{re.sub(chr(10) + " *", chr(10), body).strip()}'
+
+
+def look(index: int, points: bool = False) -> dict[str, Any]:
+    """Colour and line, and if wanted points, of the line of that number."""
+    found = {"color": SERIES[index % len(SERIES)], "linestyle": STYLES[index % len(STYLES)]}
+    return {**found, "marker": MARKERS[index % len(MARKERS)]} if points else found
+
+
+def mark(artist: Any, name: str) -> Any:
+    """Name what an artist draws, so that one can look for it in the page; returns the artist."""
+    artist.set_gid(f"mark-{name}")
+    return artist
+
+
+def thin(xs: Sequence[float], ys: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
+    """At most about ``most`` points of a line that look like all of them: of each stretch the lowest and the highest."""
+    if len(xs) <= most:
+        return list(xs), list(ys)
+    size = -(-2 * len(xs) // most)
+    kept: list[int] = []
+    for start in range(0, len(xs), size):
+        stretch = range(start, min(start + size, len(xs)))
+        kept += sorted({min(stretch, key=lambda index: ys[index]), max(stretch, key=lambda index: ys[index])})
+    kept = sorted({0, *kept, len(xs) - 1})
+    return [xs[index] for index in kept], [ys[index] for index in kept]
+
+
+def smooth(ys: Sequence[float], window: int) -> list[float]:
+    """Centred running mean over ``window`` points, fewer at the ends."""
+    sums = [0.0]
+    for value in ys:
+        sums.append(sums[-1] + value)
+    half, last = window // 2, len(ys)
+    ends = [(max(0, index - half), min(last, index + half + 1)) for index in range(last)]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in ends]

@@ -1,0 +1,212 @@
+"""``slimtune report``: one HTML file that opens offline, of one run or of several."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from slimtune.errors import UserError
+from slimtune.report import curves, made, quality, rates, several, shape
+from slimtune.report.ink import Picture, styled
+from slimtune.report.quality import Table
+from slimtune.report.run import Run, read_runs
+from slimtune.report.table import cautions
+from slimtune.report.verdict import verdict
+from slimtune.report.words import label, number
+from slimtune.runtime import write_atomically
+from slimtune.version import __version__
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Attributes:
+        key: of its heading, for links.
+        lines: paragraphs.
+        folded: opened by the reader alone.
+    """
+
+    key: str
+    title: str
+    lines: list[str] = field(default_factory=list)
+    pictures: list[Picture] = field(default_factory=list)
+    tables: list[Table] = field(default_factory=list)
+    code: list[tuple[str, str]] = field(default_factory=list)
+    folded: bool = False
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to show."""
+        return not (self.lines or self.pictures or self.tables or self.code)
+
+
+def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
+    """Write the page of one run, or of several beside one another.
+
+    Args:
+        runs: their folders.
+        out: file to write; by default ``report.html`` in the folder of one run, in the present folder for several.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: a folder holds no run, or the file cannot be written.
+    """
+    read = read_runs(runs)
+    target = Path(out).expanduser() if out else (read[0].path if len(read) == 1 else Path()) / "report.html"
+    if target.is_dir():
+        raise UserError(f"--out {str(out)!r} is a folder; name a file, e.g. {str(target / 'report.html')!r}")
+    text = build(read)
+    try:
+        write_atomically(target, text)
+    except OSError as error:
+        raise UserError(f"{str(target)!r} cannot be written ({error.strerror}); name another file with --out") from error
+    return target
+
+
+def build(runs: Sequence[Run]) -> str:
+    """The page as text."""
+    with styled():
+        sections = _one(runs[0]) if len(runs) == 1 else _many(runs)
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    verdicts = [(run.name if len(runs) > 1 else "", verdict(run)) for run in runs]
+    warned = [(run.name if len(runs) > 1 else "", line) for run in runs for line in _cautions(run)]
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    loader = PackageLoader("slimtune.report", "")
+    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return page.get_template("page.html.jinja").render(
+        title=title,
+        verdicts=verdicts,
+        cautions=warned,
+        cards=_cards(runs[0]) if len(runs) == 1 else [],
+        sections=[section for section in sections if not section.empty],
+        version=__version__,
+    )
+
+
+def _cautions(run: Run) -> list[str]:
+    found = [line.removeprefix("caution").strip() for line in cautions(run.summary)] if run.finished else []
+    found += [f"guard {line}" for line in made.breaches(run)]
+    return [*found, *(f"guard {rule['guard']} is breached" for rule in run.summary.get("guard", ()) if not rule["holds"])]
+
+
+def _cards(run: Run) -> list[tuple[str, str, str]]:
+    """The few numbers to see first: value, what it is, what to hold it against."""
+    result, base = run.of("result"), run.of("base")
+    other = run.of("dense_lora") or base
+    called = "dense LoRA" if run.of("dense_lora") else "base"
+    found = []
+    for figure, beside, name in (("parameters", base, "base"), ("bytes", base, "base"), ("ppl", other, called)):
+        if result.get(figure) is not None:
+            against = f"{name} {number(figure, beside[figure])}" if beside.get(figure) is not None else ""
+            found.append((number(figure, result[figure]), label(figure), against))
+    for figure in quality.task_figures(run)[:1]:
+        against = f"{called} {number(figure, other[figure])}" if figure in other else ""
+        found.append((number(figure, result[figure]), label(figure), against))
+    ratio = several.decode_ratio(run.bench["ratios"]) if run.bench else None
+    if ratio:
+        spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
+        found.append((f"{ratio['faster']:.2f} x", f"decode speed, batch {ratio['batch']}", spread))
+    return found
+
+
+def _kept(*given: Any) -> list[Any]:
+    return [each for each in given if each is not None]
+
+
+def _one(run: Run) -> list[Section]:
+    tasks = [curves.validation([run], figure, f"task{index}") for index, figure in enumerate(curves.followed([run]))]
+    return [
+        Section("shape", "Shape", pictures=_kept(*(draw(run, name) for name, draw in _SHAPES.items()))),
+        Section(
+            "training",
+            "Training",
+            pictures=_kept(
+                curves.loss([run], "loss"), curves.kept([run], "kept"), curves.validation([run], "ppl", "ppl"), *tasks
+            ),
+        ),
+        Section(
+            "quality",
+            "Quality",
+            pictures=_kept(quality.dots(run, "dots")),
+            tables=_kept(
+                quality.overview(run, "overview") if run.of("base") or run.finished else None,
+                quality.tasks(run, "tasks"),
+                quality.tasks(run, "general", general=True),
+                *_evaluations(run),
+            ),
+        ),
+        Section("speed", "Speed", pictures=_kept(rates.picture(run, "rates")), tables=_kept(rates.table(run, "bench"))),
+        Section("guards", "Guards", lines=made.breaches(run), tables=_kept(made.guards(run, "rulings"))),
+        _how(run, "made", "How it was made"),
+    ]
+
+
+_SHAPES: dict[str, Callable[[Run, str], Picture | None]] = {
+    "shape": shape.final,
+    "moving": shape.moving,
+    "changing": shape.changing,
+}
+
+
+def _how(run: Run, key: str, title: str, folded: bool = False) -> Section:
+    code = [("To repeat it", made.command(run)), ("Recipe, every default written out", made.recipe(run))]
+    tables = [made.facts(run, f"{key}-facts")]
+    return Section(f"{key}", title, tables=tables, code=[item for item in code if item[1]], folded=folded)
+
+
+def _evaluations(run: Run) -> Iterable[Table]:
+    """What ``slimtune evaluate`` found of the run's model or its base, file by file."""
+    for index, (name, found) in enumerate(run.evaluations.items()):
+        rows = []
+        for task, entry in found["tasks"].items():
+            for metric, figure in entry["figures"].items():
+                flat = {f"x.{metric}": figure["value"], f"x.{metric}_low": figure["low"], f"x.{metric}_high": figure["high"]}
+                baseline = figure.get("majority", figure.get("chance"))
+                told = number(f"x.{metric}", baseline)
+                rows.append(
+                    [task, quality.metric_name(metric), quality.interval(flat, f"x.{metric}"), told, f"{entry['rows']:,}"]
+                )
+        of = "the result" if found["parameters"] == run.of("result").get("parameters") else "the uncut model"
+        head = ["task", "figure", "value (95%)", "baseline", "rows"]
+        note = f"{name}: slimtune evaluate of {of}, {found.get('split', '')} rows."
+        yield Table(f"evaluation{index}", f"Evaluation: {name}", head, rows, note, numbers=2)
+
+
+def _many(runs: Sequence[Run]) -> list[Section]:
+    figures = [figure for figure in ("ppl", *dict.fromkeys(f for run in runs for f in quality.task_figures(run)))]
+    shown = [figure for figure in figures if not figure.endswith(("macro_f1", ".perplexity", "rouge1", "rouge2"))]
+    sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(shown)]
+    followed = [
+        figure for figure in curves.followed(runs) if not figure.endswith(("macro_f1", ".perplexity", "rouge1", "rouge2"))
+    ]
+    tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(followed)]
+    pairs = [several.plan_differences(runs[0], run, f"plan{index}") for index, run in enumerate(runs[1:])]
+    differing = [pair for pair in pairs if pair]
+    apart = Section("plans", "Plans, layer by layer", pictures=[pair[0] for pair in differing], tables=[])
+    if len(differing) < len(pairs):
+        apart.lines.append("Plans of other bases do not compare, and are left out.")
+    shapes = [(run, shape.final(run, f"shape{index}")) for index, run in enumerate(runs)]
+    return [
+        Section("sizes", "Quality against size", pictures=_kept(*sizes), tables=[several.beside(runs, "beside")]),
+        Section("shapes", "Shapes", pictures=[_named(run, picture) for run, picture in shapes if picture]),
+        apart,
+        Section("tables", "Plans as tables", tables=[pair[1] for pair in differing], folded=True),
+        Section(
+            "training",
+            "Training",
+            pictures=_kept(curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl"), *tasks),
+        ),
+        *(_how(run, f"made{index}", f"How {run.name} was made", folded=True) for index, run in enumerate(runs)),
+    ]
+
+
+def _named(run: Run, picture: Picture) -> Picture:
+    from dataclasses import replace
+
+    return replace(picture, title=run.name)

@@ -1,0 +1,113 @@
+"""A run in one sentence: smaller by, faster by, keeps how much of what."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from slimtune.report.run import Run
+from slimtune.report.words import metric_name, millions, number
+
+GENERAL = ("wikitext2", "general_docs")
+"""Tasks of the suite ``general``: what a model of a domain should still know."""
+_MAIN = ("accuracy", "rougeL", "rouge1")
+"""Of a task's figures the one that stands for it, the first that it has."""
+
+
+def verdict(run: Run) -> str:
+    """One sentence on a run: what is not measured is said to be so."""
+    if not run.finished:
+        return _unfinished(run)
+    parts = [_smaller(run), _faster(run), _keeps(run), _general(run)]
+    told = [part for part in parts if part]
+    return f"{told[0][0].upper()}{told[0][1:]}{''.join(f'; {part}' for part in told[1:])}."
+
+
+def _unfinished(run: Run) -> str:
+    if not run.main:
+        return "This run is not finished, and has no step yet."
+    last = run.main[-1]
+    return (
+        f"This run is not finished: {last['phase']} step {last['step'] + 1}, {last.get('kept', 1.0):.1%} kept, "
+        f"{len(run.main):,} steps in all."
+    )
+
+
+def _smaller(run: Run) -> str:
+    base, result = run.of("base"), run.of("result")
+    before, after = base.get("parameters"), result.get("parameters")
+    if not before or not after:
+        return f"{millions(after)} parameters" if after else "size not measured"
+    if before == after:
+        return f"as large as its base ({millions(after)} parameters)"
+    return f"{1 - after / before:.1%} smaller ({millions(after)} of {millions(before)} parameters)"
+
+
+def _faster(run: Run) -> str:
+    if not run.bench or not run.bench["ratios"]:
+        return "" if _same_size(run) else "speed not measured (slimtune bench)"
+    found = decode_ratio(run.bench["ratios"])
+    if found is None:
+        return "speed not measured (slimtune bench)"
+    way = "" if found["how"] in ("eager", "llama.cpp") else f", {found['how']}"
+    told = (
+        f"decodes {found['faster']:.2f} times as fast ({found['low']:.2f} to {found['high']:.2f}, batch {found['batch']}{way}"
+    )
+    return f"{told}, {run.bench['machine']})"
+
+
+def _same_size(run: Run) -> bool:
+    return run.of("base").get("parameters") == run.of("result").get("parameters")
+
+
+def decode_ratio(ratios: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of what a bench compared: decoding at the smallest batch, as a graph where there is one, for then Python is no brake."""
+    some = [ratio for ratio in ratios if ratio["what"] == "decode"]
+    if not some:
+        return None
+    batch = min(ratio["batch"] for ratio in some)
+    order = {"compiled graph": 0, "graph": 1}
+    return min((ratio for ratio in some if ratio["batch"] == batch), key=lambda ratio: order.get(ratio["how"], 2))
+
+
+def _keeps(run: Run) -> str:
+    result = run.of("result")
+    against = "dense_lora" if run.of("dense_lora") else "base"
+    other, called = run.of(against), {"dense_lora": "dense LoRA's", "base": "the untuned base's"}[against]
+    parts = []
+    if result.get("ppl") and other.get("ppl"):
+        parts.append(f"perplexity {number('ppl', result['ppl'])} for {called} {number('ppl', other['ppl'])}")
+    scores = scores_kept(run, against)
+    if scores:
+        names = sorted({metric_name(key.rpartition(".")[2]) for key in scores})
+        mean = statistics.fmean(scores.values())
+        what = f"{len(scores)} tasks" if len(scores) > 1 else next(iter(scores)).partition(".")[0]
+        parts.append(f"keeps {mean:.0%} of {called} {' and '.join(names)} on {what}")
+    return ", ".join(parts)
+
+
+def scores_kept(run: Run, against: str) -> dict[str, float]:
+    """{figure: the result's over the other's} for the main figure of each task of scores, where both have one above nought."""
+    result, other = run.of("result"), run.of(against)
+    found: dict[str, float] = {}
+    for task in dict.fromkeys(key.partition(".")[0] for key in result if "." in key and not key.startswith("speed.")):
+        key = next((f"{task}.{metric}" for metric in _MAIN if f"{task}.{metric}" in result), None)
+        if key and other.get(key, 0) > 0 and run.better(key) == "higher":
+            found[key] = result[key] / other[key]
+    return found
+
+
+def _general(run: Run) -> str:
+    changes = general_changes(run)
+    if not changes:
+        return ""
+    told = ", ".join(f"{change:+.1%} on {task}" for task, change in changes.items())
+    return f"general text, bits per byte against its base: {told}"
+
+
+def general_changes(run: Run) -> dict[str, float]:
+    """{task: relative change of bits per byte, base to result} of the general tasks that the run followed."""
+    base, result = run.of("base"), run.of("result")
+    keys = {task: f"{task}.bits_per_byte" for task in GENERAL}
+    return {task: result[key] / base[key] - 1 for task, key in keys.items() if key in base and key in result}

@@ -1,0 +1,86 @@
+"""Numbers as a reader wants them."""
+
+from __future__ import annotations
+
+import math
+
+LABELS = {
+    "ppl": "perplexity, test",
+    "valid_ppl": "perplexity, validation",
+    "loss": "loss, test",
+    "accuracy": "accuracy, test",
+    "parameters": "parameters",
+    "block_ratio": "kept of the blocks",
+    "bytes": "weights on disk",
+    "seconds": "training time",
+    "memory": "peak GPU memory",
+    "speed.memory_bytes": "memory while running",
+}
+_METRICS = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro-F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+}
+BYTES = ("bytes", "memory", "speed.memory_bytes")
+PERCENT = ("accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "block_ratio")
+
+
+def label(figure: str) -> str:
+    """What to call a figure."""
+    if figure in LABELS:
+        return LABELS[figure]
+    if figure.startswith("speed."):
+        name, _, batch = figure.removeprefix("speed.").partition("@")
+        return name.replace("_ms", "").replace("_", " ") + (f", batch {batch}" if batch else "")
+    task, _, metric = figure.partition(".")
+    return f"{task}, {metric_name(metric)}" if metric else figure.replace("_", " ")
+
+
+def metric_name(metric: str) -> str:
+    """Of a task's figure."""
+    return _METRICS.get(metric, metric.replace("_", " "))
+
+
+def number(figure: str, value: float | None) -> str:
+    """A figure's value with its unit; nothing of None."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return "" if value is None else str(value)
+    if figure in BYTES:
+        return size(value)
+    if figure == "parameters":
+        return f"{value:,.0f}"
+    if figure == "seconds":
+        return clock(value)
+    if "_ms" in figure:
+        return f"{value:,.3g} ms" if value < 100 else f"{value:,.0f} ms"
+    metric = figure.rpartition(".")[2]
+    if metric in PERCENT:
+        return f"{100 * value:.1f}%"
+    if metric in ("bits_per_byte", "loss"):
+        return f"{value:.3f}"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    if count >= 1e8:
+        return f"{count / 1e9:,.2f} GB"
+    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count / 1e3:,.1f} kB"
+
+
+def clock(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def millions(count: float) -> str:
+    """Parameters in words."""
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count:,.0f}"
