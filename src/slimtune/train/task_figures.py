@@ -2,10 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from typing import Literal
 
+Better = Literal["lower", "higher"]
+LOWER = ("perplexity", "bits_per_byte", "ppl", "loss")
+"""Figures that are the better the lower they are; all others, but those of which a task says so, the higher."""
 _BASELINES = ("_majority", "_chance")
 _BESIDE = (".rows", "_low", "_high", *_BASELINES)
+
+
+def better(figure: str, lower: Collection[str] = ()) -> Better:
+    """Which way a figure of quality is the better, by its name: ``ppl``, ``rqe.accuracy``, ``valid_rqe.accuracy``.
+
+    Args:
+        lower: those of which tasks say so: ``lower_is_better`` in a run's summary.
+    """
+    names = {figure, figure.removeprefix("valid_")}
+    return "lower" if names & {*lower} or any(name.rpartition(".")[2] in LOWER for name in names) else "higher"
 
 
 def names_of(models: Iterable[Mapping[str, float]]) -> dict[str, str]:
