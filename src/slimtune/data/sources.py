@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -34,6 +34,7 @@ class Row:
         choices: texts of a multiple-choice row, each a possible ``completion``.
         label: index of the right choice.
         origin: ``file:line``, for messages to the user.
+        record: all fields of the record that the row was made of, where they were asked for.
     """
 
     text: str | None = None
@@ -43,6 +44,7 @@ class Row:
     choices: tuple[str, ...] | None = None
     label: int | None = None
     origin: str = ""
+    record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
     def content(self) -> str:
@@ -76,8 +78,13 @@ def read(source: Source) -> list[Row]:
     return read_counted(source)[0]
 
 
-def read_counted(source: Source, blank: str | None = None) -> tuple[list[Row], int]:
-    """As ``read``, with the number of empty rows that were skipped; with ``blank`` empty texts stay, as that."""
+def read_counted(source: Source, blank: str | None = None, record: bool = False) -> tuple[list[Row], int]:
+    """As ``read``, with the number of empty rows that were skipped.
+
+    Args:
+        blank: empty texts stay, as this.
+        record: rows keep all fields of the records that they were made of.
+    """
     check_templates(source)
     rows: list[Row] = []
     skipped = 0
@@ -88,7 +95,7 @@ def read_counted(source: Source, blank: str | None = None) -> tuple[list[Row], i
             if blank is None or row.text is None:
                 continue
             row = replace(row, text=blank)
-        rows.append(row)
+        rows.append(replace(row, record=fields) if record else row)
         if len(rows) == source.rows:
             break
     if all(row.empty for row in rows):
