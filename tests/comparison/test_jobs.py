@@ -112,6 +112,18 @@ def test_the_digest_follows_the_tasks_that_are_measured(tmp_path: Path) -> None:
     assert found[0] == found[2] != found[1]
 
 
+def test_the_digest_follows_the_functions_that_score(tmp_path: Path) -> None:
+    """But no other of the file's neighbours; and none of them is run for it."""
+    (tmp_path / "mine.yaml").write_text("metric: scoring.py:f\nsources: [{path: rows.jsonl}]\n")
+    file = write_comparison(tmp_path, set={"evaluate.tasks": [str(tmp_path / "mine.yaml")]})
+    found = []
+    for number in (1, 2, 1):
+        (tmp_path / "scoring.py").write_text(f"def f(answer, row): return {number}\nraise AssertionError\n")
+        (tmp_path / "other.py").write_text(f"x = {len(found)}\n")
+        found.append(jobs_of(load(file))[0].digest)
+    assert found[0] == found[2] != found[1]
+
+
 def test_a_part_can_be_chosen(tmp_path: Path) -> None:
     jobs = runs(tmp_path)
     assert {(job.method, job.keep) for job in chosen(jobs, keep=[0.6])} == {("atp", 0.6), ("dense_lora", 1.0)}

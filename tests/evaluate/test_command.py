@@ -104,12 +104,13 @@ def test_everything_stands_in_the_json(suite: str, tmp_path: Path) -> None:
     assert set(found["versions"]) >= {"lm_eval", "transformers", "torch"}
     task = found["tasks"]["pick"]
     assert (task["suite"], task["rows"], len(task["sha256"])) == ("mine", 6, 64)
-    assert set(task["figures"]["accuracy"]) == {"value", "low", "high", "majority"}
+    assert set(task["figures"]["accuracy"]) == {"value", "low", "high", "majority", "better"}
     again = slimtune.evaluate_model(str(base), suite, limit=6, batch=2)
     for name, entry in found["tasks"].items():
         assert again["tasks"][name]["sha256"] == entry["sha256"]
         for metric, figure in entry["figures"].items():
             same = again["tasks"][name]["figures"][metric]
+            assert same.pop("better") == figure.pop("better") == ("lower" if name == "read" else "higher")
             assert {key: value or 0.0 for key, value in same.items()} == pytest.approx(  # rows all alike have no interval
                 {key: value or 0.0 for key, value in figure.items()}, rel=1e-4
             )

@@ -65,3 +65,10 @@ def test_other_figures_keep_the_bootstrap_and_have_none_of_rows_all_alike() -> N
     assert interval("macro_f1", [[1, 1]] * 9, 0, "t") is None
     low, high = interval("accuracy", [1.0] * 8 + [0.0], 0, "t") or (0, 0)
     assert 0 < low < 8 / 9 < high
+
+
+def test_a_share_of_what_is_true_has_exact_ends_too() -> None:
+    assert interval("f", [True] * 20, 0, "t") == interval("accuracy", [1.0] * 20, 0, "t")
+    assert interval("f", [False] * 20, 0, "t") == interval("accuracy", [0.0] * 20, 0, "t")
+    assert interval("f", [1.0] * 20, 0, "t") is None  # it may be of something that is not a share
+    assert interval("f", [True, False] * 10, 0, "t") == interval("f", [1.0, 0.0] * 10, 0, "t")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import pytest
 from rich.console import Console
 
 from slimtune.report.evaluation import render
@@ -111,3 +112,16 @@ def test_rows_without_an_answer_are_told() -> None:
     value["tasks"]["uscode_headings"]["rows_empty"] = 1200
     assert "Rows without an answer, left out: 1,200 of uscode_headings." in " ".join(text(value).split())
     assert "without an answer" not in text(found())
+
+
+@pytest.mark.parametrize(("high", "poor"), [(14.25, False), (20.0, True)])
+def test_a_metric_of_ones_own_is_a_plain_number_and_may_be_better_the_lower(high: float, poor: bool) -> None:
+    """It is poor where it may be as high as what answers of other rows get."""
+    value = found()
+    errors = {"value": 12.5, "low": 11.0, "high": high, "chance": 20.0, "better": "lower"}
+    value["tasks"]["uscode_headings"]["figures"] = {"made_up": errors}
+    shown = text(value)
+    lines = [" ".join(line.split()) for line in shown.splitlines()]
+    assert f"uscode_headings made_up ↓ 12.500 11.000 to {high:.3f} 20.000 1,500" in lines
+    assert "of ROUGE and metrics of your own (plain numbers), the reference" in " ".join(shown.split())
+    assert ("Yellow: the interval does not lie above the baseline, or below it where lower" in " ".join(shown.split())) is poor

@@ -89,7 +89,8 @@ def evaluate_model(
         ``model``, ``parameters``, ``suites``, ``tasks`` ({name: rows, source, sha256, figures, ...}), ``skipped`` ({name:
         reason} of tasks of a suite whose rows cannot be had), ``not_protected`` (of a run's model: the tasks whose rows its
         recipe did not keep from being learned; else None), ``versions``, and how it was run. A figure has ``value``,
-        ``low``, ``high`` and, where there is one, ``majority`` (of ROUGE: ``chance``).
+        ``low``, ``high``, ``better`` (``higher`` or ``lower``) and, where there is one, ``majority`` (of ROUGE and functions of
+        the user's: ``chance``).
 
     Raises:
         UserError: anything the user can mend.
@@ -156,13 +157,14 @@ def _entry(task: Prepared, group: str, split: str, figures: Mapping[str, Any]) -
     return {
         "suite": group,
         "metric": task.task.file.metric,
+        **({"metric_sha256": task.scorer.sha256} if task.scorer else {}),
         "rows": len(task.docs),
         "split": split if task.task.data is None else "given",  # a file is read as it is, whatever was asked for
         "rows_empty": task.empty,
         "prompts_cut": task.cut,
         "source": task.source,
         "sha256": task.sha256,
-        "figures": figures,
+        "figures": {name: {**figures[name], "better": way} for name, way in folder.directions(task).items() if name in figures},
     }
 
 

@@ -11,8 +11,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from slimtune.data.batches import Splits, Windows
+from slimtune.data.sources import Row
 from slimtune.data.windows import spread
 from slimtune.evaluate.choices import accuracy
+from slimtune.evaluate.folder import directions
 from slimtune.evaluate.harness import check_installed, evaluate_tasks, flat
 from slimtune.evaluate.perplexity import Influences, perplexity
 from slimtune.evaluate.protection import tell_of_base
@@ -47,8 +49,20 @@ class Measure:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """``task_rows``: {task: SHA-256 of all its test rows}, which this run keeps from what it learns."""
-        return {"task_rows": {task.name: task.whole for task in self._test_tasks}}
+        """``task_rows``: {task: SHA-256 of all its test rows}, which this run keeps from what it learns.
+
+        ``lower_is_better``: those of the tasks' figures that are; all others are the better the higher they are.
+        """
+        ways = [(task.name, *item) for task in self._test_tasks for item in directions(task).items()]
+        lower = [f"{task}.{name}" for task, name, way in ways if way == "lower"]
+        return {"task_rows": {task.name: task.whole for task in self._test_tasks}, "lower_is_better": lower}
+
+    @property
+    def names(self) -> list[str]:
+        """The figures that ``test`` takes, without those that stand beside a figure."""
+        own = {"loss": True, "ppl": True, "valid_ppl": self.splits.valid.targets, "accuracy": self._choices()}
+        tasks = [f"{task.name}.{name}" for task in self._test_tasks for name in directions(task)]
+        return [*(name for name, taken in own.items() if taken), *tasks]
 
     def valid(self, model: nn.Module) -> Figures:
         """Perplexity on the validation split, and the chosen tasks on some of their validation rows."""
@@ -64,8 +78,7 @@ class Measure:
         Args:
             influences: is filled with what each test window adds to the loss.
         """
-        rows = self.splits.choice_rows
-        chosen = [rows[index] for index in spread(len(rows), self.recipe.evaluate.choices)]
+        chosen = self._choices()
         with self.eager():
             figures = self._perplexity(model, self.splits.test, influences)
             if self.splits.valid.targets:
@@ -74,6 +87,10 @@ class Measure:
                 length = self.recipe.data.max_length
                 figures |= accuracy(model, self.tokenizer, chosen, length, self.device, self.bf16)
             return figures | self._tasks(model, self._test_tasks, True)
+
+    def _choices(self) -> list[Row]:
+        rows = self.splits.choice_rows
+        return [rows[index] for index in spread(len(rows), self.recipe.evaluate.choices)]
 
     def _perplexity(self, model: nn.Module, windows: Windows, influences: Influences | None = None) -> Figures:
         evaluate = self.recipe.evaluate
@@ -101,7 +118,7 @@ class Measure:
     def _rows_in_a_pass(self, task: Prepared) -> int:
         """No more positions than in a pass of the run's own, for the harness scores each (but of a task that writes, one)."""
         batch = self.recipe.evaluate.batch
-        if task.task.file.metric == "rouge":
+        if task.task.file.kind in ("rouge", "own"):
             return batch
         return max(1, min(batch, batch * self.recipe.data.max_length // task.longest))
 

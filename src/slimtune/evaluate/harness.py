@@ -21,12 +21,13 @@ from torch import nn
 
 from slimtune.errors import UserError
 from slimtune.evaluate import folder as written
+from slimtune.evaluate import metrics, scoring
 from slimtune.evaluate.intervals import chance, interval, majority
 from slimtune.evaluate.rows import Prepared
 
 Figure = dict[str, Any]
 """``value``; ``low`` and ``high`` (95% interval) if asked for; ``majority`` beside accuracy and macro-F1, ``chance`` beside
-ROUGE."""
+ROUGE and functions of the user's."""
 See = Callable[[str, int, int], None]
 """What is being done, how many requests of it are through, and of how many."""
 EXTRA = "pip install 'slimtune[eval]'"
@@ -69,17 +70,26 @@ def evaluate_tasks(
         ``{task: {metric: figure}}``; empty on ranks other than the first of a host, for which the harness has no results.
 
     Raises:
-        UserError: the harness is not installed.
+        UserError: the harness is not installed, or a function of the user's has no figure for an answer.
     """
     check_installed()
     with tempfile.TemporaryDirectory(prefix="slimtune-tasks-") as name, _quiet(), _unchanged(model):
         folder = Path(name)
         written.write(folder, tasks)
-        with _watched(see):
+        with _watched(see), _scored(tasks):
             results = _run(getattr(model, "module", model), tokenizer, tasks, folder, batch, seed, bf16)
     if results is None:
         return {}
     return {task.name: _figures(task, results, seed, intervals) for task in tasks}
+
+
+@contextmanager
+def _scored(tasks: Sequence[Prepared]) -> Iterator[None]:
+    try:
+        yield
+    except metrics.Unscored as error:
+        task = next(task for task in tasks if task.name == error.task)
+        raise scoring.told(task.task, error, task.scorer.origins if task.scorer else ()) from error
 
 
 def _run(
@@ -128,10 +138,10 @@ def _without_questions(evaluator: Any) -> Iterator[None]:
 def _figures(task: Prepared, results: Mapping[str, Any], seed: int, intervals: bool) -> dict[str, Figure]:
     name = written.PREFIX + task.name
     samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    kind = task.task.file.metric
+    kind = task.task.file.kind
     baseline = _baseline(task, intervals)
     figures: dict[str, Figure] = {}
-    for metric in written.METRICS[kind]:
+    for metric in written.figures_of(task):
         figure: Figure = {"value": float(results["results"][name][f"{metric},none"])}
         if intervals:
             ends = interval(metric, [sample[metric] for sample in samples], seed, task.name)
@@ -144,9 +154,11 @@ def _figures(task: Prepared, results: Mapping[str, Any], seed: int, intervals: b
 
 def _baseline(task: Prepared, reported: bool) -> dict[str, float]:
     """What answers get that know nothing; of ROUGE, which takes a while, only beside figures that are reported."""
-    if task.task.file.metric == "choice":
+    if task.task.file.kind == "choice":
         return majority([doc["label"] for doc in task.docs])
-    return chance(task.docs) if reported and task.task.file.metric == "rouge" else {}
+    if task.scorer:
+        return dict(task.scorer.chance) if reported else {}
+    return chance(task.docs) if reported and task.task.file.kind == "rouge" else {}
 
 
 def flat(figures: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 Rows are drawn with replacement ``DRAWS`` times, the figure is computed anew on each draw (for a perplexity the ratio of
 sums, for macro-F1 the F1 of every class), and the interval runs from the 2.5th to the 97.5th percentile.
-Where all rows are right, or all are wrong, every draw is the same; an accuracy then has exact ends (Clopper and Pearson 1934).
+Where all rows are right, or all are wrong, every draw is the same; an accuracy, or the share of what is true, then has exact
+ends (Clopper and Pearson 1934).
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ def interval(metric: str, values: Sequence[Any], seed: int, name: str) -> tuple[
 
     Args:
         metric: as in metrics.py.
-        values: what the harness logged, a row each: a number, or a pair for ``macro_f1``, ``perplexity``, ``bits_per_byte``.
+        values: what the harness logged, a row each: a number, true or false, or a pair for ``macro_f1``, ``perplexity``,
+            ``bits_per_byte``.
         name: of the task: its draws are its own, whatever other tasks are run.
     """
     if len(values) < 2:
         return None
     table = np.asarray(values, dtype=np.float64)
-    if metric == "accuracy" and table.min() == table.max():
+    share = metric == "accuracy" or all(isinstance(value, bool) for value in values)
+    if share and table.min() == table.max():
         return _exact(bool(table[0]), len(table))
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     draws = np.array([_STATISTICS.get(metric, _mean)(table[rows]) for rows in _drawn(rng, len(table))])

@@ -55,7 +55,7 @@ def tell(model: str, tasks: Sequence[Prepared], room: int, say: Callable[[str], 
 
 
 def _tell_of_length(tuned: int, tasks: Sequence[Prepared], room: int, say: Callable[[str], None]) -> None:
-    longer = [task.name for task in tasks if task.task.file.metric != "perplexity" and task.longest > tuned]
+    longer = [task.name for task in tasks if task.task.file.kind != "perplexity" and task.longest > tuned]
     if longer and tuned < room:
         say(
             f"rows of {', '.join(longer)} are longer than the {tuned} tokens that this model was tuned on, and are read at "

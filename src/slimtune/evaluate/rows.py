@@ -20,6 +20,7 @@ from slimtune.data.sources import BUILTIN, Row, read_counted
 from slimtune.data.windows import spread
 from slimtune.errors import UserError
 from slimtune.evaluate.choices import answers
+from slimtune.evaluate.scoring import Scorer, tried
 from slimtune.evaluate.tasks import Split, Task
 from slimtune.sections import Source
 
@@ -33,7 +34,7 @@ class Prepared:
     Attributes:
         docs: what stands in the rows' file: ``prompt``, ``choices``, ``label``; ``prompt``, ``completion``; or ``prompt``
             (what precedes a text: nothing where the tokenizer adds a beginning token, else end-of-text), ``text``,
-            ``tokens``, ``bytes``.
+            ``tokens``, ``bytes``. For a function of the user's also ``fields``, JSON of what else the record has.
         origin: where they came from.
         sha256: of the rows before they were cut to the model's window.
         whole: the same of all rows of the split, also of those that were not chosen.
@@ -41,6 +42,7 @@ class Prepared:
         cut: number of prompts that were cut from the left.
         tokens: most tokens to be written; 0 of a perplexity.
         longest: tokens of the row with the most characters, answer included.
+        scorer: the user's function, where the metric is one.
     """
 
     task: Task
@@ -52,6 +54,7 @@ class Prepared:
     cut: int
     tokens: int
     longest: int
+    scorer: Scorer | None = None
 
     @property
     def name(self) -> str:
@@ -111,23 +114,26 @@ def prepare(
 
     Raises:
         Unread: no source can be had.
-        UserError: a source is damaged, or a row is not of the shape that the metric needs.
+        UserError: a source is damaged, a row is not of the shape that the metric needs, or a function of the user's fails.
     """
     rows, empty, origin = _read(task, split)
     most = min(limit or sys.maxsize, task.file.rows or sys.maxsize)
-    if task.file.metric == "perplexity":
+    if task.file.kind == "perplexity":
         every: list[Doc] = [{"text": text} for text in _texts(rows, task)]
         plain = [every[index] for index in spread(len(every), min(most, len(every)))]
         docs = _text_docs([doc["text"] for doc in plain], tokenizer, window)
         return Prepared(task, docs, origin, _digest(plain), _digest(every), 0, 0, 0, _longest(docs, tokenizer))
-    make = _choice_doc if task.file.metric == "choice" else _summary_doc
-    every = [make(row, task.name) for row in rows]
-    plain = [every[index] for index in spread(len(every), min(most, len(every)))]
+    make = _choice_doc if task.file.kind == "choice" else _answer_doc
+    every = [make(row, task) for row in rows]
+    chosen = spread(len(every), min(most, len(every)))
+    plain = [every[index] for index in chosen]
     room = min(window, max_length or window)
     tokens, fit = min(task.file.tokens, room // 2), _fitter(tokenizer, room)
     docs = [fit(doc, tokens) for doc in plain]
     cut = sum(doc["prompt"] != before["prompt"] for doc, before in zip(docs, plain, strict=True))
-    return Prepared(task, docs, origin, _digest(plain), _digest(every), empty, cut, tokens, _longest(docs, tokenizer))
+    scorer = tried(task, docs, [rows[index].origin for index in chosen]) if task.function else None
+    longest = _longest(docs, tokenizer)
+    return Prepared(task, docs, origin, _digest(plain), _digest(every), empty, cut, tokens, longest, scorer)
 
 
 def held_out(tasks: Sequence[Task]) -> tuple[Source, ...]:
@@ -152,7 +158,7 @@ def _read(task: Task, split: Split) -> tuple[list[Row], int, Source]:
     reasons: list[str] = []
     for source in _sources(task, split, reasons):
         try:
-            return *read_counted(source, task.file.join), source
+            return *read_counted(source, task.file.join, bool(task.function)), source
         except UserError as error:
             if Path(source.path).is_file():
                 raise
@@ -186,21 +192,25 @@ def _there(source: Source) -> bool:
     return source.path.startswith(BUILTIN) or Path(source.path).expanduser().is_file() or is_hub_id(source.path)
 
 
-def _choice_doc(row: Row, task: str) -> Doc:
+def _choice_doc(row: Row, task: Task) -> Doc:
     if row.prompt is None or not row.choices or row.label is None:
-        raise UserError(f"{row.origin}: a row of task {task!r} (metric: choice) needs prompt, choices and label")
+        raise UserError(f"{row.origin}: a row of task {task.name!r} (metric: choice) needs prompt, choices and label")
     choices = answers(row)
     if len(set(choices)) < 2 or not all(choice.strip() for choice in choices):
         raise UserError(
-            f"{row.origin}: the choices of a row of task {task!r} are {choices}; give two different ones, none empty"
+            f"{row.origin}: the choices of a row of task {task.name!r} are {choices}; give two different ones, none empty"
         )
     return {"prompt": row.prompt, "choices": choices, "label": row.label}
 
 
-def _summary_doc(row: Row, task: str) -> Doc:
+def _answer_doc(row: Row, task: Task) -> Doc:
     if row.prompt is None or row.completion is None:
-        raise UserError(f"{row.origin}: a row of task {task!r} (metric: rouge) needs prompt and completion")
-    return {"prompt": row.prompt, "completion": row.completion}
+        raise UserError(f"{row.origin}: a row of task {task.name!r} (metric: {task.file.metric}) needs prompt and completion")
+    doc = {"prompt": row.prompt, "completion": row.completion}
+    if row.record is None:
+        return doc
+    others = {key: value for key, value in row.record.items() if key not in doc}
+    return {**doc, "fields": json.dumps(others, default=str)}  # text: rows need not have the same fields of the same types
 
 
 def _texts(rows: Sequence[Row], task: Task) -> list[str]:

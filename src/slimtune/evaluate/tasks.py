@@ -8,18 +8,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from slimtune.errors import UserError, nearest
 from slimtune.sections import Source
 
 Split = Literal["test", "valid"]
+Kind = Literal["choice", "rouge", "perplexity", "own"]
 _SPLITS = ("test", "valid")
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_METRICS = ("choice", "rouge", "perplexity")
+_FUNCTION = re.compile(r"(?:.*\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 
 
 class _File(BaseModel):
@@ -36,20 +39,47 @@ def _source(value: Any) -> Any:
 class TaskFile(_File):
     """What a task's file may say."""
 
-    metric: Literal["choice", "rouge", "perplexity"]
+    metric: str
     """``choice``: accuracy and macro-F1 of the likeliest choice; ``rouge``: ROUGE-1/2/L of a greedy answer;
-    ``perplexity``: of a token, and bits per byte."""
+    ``perplexity``: of a token, and bits per byte; ``FILE.py:FUNCTION``, a file beside this one, or ``MODULE:FUNCTION``: the
+    mean over rows of what a function of the greedy answer and its row gives."""
     sources: tuple[Annotated[dict[str, Any], BeforeValidator(_source)], ...] = Field(min_length=1)
     """Sources as in a recipe (a text is a path); the first that is there is read. ``{split}`` in a path is ``test`` or
     ``valid``, or what the source's own ``splits: {test: ..., valid: ...}`` says; that is also the split of a hub data set."""
     rows: int | None = Field(default=None, gt=0)
     """At most this many rows (of a perplexity: pieces of text), evenly spaced."""
     tokens: int = Field(default=64, gt=0)
-    """``rouge``: at most this many tokens are written."""
+    """``rouge``, or a function: at most this many tokens are written."""
     until: tuple[str, ...] = ("\n",)
-    """``rouge``: what ends an answer, besides the end-of-text token."""
+    """``rouge``, or a function: what ends an answer, besides the end-of-text token."""
     join: str | None = None
     """``perplexity``: the rows are lines of one text; this stands for a row without a word."""
+    lower_is_better: bool | tuple[str, ...] = False
+    """A function: what it gives is the better the lower it is; or the names of those of its figures that are."""
+
+    @property
+    def kind(self) -> Kind:
+        """The metric, or ``own`` for a function."""
+        return cast("Kind", self.metric) if self.metric in _METRICS else "own"
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str) -> str:
+        if value not in _METRICS and not _FUNCTION.fullmatch(value):
+            what = "it names no function" if value.endswith((".py", ".py:")) else "it is no metric"
+            raise ValueError(
+                f"{what}.{nearest(value, _METRICS)} Give {', '.join(_METRICS)}, FILE.py:FUNCTION, or MODULE:FUNCTION"
+            )
+        return value
+
+    @field_validator("lower_is_better", mode="before")
+    @classmethod
+    def _known_direction(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.data.get("metric") in _METRICS:
+            raise ValueError(f"it goes with a function; which way metric: {info.data['metric']} is the better is known")
+        if isinstance(value, (bool, str)) or (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+            return (value,) if isinstance(value, str) else value
+        raise ValueError("give true, or a list of names of figures")
 
 
 class SuiteFile(_File):
@@ -79,6 +109,14 @@ class Task:
     def reading(self, data: str | None) -> Task:
         """The same task on rows of another file."""
         return replace(self, data=data)
+
+    @property
+    def function(self) -> str:
+        """``FILE.py:NAME`` with the file's whole path, or ``MODULE:NAME``, of a metric that is a function; else empty."""
+        if self.file.kind != "own":
+            return ""
+        where, _, name = self.file.metric.rpartition(":")
+        return f"{self.folder / Path(where).expanduser()}:{name}" if where.endswith(".py") else self.file.metric
 
     @property
     def variables(self) -> list[str]:
@@ -168,7 +206,19 @@ def find_task(name: str, folder: Path = Path()) -> Task:
     task = Task(file.stem, content, file.parent, " ".join(comments))
     for raw in content.sources:
         _check_keys(task, raw)
+    _check_function(task)
     return task
+
+
+def _check_function(task: Task) -> None:
+    """Raise UserError where the file of a function is not there; it is not run before the task is prepared."""
+    path = Path(task.function.rpartition(":")[0])
+    if path.suffix == ".py" and not path.is_file():
+        there = [file.name for file in task.folder.glob("*.py")]
+        raise UserError(
+            f"task {task.name!r}: metric={task.file.metric!r}: there is no file {str(path)!r}.{nearest(path.name, there)} "
+            "Its path is relative to the task's file"
+        )
 
 
 def _check_keys(task: Task, raw: Mapping[str, Any]) -> None:
@@ -222,4 +272,4 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {where!r}.{nearest(where, known)} Known: {', '.join(known)}"
     if first["type"] == "missing":
         return f"{where} is missing; known keys: {', '.join(model.model_fields)}"
-    return f"{where}={first['input']!r} is not valid: {first['msg']}"
+    return f"{where}={first['input']!r} is not valid: {first['msg'].removeprefix('Value error, ')}"

@@ -9,6 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from slimtune.train.task_figures import better
+
 _LABELS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
@@ -18,7 +20,6 @@ _LABELS = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits/byte",
 }
-_LOWER = ("perplexity", "bits_per_byte")
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -52,11 +53,14 @@ def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
     poor = False
     for index, (metric, figure) in enumerate(task["figures"].items()):
         baseline = figure.get("majority", figure.get("chance"))
-        weak = baseline is not None and (figure["low"] if figure["low"] is not None else figure["value"]) <= baseline
+        lower = figure.get("better", better(metric)) == "lower"
+        end = figure["high" if lower else "low"]
+        worst = figure["value"] if end is None else end
+        weak = baseline is not None and (worst >= baseline if lower else worst <= baseline)
         poor |= weak
         table.add_row(
             Text(f" {name}" if index == 0 else ""),
-            Text(_LABELS.get(metric, metric) + (" ↓" if metric in _LOWER else "")),
+            Text(_LABELS.get(metric, metric) + (" ↓" if lower else "")),
             Text(_number(metric, figure["value"]), style="bold yellow" if weak else "bold"),
             Text(_interval(metric, figure, task["rows"]), style="dim"),
             Text("" if baseline is None else _number(metric, baseline)),
@@ -76,14 +80,19 @@ def _number(metric: str, value: float) -> str:
         return f"{value:.3f}"
     if metric == "perplexity":
         return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-    return f"{100 * value:.1f}"
+    if metric in _LABELS:
+        return f"{100 * value:.1f}"
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"  # of a function, in what it is in
 
 
 def _footer(found: dict[str, Any], poor: bool) -> str:
     lines = ["Accuracy, macro-F1 and ROUGE in percent; ↓ lower is better."]
-    lines.append("baseline: the most frequent answer, always given; of ROUGE, the reference answer of another row.")
+    own = any(name not in _LABELS for task in found["tasks"].values() for name in task["figures"])
+    written = "ROUGE and metrics of your own (plain numbers)" if own else "ROUGE"
+    lines.append(f"baseline: the most frequent answer, always given; of {written}, the reference answer of another row.")
     if poor:
-        lines.append("Yellow: the interval does not lie above the baseline.")
+        below = ", or below it where lower is better" if own else ""
+        lines.append(f"Yellow: the interval does not lie above the baseline{below}.")
     if given := [f"{name} ({found['tasks'][name]['source']})" for name in _given(found)]:
         lines.append(f"Rows of a given file, of no split: {', '.join(given)}.")
     if empty := [f"{task['rows_empty']:,} of {name}" for name, task in found["tasks"].items() if task["rows_empty"]]:
