@@ -162,6 +162,92 @@ def test_defaults_are_valid_when_written_out() -> None:
     assert parse(yaml.safe_load(Recipe().to_yaml())) == Recipe()
 
 
+# --- guards --------------------------------------------------------------------------------------------------------------
+
+
+def test_guards_from_a_file_and_from_the_command_line(file: Path) -> None:
+    file.write_text("guard: {general.bits_per_byte: '<= dense + 0.05', ppl: < 30, healthcare: {rqe: {accuracy: '> 0.5'}}}")
+    flat = {"general.bits_per_byte": "<= dense + 0.05", "ppl": "< 30", "healthcare.rqe.accuracy": "> 0.5"}
+    assert load(file).guard == flat
+    words = ["guard.ppl=>= 0.95 x dense", "guard.general.bits_per_byte=> 2", "guard.speed.decode_ms@8=<= 0.7 x dense"]
+    changed = {"ppl": ">= 0.95 x dense", "general.bits_per_byte": "> 2", "speed.decode_ms@8": "<= 0.7 x dense"}
+    assert load(file, words).guard == flat | changed
+    assert load(file, ["guard.ppl= >=3", "guard.loss='>= 1'", "guard.bytes=≤ 5"]).guard == flat | {
+        "ppl": ">=3",
+        "loss": ">= 1",
+        "bytes": "≤ 5",
+    }
+    assert load(file, ["guard={ppl: < 3}"]).guard == {"ppl": "< 3"}
+    assert load(file, ["guard={}"]).guard == {}
+    recipe = load(file, words)
+    assert parse(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
+    ("guard", "message"),
+    [
+        ({"ppl": "0.95 x dense"}, r"^guard\.ppl: '0\.95 x dense' does not begin with <=, >=, < or >; write e\.g\."),
+        ({"ppl": 30}, r"^guard\.ppl: '30' does not begin with"),
+        ({"ppl": None}, r"^guard\.ppl: '' does not begin with"),
+        ({"a": {"b": "> dens"}}, r"^guard\.a\.b: 'dens' in '> dens' is unknown\. Did you mean 'dense'\?"),
+        ({"ppl": "<= baseline"}, r"^guard\.ppl: a run does not know 'baseline'; it knows dense \(its base\) and dense_lora"),
+        ({"ppl": ">= dense - noise"}, r"^guard\.ppl: a run does not know 'noise'"),
+        ({"ppl": ["< 3"]}, r"guard=\['< 3'\] is not valid: Input should be a valid string"),
+        ({"ppl": {}}, r"guard=\{\} is not valid"),
+        (["ppl < 3"], r"guard=\['ppl < 3'\] is not valid"),
+    ],
+)
+def test_what_is_no_guard_says_so(guard: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse({"guard": guard})
+
+
+@pytest.mark.parametrize("text", ["guard:\n  ppl: >= 0.9 x dense\n", "guard:\n  ppl: > 30\n", "guard: {ppl: >= 3}\n"])
+def test_a_condition_without_quotes_is_told_how_to_mend_it(text: str, file: Path) -> None:
+    file.write_text(text)
+    with pytest.raises(UserError, match=r"a condition that begins with > needs quotes: '>= 0.95 x dense'"):
+        load(file)
+    file.write_text("guard: {ppl: [}\n")
+    with pytest.raises(UserError) as caught:
+        load(file)
+    assert "quotes" not in str(caught.value)
+
+
+def test_a_bare_condition_inside_an_override_is_told_too(file: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)not valid YAML: .* needs quotes"):
+        load(file, ["guard={ppl: >= 3}"])
+
+
+def test_secrets_of_an_alarm_stay_variables(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKEN", "hunter2")
+    monkeypatch.setenv("HOW", "stop")
+    file.write_text(
+        "alarm: {webhook: 'https://x/${TOKEN}', command: 'curl -H ${TOKEN} x', then: '${HOW}'}\nout: runs/${TOKEN}\n"
+    )
+    recipe = load(file)
+    assert (recipe.alarm.webhook, recipe.alarm.command) == ("https://x/${TOKEN}", ("curl", "-H", "${TOKEN}", "x"))
+    assert (recipe.alarm.then, recipe.out) == ("stop", "runs/hunter2")  # all else is read as ever
+    assert parse(yaml.safe_load(recipe.to_yaml())) == recipe
+    monkeypatch.delenv("TOKEN")
+    assert load(file, ["out=x"]).alarm == recipe.alarm  # asked for when the run begins
+    monkeypatch.delenv("HOW")
+    with pytest.raises(UserError, match="HOW is not set"):
+        load(file, ["out=x"])
+
+
+def test_an_alarm_that_cannot_be_read(file: Path) -> None:
+    for word, message in {
+        "alarm.then=halt": "alarm.then='halt' is not valid",
+        "alarm.command='a \"b'": "alarm.command='a \"b' is not valid: .*No closing quotation",
+        "alarm.timeout=0": "alarm.timeout=0 is not valid: .*greater than 0",
+        "alarm.webhok=x": r"unknown key 'alarm.webhok'. Did you mean 'webhook'\?",
+        "speed.batches=[]": "speed.batches=.* is not valid",
+        "speed.measure=maybe": "speed.measure='maybe' is not valid",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            load(file, [word])
+
+
 @given(
     keep=st.floats(0.01, 1.0),
     lr=st.floats(1e-9, 1.0),

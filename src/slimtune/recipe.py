@@ -36,7 +36,7 @@ from slimtune.sections import (
     TrainConfig,
     TwoStageConfig,
 )
-from slimtune.yaml_file import Loader, read_yaml
+from slimtune.yaml_file import Loader, read_yaml, told
 
 
 class Recipe(Section):
@@ -208,7 +208,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:  # to YAML a > begins a block of text, which has no place in one line: here it begins a condition
         value = text.strip() if text.lstrip().startswith(">") else yaml.load(text, Loader)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is not valid YAML: {error}") from error
+        raise UserError(f"override {override!r}: the value is not valid YAML: {told(error)}") from error
     *parents, leaf = key.strip().split(".")
     node = raw
     for name in parents:

@@ -36,7 +36,14 @@ def read_yaml(path: str | Path, kind: str, example: str) -> dict[str, Any]:
     try:
         raw = yaml.load(file.read_text(encoding="utf-8"), Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{kind} {str(path)!r} is not valid YAML: {error}") from error
+        raise UserError(f"{kind} {str(path)!r} is not valid YAML: {told(error)}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{kind} {str(path)!r} must be a mapping of keys to values, not {type(raw).__name__}")
     return raw
+
+
+def told(error: Exception) -> str:
+    """What is wrong, and of a condition without quotes (``accuracy: >= 0.9``) how to mend it."""
+    text = str(error)
+    bare = "while scanning a block scalar" in text or "found character '>'" in text
+    return f"{text}; a condition that begins with > needs quotes: '>= 0.95 x dense'" if bare else text

@@ -103,6 +103,14 @@ def test_what_changes_nothing_learned_may_change_on_a_resume(tmp_path: Path, key
     assert (tmp_path / "checkpoint-main.pt").read_text() == "weights"
 
 
+def test_what_a_run_is_held_to_may_change_on_a_resume(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(parse({"out": str(tmp_path), "guard": {"ppl": "< 3", "loss": "< 1"}}).to_yaml())
+    changed = {"guard": {"ppl": "< 5"}, "alarm": {"then": "stop"}, "speed": {"batches": [1, 8]}}
+    open_folder(parse({"out": str(tmp_path)} | changed), True, False)
+    with pytest.raises(UserError, match=r"only alarm, .*, guard, .*, speed, .* may change"):
+        open_folder(parse({"out": str(tmp_path), "seed": 1}), True, False)
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [("train.micro_batch", 2), ("model.attention", "eager"), ("device", "cpu"), ("evaluate.every", 3), ("train.lr", 1e-5)],

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from slimtune.condition import Condition
+from slimtune.errors import UserError
 from slimtune.section import Section
 from slimtune.sections.bounds import Positive
 
@@ -19,17 +22,21 @@ def _flat(value: Any) -> Any:
     found: dict[str, Any] = {}
     for key, item in value.items():
         inner = _flat(item)
-        found |= {f"{key}.{name}": each for name, each in inner.items()} if isinstance(inner, dict) else {str(key): inner}
+        nested = isinstance(inner, dict) and inner
+        found |= {f"{key}.{name}": each for name, each in inner.items()} if nested else {str(key): _text(inner)}
     return found
+
+
+def _text(value: Any) -> Any:
+    """A bare number, or nothing, as text: what is wrong with it is told as of any other condition."""
+    return "" if value is None else str(value) if isinstance(value, (int, float)) else value
 
 
 def _checked(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
-        unfit = {"baseline", "noise"} & set(Condition.of(text, f"guard.{name}").words)
-        if unfit:
-            raise ValueError(
-                f"guard.{name}: {unfit.pop()!r} is for slimtune check; a run knows itself, dense (its base) and dense_lora"
-            )
+        for word in Condition.of(text, f"guard.{name}").words:
+            if word in ("baseline", "noise"):
+                raise UserError(f"guard.{name}: a run does not know {word!r}; it knows dense (its base) and dense_lora")
     return value
 
 
@@ -38,9 +45,13 @@ Guard = Annotated[dict[str, str], BeforeValidator(_flat), AfterValidator(_checke
 
 
 def _words(value: Any) -> Any:
-    import shlex
+    if isinstance(value, str):
+        return tuple(shlex.split(value))
+    return tuple(map(_path, value)) if isinstance(value, (list, tuple)) else value
 
-    return tuple(shlex.split(value)) if isinstance(value, str) else value
+
+def _path(value: Any) -> Any:
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class AlarmConfig(Section):

@@ -43,8 +43,8 @@ FREE_ON_RESUME = frozenset(
     }
 )
 """Keys that may be others on a resume: none changes what is learned (threads, processes, compiling: but for rounding)."""
-FREE_SECTIONS = ("guard.", "alarm.", "speed.")
-"""Beginnings of keys of which that is true as well."""
+FREE_SECTIONS = ("guard", "alarm", "speed")
+"""Sections of which that is true as well."""
 
 
 def open_folder(recipe: Recipe, resume: bool, overwrite: bool) -> RunFolder:
@@ -144,13 +144,13 @@ def _same_recipe(stored: dict[str, Any], recipe: Recipe) -> None:
         stored = yaml.safe_load(type(recipe).model_validate(stored).to_yaml())
     before, now = _flat(stored), _flat(yaml.safe_load(recipe.to_yaml()))
     for key in sorted((set(before) | set(now)) - FREE_ON_RESUME):
-        if key.startswith(FREE_SECTIONS):
+        if key.partition(".")[0] in FREE_SECTIONS:
             continue
         old, new = before.get(key), now.get(key)
         if old != new:
             raise UserError(
                 f"--resume: {key} is {new!r} now but {old!r} in the run's recipe.yaml; resume with the same recipe (only "
-                f"{', '.join(sorted(FREE_ON_RESUME))} may change) or start anew with --overwrite"
+                f"{', '.join(sorted({*FREE_ON_RESUME, *FREE_SECTIONS}))} may change) or start anew with --overwrite"
             )
 
 
