@@ -71,3 +71,9 @@ def test_what_is_no_condition_says_so(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         Condition.of(text, "guard.ppl")
     assert str(caught.value).startswith("guard.ppl: ")
+
+
+def test_numbers_that_are_none_are_refused_and_overflow_is_not_within() -> None:
+    with pytest.raises(UserError, match=r"'1e999' in '<= 1e999' is too large a number"):
+        Condition.of("<= 1e999")
+    assert math.isnan(Condition.of("<= 1e308 x dense - 1e308 x dense").limit({"dense": 1e9}))

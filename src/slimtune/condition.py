@@ -67,7 +67,7 @@ class Condition:
 
     def limit(self, values: Mapping[str, float]) -> float:
         """The bound, where every one of ``words`` has a value; NaN where one has none."""
-        return math.fsum(number * (values.get(word, math.nan) if word else 1.0) for number, word in self.terms)
+        return sum(number * (values.get(word, math.nan) if word else 1.0) for number, word in self.terms)  # fsum may raise
 
     def holds(self, value: float, values: Mapping[str, float]) -> bool:
         """Whether ``value`` is within the bound; never where either is NaN."""
@@ -89,4 +89,6 @@ def _term(text: str, sign: str, whole: str, name: str) -> tuple[float, str | Non
     if word is not None and word not in WORDS:
         raise UserError(f"{name}: {word!r} in {whole!r} is unknown.{nearest(word, WORDS)} Known words: {', '.join(WORDS)}")
     number = float(factor or 1.0) * (0.01 if found["percent"] else 1.0)
+    if not math.isfinite(number):
+        raise UserError(f"{name}: {text.strip()!r} in {whole!r} is too large a number; {_EXAMPLE}")
     return (-number if sign == "-" else number), "dense" if word == "base" else word

@@ -128,7 +128,7 @@ class Run:
         check_target(self.folder / "model", of_run=True)
         check_model(self.folder, recipe)
         preflight.check_method(recipe, self.structure)
-        self.appraisal = Appraisal(recipe, self.folder, self.stages, self.progress.say)
+        self.appraisal = Appraisal(recipe, self.config, self.folder, self.stages, self.progress.say)
         preflight.check_teacher(recipe, self.config.vocab_size)
         check_attention(recipe.model, str(self.accelerator.device))
         preflight.check_quantize(recipe, str(self.accelerator.device))
@@ -136,6 +136,7 @@ class Run:
         self.tokenizer = load_tokenizer(recipe.model)
         self.splits = preflight.read(recipe, self.config.vocab_size, self.tokenizer, self.progress)
         self.figures = Measure(self.resolved, self.splits, self.tokenizer, self.accelerator, self.config, self.progress.say)
+        self.appraisal.check(self.figures.names, self.accelerator.device.type)
         difference = self_check(self.config, recipe.seed)
         self.progress.say(f"self-check: masked and cut logits differ by {difference:.1e} on a two-layer clone")
         check_weights(recipe.model)
@@ -189,9 +190,7 @@ class Run:
         base = self._stage("base", self._measure_base) if recipe.model.init == "pretrained" else {}
         wanted = recipe.evaluate.dense_lora and recipe.method != "finetune"
         dense = self._stage("dense_lora", self._measure_dense) if wanted else {}
-        if "dense" in self.appraisal.missing:  # a guard that came with a resume
-            self._measure_base()
-        self.appraisal.start()
+        self.appraisal.start(base, dense, {"dense": self._measure_base, "dense_lora": self._measure_dense})
         outcome, cost = self.train(METHODS[recipe.method], "main")
         result, difference = deliver(self._made(), outcome, {"base": base, "dense_lora": dense})
         result |= cost

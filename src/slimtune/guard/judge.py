@@ -2,72 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from slimtune.condition import Condition
-from slimtune.errors import UserError
+from slimtune.errors import UserError, nearest
 from slimtune.guard.alarm import Alarm
-from slimtune.guard.names import check
+from slimtune.guard.names import at_steps, check
+from slimtune.guard.ruling import Figures, Ruling, rule
 from slimtune.recipe import Recipe
 from slimtune.train.judgement import Breach, Judgement
 
-Figures = Mapping[str, float]
+Bounds = Mapping[str, Sequence[tuple[str, Condition]]]
 SEARCHES = ("search", "settle", "decide")
 """Phases before the cut."""
-
-
-@dataclass(frozen=True)
-class Ruling:
-    """One figure and its bound.
-
-    Attributes:
-        guard: as the recipe names it.
-        figure: as a run calls it.
-        condition: as text.
-        value: of the figure; None where it was not measured.
-        limit: that the condition comes to; None where what it is relative to was not measured.
-        holds: whether the figure is within.
-        words: values of what the condition is relative to.
-    """
-
-    guard: str
-    figure: str
-    condition: str
-    value: float | None
-    limit: float | None
-    holds: bool
-    words: dict[str, float]
-
-    @property
-    def told(self) -> str:
-        """In a sentence."""
-        value = "was not measured" if self.value is None else f"is {self.value:.4g}"
-        bound = self.condition if not self.words or self.limit is None else f"{self.condition} = {self.limit:.4g}"
-        return f"{self.guard}{'' if self.figure in self.guard else f' ({self.figure})'} {value}, to be {bound}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in summary.json."""
-        return asdict(self)
-
-
-def rule(guard: str, figure: str, condition: Condition, figures: Figures, references: Mapping[str, Figures]) -> Ruling:
-    """Hold a figure to its bound; what is not measured is not within.
-
-    Args:
-        references: figures of ``dense``, ``dense_lora``, ..., as far as they were taken.
-    """
-    words = {word: references.get(word, {}).get(figure, math.nan) for word in condition.words}
-    value, limit = float(figures.get(figure, math.nan)), condition.limit(words)
-    known = {word: number for word, number in words.items() if not math.isnan(number)}
-    holds = condition.holds(value, words)
-    return Ruling(guard, figure, condition.text, _finite(value), _finite(limit), holds, known)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+_LATER = ("parameters", "block_ratio", "bytes", "seconds")
+"""Figures that every written model has, and ``Measure`` does not take."""
 
 
 class Judge:
@@ -78,6 +28,7 @@ class Judge:
         say: gets a line for what is told.
 
     Attributes:
+        bounds: ``{figure: [(guard, condition), ...]}``; followed: those whose figures are taken at every evaluation, too.
         references: validation figures of ``dense`` and ``dense_lora``, set when they are taken.
 
     Raises:
@@ -87,7 +38,9 @@ class Judge:
     def __init__(self, recipe: Recipe, say: Callable[[str], None]):
         self.recipe, self.say, self.alarm = recipe, say, Alarm(recipe.alarm, recipe.out, say)
         self.bounds = check(recipe)
-        self.references: dict[str, Figures] = {}
+        some = recipe.alarm.begin != "end" and recipe.evaluate.every > 0
+        self.followed = {figure: guards for figure, guards in self.bounds.items() if some and at_steps(figure)}
+        self.references: Mapping[str, Figures] = {}
         self.breached: set[tuple[str, str]] = set()
 
     @property
@@ -97,35 +50,64 @@ class Judge:
         return measure is True or (measure == "auto" and any(figure.startswith("speed.") for figure in self.bounds))
 
     @property
-    def at_steps(self) -> bool:
-        """Whether figures on the way are held to anything."""
-        return bool(self.bounds) and self.recipe.alarm.begin != "end" and self.recipe.evaluate.every > 0
+    def needed(self) -> list[str]:
+        """Words of ``followed``: models whose validation figures are needed."""
+        found = (word for guards in self.followed.values() for _, condition in guards for word in condition.words)
+        return list(dict.fromkeys(found))
 
-    def check_names(self, figures: Figures) -> None:
-        """Raise UserError where a guard names a figure of a task that, as its rows show, the task does not have."""
+    def check_names(self, taken: Collection[str], cuda: bool) -> None:
+        """Raise UserError where a guard names a figure that this run will not have.
+
+        Args:
+            taken: names of the figures that it takes of every model.
+            cuda: whether it runs on a GPU, where memory is counted.
+        """
+        known = {*taken, *_LATER, *(["memory", "speed.memory_bytes"] if cuda else [])}
         for figure, guards in self.bounds.items():
+            if figure in known or (figure.startswith("speed.") and figure != "speed.memory_bytes"):
+                continue
+            start = f"guard.{guards[0][0]}: this run will not have {figure!r}: "
             task, _, metric = figure.partition(".")
-            known = [key.partition(".")[2] for key in figures if key.startswith(f"{task}.")]
-            if metric and known and figure not in figures and task != "speed":
-                raise UserError(f"guard.{guards[0][0]}: task {task!r} has no figure {metric!r}; it has {', '.join(known)}")
+            if figure in ("memory", "speed.memory_bytes"):
+                raise UserError(f"{start}memory is counted on a GPU alone; drop the guard")
+            if not metric:
+                lacking = "data.valid has no token" if figure == "valid_ppl" else "no row of data.test has choices and a label"
+                raise UserError(f"{start}{lacking}; drop the guard")
+            its = [name.partition(".")[2] for name in taken if name.startswith(f"{task}.")]
+            raise UserError(f"{start}task {task!r} has no {metric!r}.{nearest(metric, its)} Its figures: {', '.join(its)}")
+
+    def check_references(self, references: Mapping[str, Figures], bounds: Bounds, rows: str) -> None:
+        """Raise UserError where a condition is relative to a figure that its model turned out not to have.
+
+        Args:
+            bounds: ``bounds`` or ``followed``.
+            rows: what the figures were taken on, in words.
+        """
+        for ruling in self._rulings(bounds, {}, references):
+            if ruling.limit is None and not ruling.figure.startswith("speed."):
+                raise UserError(
+                    f"guard.{ruling.guard}: {ruling.condition!r} cannot be held: what it is relative to has no finite "
+                    f"{ruling.figure!r} on {rows}; write a number, or drop the guard"
+                )
 
     def at_step(self, figures: Figures, phase: str, step: int) -> Judgement:
-        """Validation figures of a step; only those that are taken at steps are judged."""
-        if not self.at_steps or (phase in SEARCHES and self.recipe.alarm.begin == "recover"):
+        """Validation figures of a step; of the guards those on figures that are taken at steps."""
+        if phase in SEARCHES and self.recipe.alarm.begin == "recover":
             return Judgement()
-        rulings = [ruling for ruling in self._rulings(figures, self.references) if ruling.figure in figures]
-        return self._judged(rulings, {"phase": phase, "step": step})
+        return self._judged(self._rulings(self.followed, figures, self.references), {"phase": phase, "step": step})
 
     def at_end(self, figures: Figures, references: Mapping[str, Figures]) -> tuple[list[Ruling], Judgement]:
         """All figures of the written model, by those of the others on the same rows."""
-        rulings = self._rulings(figures, references)
-        self.breached.clear()  # of other rows: each is told anew
+        rulings = self._rulings(self.bounds, figures, references)
+        # of other rows: what is out is told anew, and what is in has come back
+        self.breached -= {(ruling.guard, ruling.figure) for ruling in rulings if not ruling.holds}
         return rulings, self._judged(rulings, {"phase": "end", "step": None})
 
-    def _rulings(self, figures: Figures, references: Mapping[str, Figures]) -> list[Ruling]:
+    @staticmethod
+    def _rulings(bounds: Bounds, figures: Figures, references: Mapping[str, Figures]) -> list[Ruling]:
         return [
             rule(guard, figure, condition, figures, references)
-            for figure, guards in self.bounds.items()
+            for figure, guards in bounds.items()
             for guard, condition in guards
         ]
 
@@ -146,7 +128,7 @@ class Judge:
             return None
         told = "; ".join(ruling.told for ruling in out)
         if when["step"] is None:
-            return Breach(f"guard: {told}. The model is written; the run ends with this code because of alarm.then=stop")
+            return Breach(f"guard: {told}. The model is written; the run ends with exit code 1 (alarm.then=stop)")
         return Breach(
             f"guard: {told}, at step {when['step']} of {when['phase']}. The run stopped (alarm.then=stop) with a checkpoint: "
             "go on with --resume alarm.then=warn, or change the bound; to cut less, raise budget.keep and start anew"

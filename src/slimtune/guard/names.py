@@ -27,8 +27,12 @@ OWN = {
     "seconds": "of training",
 }
 """Figures of a run that are of no task."""
-SPEED = re.compile(r"speed\.(?:(?:prefill|first_token|decode)_ms(?:@(?P<batch>\d+))?|memory_bytes)")
+AT_STEPS = ("ppl", "loss")
+"""Those of them that are taken at every evaluation, as the figures of tasks are."""
+SPEED = re.compile(r"speed\.(?:(?:prefill|decode)_ms(?:@(?P<batch>[1-9]\d*))?|first_token_ms|memory_bytes)")
 """Figures of speed: see ``slimtune.bench.named``."""
+_OF_TRAINING = ("seconds", "memory")
+"""The untuned base has none of these."""
 _METRICS = {
     "choice": ("accuracy", "macro_f1"),
     "rouge": ("rouge1", "rouge2", "rougeL"),
@@ -50,8 +54,8 @@ def figures_of(guard: str, tasks: Sequence[str]) -> list[str]:
         return [guard]
     if guard.startswith("speed."):
         raise UserError(
-            f"guard.{guard}: no such figure of speed; name speed.prefill_ms, speed.first_token_ms, speed.decode_ms (of another "
-            "batch than the smallest: speed.decode_ms@8) or speed.memory_bytes"
+            f"guard.{guard}: no such figure of speed; name speed.prefill_ms, speed.decode_ms (of another batch than the "
+            "smallest of speed.batches: speed.decode_ms@8), speed.first_token_ms (of one row) or speed.memory_bytes"
         )
     followed = {task.name: task for task in map(find_task, tasks)}
     head, _, rest = guard.partition(".")
@@ -63,37 +67,46 @@ def figures_of(guard: str, tasks: Sequence[str]) -> list[str]:
     raise UserError(f"guard.{guard}: {head!r} is no figure, followed task or suite.{nearest(head, known)} {_told(followed)}")
 
 
+def at_steps(figure: str) -> bool:
+    """Whether a figure is taken at every evaluation, and not at the end alone."""
+    return figure in AT_STEPS or (figure not in OWN and not figure.startswith("speed."))
+
+
 def _told(followed: dict[str, Task]) -> str:
     tasks = f"tasks of evaluate.tasks: {', '.join(followed)}" if followed else "evaluate.tasks names none to follow"
     return f"Figures: {', '.join(OWN)}, speed.decode_ms; {tasks}"
 
 
 def _of_suite(guard: str, suite: str, rest: str, followed: dict[str, Task]) -> list[str]:
-    members = [task.name for tasks in find_suites([suite]).values() for task in tasks]
+    """One task of a suite or of one inside it by ``TASK.FIGURE``, or by ``FIGURE`` the suite's own that have it."""
+    suites = find_suites([suite])
+    own, members = suites.get(suite, []), [task.name for tasks in suites.values() for task in tasks]
     name, _, metric = rest.partition(".")
-    if metric:
-        if name not in members:
-            raise UserError(f"guard.{guard}: {name!r} is no task of {suite}.{nearest(name, members)} Its: {', '.join(members)}")
-        if name not in followed:
-            raise UserError(f"guard.{guard}: the run does not follow {name!r}; add it to evaluate.tasks, or drop the guard")
-        return [_of_task(guard, followed[name], metric)]
-    own = [task.name for task in find_suites([suite]).get(suite, ())]
-    having = [task for task in own if task in followed and rest in _METRICS.get(followed[task].file.metric, ())]
-    if not having:
-        raise UserError(
-            f"guard.{guard}: no task of {suite} with a figure {rest!r} is followed; add one of {', '.join(own)} to "
-            "evaluate.tasks, or name SUITE.TASK.FIGURE"
-        )
-    return [f"{task}.{rest}" for task in having]
+    if not metric and name not in members:
+        return _of_all(guard, suite, own, rest, followed)
+    if name not in members:
+        raise UserError(f"guard.{guard}: {name!r} is no task of {suite}.{nearest(name, members)} Its: {', '.join(members)}")
+    if name not in followed:
+        raise UserError(f"guard.{guard}: the run does not follow {name!r}; add it to evaluate.tasks, or drop the guard")
+    return [_of_task(guard, followed[name], metric)]
+
+
+def _of_all(guard: str, suite: str, own: Sequence[Task], metric: str, followed: dict[str, Task]) -> list[str]:
+    figures = dict.fromkeys(name for task in own for name in _METRICS.get(task.file.metric, ()))
+    if metric not in figures:
+        given = f"no task of {suite} has {metric!r}.{nearest(metric, figures)}" if metric else "name a figure."
+        raise UserError(f"guard.{guard}: {given} Figures of {suite}: {', '.join(figures)}; or name SUITE.TASK.FIGURE")
+    having = [task.name for task in own if metric in _METRICS.get(task.file.metric, ())]
+    if not (found := [f"{name}.{metric}" for name in having if name in followed]):
+        raise UserError(f"guard.{guard}: the run follows none of {', '.join(having)}; add one to evaluate.tasks, or drop it")
+    return found
 
 
 def _of_task(guard: str, task: Task, metric: str) -> str:
-    known = _METRICS.get(task.file.metric)
+    known = _METRICS.get(task.file.metric, ())  # those of a function are known when it was tried on the task's rows
     if not metric or (known and metric not in known):
-        given = f"has no figure {metric!r}.{nearest(metric, known or ())}" if metric else "has several figures: name one."
-        raise UserError(
-            f"guard.{guard}: task {task.name!r} {given} Its figures: {', '.join(known or ('those of its metric',))}"
-        )
+        given = f"has no figure {metric!r}.{nearest(metric, known)}" if metric else "has several figures: name one."
+        raise UserError(f"guard.{guard}: task {task.name!r} {given} Its: {', '.join(known) or 'those that its function gives'}")
     return f"{task.name}.{metric}"
 
 
@@ -106,15 +119,30 @@ def check(recipe: Recipe) -> dict[str, list[tuple[str, Condition]]]:
     found: dict[str, list[tuple[str, Condition]]] = {}
     for name, text in recipe.guard.items():
         condition = Condition.of(text, f"guard.{name}")
-        if "dense" in condition.words and not (recipe.evaluate.base and recipe.model.init == "pretrained"):
-            raise UserError(f"guard.{name}: {text!r} is relative to the base, which evaluate.base=false leaves unmeasured")
-        if "dense_lora" in condition.words and not (recipe.evaluate.dense_lora and recipe.method != "finetune"):
-            raise UserError(f"guard.{name}: {text!r} needs evaluate.dense_lora=true: the uncut model tuned on the same tokens")
         _check_speed(name, condition, recipe)
         for figure in figures_of(name, recipe.evaluate.tasks):
+            _check_words(name, figure, condition, recipe)
             found.setdefault(figure, []).append((name, condition))
     _check_alarm(recipe)
     return found
+
+
+def _check_words(guard: str, figure: str, condition: Condition, recipe: Recipe) -> None:
+    """Raise UserError where a model that the condition is relative to is not measured, or has no such figure."""
+    start = f"guard.{guard}: {condition.text!r} "
+    if "dense" in condition.words:
+        if recipe.model.init != "pretrained":
+            raise UserError(f"{start}is relative to the base, and model.init={recipe.model.init} has none; give a number")
+        if not recipe.evaluate.base and not figure.startswith("speed."):
+            raise UserError(f"{start}is relative to the base, which evaluate.base=false leaves unmeasured")
+        if figure in _OF_TRAINING:
+            raise UserError(f"{start}is relative to the base, which was not trained here; write dense_lora, or a number")
+    if "dense_lora" in condition.words:
+        if figure == "bytes":
+            raise UserError(f"{start}is relative to a model that is not written: write dense for dense_lora")
+        if not recipe.evaluate.dense_lora or recipe.method == "finetune":
+            other = "; method=finetune has no such reference" if recipe.method == "finetune" else ""
+            raise UserError(f"{start}needs evaluate.dense_lora=true: the uncut model tuned on the same tokens{other}")
 
 
 def _check_speed(name: str, condition: Condition, recipe: Recipe) -> None:
@@ -123,8 +151,9 @@ def _check_speed(name: str, condition: Condition, recipe: Recipe) -> None:
     if recipe.speed.measure is False:
         raise UserError(f"guard.{name}: speed.measure=false leaves it unmeasured; set it to auto, or drop the guard")
     batches = recipe.speed.batches
-    if found["batch"] and int(found["batch"]) not in sorted(batches)[1:]:
-        raise UserError(f"guard.{name}: speed.batches={list(batches)} does not hold it beside a smaller one; add it")
+    if found["batch"] and int(found["batch"]) not in sorted(set(batches))[1:]:
+        smallest = f"; the smallest has no @: {name.partition('@')[0]}" if int(found["batch"]) == min(batches) else ""
+        raise UserError(f"guard.{name}: speed.batches={list(batches)} does not hold it beside a smaller one; add it{smallest}")
     if "dense_lora" in condition.words:
         raise UserError(f"guard.{name}: the uncut model is as fast tuned as untuned: write dense for dense_lora")
 
