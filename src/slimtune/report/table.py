@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from slimtune.guard.ruling import Ruling
 from slimtune.train.task_figures import names_of, told
 
 Summary = dict[str, Any]
@@ -29,7 +30,29 @@ def render(summary: Summary) -> RenderableType:
             table.add_row(label, *cells)
     for key, label in names_of(summary[name] for name in present).items():
         table.add_row(label, *(told(summary[name], key) for name in present))
-    return Group(table, Text(_footer(summary)), *(Text(line, "yellow") for line in cautions(summary)))
+    for label, cells in _speeds(summary, present):
+        table.add_row(label, *cells)
+    below = [*_guards(summary), *(Text(line, "yellow") for line in cautions(summary))]
+    return Group(table, Text(_footer(summary)), *below)
+
+
+def _speeds(summary: Summary, present: list[str]) -> list[tuple[str, list[str]]]:
+    """Rows of what was timed; of dense LoRA nothing is."""
+    speed = summary.get("speed") or {}
+    rows = []
+    for figure in speed.get("result", {}):
+        name, _, batch = figure.removeprefix("speed.").partition("@")
+        label = _SPEEDS[name] + (f", batch {batch}" if batch else "")
+        form = _bytes if name == "memory_bytes" else _milliseconds
+        rows.append((label, [_cell(speed.get(model, {}), figure, form, None) for model in present]))
+    return rows
+
+
+def _guards(summary: Summary) -> list[Text]:
+    """A line for each figure that was held to a bound."""
+    rulings = [Ruling(**each) for each in summary.get("guard") or ()]
+    verdicts = {True: ("holds   ", "green"), False: ("BREACHED", "bold red")}
+    return [Text.assemble("guard      ", verdicts[ruling.holds], f" {ruling.told}") for ruling in rulings]
 
 
 def cautions(summary: Summary) -> list[str]:
@@ -71,6 +94,10 @@ def _bytes(value: int, figures: Summary, base: Summary | None) -> str:
     return f"{value / 1e6:,.1f} MB"
 
 
+def _milliseconds(value: float, figures: Summary, base: Summary | None) -> str:
+    return f"{value:,.2f} ms"
+
+
 def _seconds(value: float, figures: Summary, base: Summary | None) -> str:
     return f"{value:,.0f} s"
 
@@ -86,6 +113,14 @@ _ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
     ("training time", "seconds", _seconds),
     ("peak memory, GPU", "memory", _bytes),
 ]
+
+_SPEEDS = {
+    "prefill_ms": "reading a prompt",
+    "first_token_ms": "first token",
+    "decode_ms": "decode step",
+    "memory_bytes": "memory to run, GPU",
+}
+"""Figures of ``slimtune.bench.named``."""
 
 
 def _footer(summary: Summary) -> str:
