@@ -221,6 +221,8 @@ def test_what_a_function_is_given_and_may_return(tmp_path: Path) -> None:
     assert 0 < same < 1
     assert task.scorer.chance == {"same": same, "size": pytest.approx(size), "n-1": 2.0}
     assert directions(task) == {"same": "higher", "size": "higher", "n-1": "lower"}
+    one = prepared(task_of(tmp_path, "def f(answer, row): return {'a': 1, 'b': 2}", more="lower_is_better: true"))
+    assert directions(one) == {"a": "lower", "b": "lower"}
 
 
 def test_a_file_is_run_when_its_task_is_prepared_once_and_again_after_a_change(tmp_path: Path) -> None:
