@@ -43,6 +43,13 @@ def test_a_state_comes_back(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+def test_a_state_comes_back_to_one_of_several_processes_on_cpus(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "state.pt", {"tensor": torch.arange(3)})
+    found = checkpoint.load(tmp_path / "state.pt", torch.device("cpu:0"))
+    assert found is not None
+    assert found["tensor"].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize(
     ("where", "fault"),
     [("os.replace", full_disk), ("os.fsync", full_disk), ("torch.save", full_disk), ("torch.save", half_written)],

@@ -56,8 +56,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
     """The state, or None when there is no checkpoint yet."""
     if not path.is_file():
         return None
+    place = device if device.type != "cpu" else torch.device("cpu")  # torch refuses cpu:0, which several processes have
     try:
-        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location=place, weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UserError(f"checkpoint {str(path)!r} is damaged ({type(error).__name__}); delete it to start anew") from error
     return state
