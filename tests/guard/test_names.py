@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from slimtune.errors import UserError
 from slimtune.evaluate import folder
@@ -101,6 +103,18 @@ def test_guards_by_figure() -> None:
         "pubmedqa.accuracy": [("healthcare.accuracy", ">= 0.9 x base")],
         "bytes": [("bytes", "<= 0.6 x dense")],
     }
+
+
+def test_the_examples_of_the_documentation_can_be_run() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "guard.md").read_text(encoding="utf-8")
+    example, command = (yaml.safe_load(part.partition("```")[0]) for part in page.split("```yaml\n")[1:])
+    assert list(check(parse(example))) == ["pubmedqa.accuracy", "wikitext2.bits_per_byte", "speed.decode_ms"]
+    assert parse(command).alarm.command[0] == "sh"
+    assert len(parse(command).alarm.command) == 3
+    table = page.partition("| guard | figure |")[2].partition("## Conditions")[0]
+    named = [name for row in table.splitlines() for name in re.findall(r"`([^`]+)`", row.partition(" | ")[0])]
+    assert {*names.OWN} <= {*named}
+    assert sum(bool(names.SPEED.fullmatch(name)) for name in named) == 5
 
 
 SCRATCH = {"model": {"init": "config", "path": "x"}, "method": "finetune"}
