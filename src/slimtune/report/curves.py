@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from slimtune.report.ink import FAINT, INK, SERIES, Picture, look, mark, sheet, smooth, svg, thin
+from slimtune.report.quality import Table
 from slimtune.report.run import Row, Run
 from slimtune.report.words import label, number
 
@@ -14,6 +15,10 @@ Points = list[tuple[int, float]]
 Line = tuple[str, Points]
 _POINTS = 60
 """Of a line with markers."""
+_ROWS = 100
+"""Of a table, at most."""
+_ALIKE = (".macro_f1", ".perplexity", ".rouge1", ".rouge2")
+"""Figures of tasks that go with another one."""
 
 
 def loss(runs: Sequence[Run], key: str) -> Picture | None:
@@ -45,13 +50,15 @@ def loss(runs: Sequence[Run], key: str) -> Picture | None:
 def kept(runs: Sequence[Run], key: str) -> Picture | None:
     """The kept ratio against its target, in per cent of what the budget is of."""
     lines: list[Line] = []
+    shown = 2 * max((run.cut or 0 for run in runs), default=0)
+    short = 0 < shown < max(len(run.main) for run in runs) / 4  # drawn whole, its search would be a line at the edge
     for run in runs:
         name = run.name if len(runs) > 1 else "kept"
         lines.append((name, [(step, 100 * value) for step, value in _of(run.main, "kept")]))
     if len(runs) == 1 and (target := _of(runs[0].main, "decide_target")):
         lines.append(("target", [(step, 100 * value) for step, value in target]))
         lines.append(("sampled", [(step, 100 * value) for step, value in _of(runs[0].main, "decide_sampled")]))
-    lines = [line for line in lines if line[1]]
+    lines = [(name, points[:shown] if short else points) for name, points in lines if points]
     if not lines:
         return None
     figure, axis = sheet(230)
@@ -62,12 +69,14 @@ def kept(runs: Sequence[Run], key: str) -> Picture | None:
         mark(line, f"kept-{index}")
     of = {run.recipe.get("budget", {}).get("of", "total") for run in runs}
     what = "all parameters" if of == {"total"} else "the blocks" if of == {"block"} else "the budget"
-    goals = {100 * run.recipe["budget"]["keep"] for run in runs if run.recipe.get("method") != "finetune" and run.recipe}
+    goals = {100 * run.recipe["budget"]["keep"] for run in runs if run.recipe and run.recipe.get("method") != "finetune"}
     for goal in goals:
         axis.axhline(goal, color=INK, linewidth=0.8, linestyle=":")
     _finish(axis, f"% of {what}")
     _cuts(axis, runs)
     note = f"Dotted: the budget, {', '.join(f'{goal:g}%' for goal in sorted(goals))}." if goals else ""
+    if short:
+        note += f" The first {shown} steps: after the cut nothing changes."
     title = "Kept ratio against target"
     return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: f"{value:.2f}"))
 
@@ -114,6 +123,29 @@ def followed(runs: Iterable[Run]) -> list[str]:
     """Validation figures of tasks that any run has, in their order."""
     keys = {key: None for run in runs for row in run.main for key in row if key.startswith("valid_") and "." in key}
     return [key.removeprefix("valid_") for key in keys if not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))]
+
+
+def telling(figures: Iterable[str]) -> list[str]:
+    """Of figures of tasks those to draw: others say the same again."""
+    return [figure for figure in figures if not figure.endswith(_ALIKE)]
+
+
+def evaluations(run: Run, key: str) -> Table | None:
+    """All validation figures of a run, step by step."""
+    figures = [figure for figure in ("ppl", *followed([run])) if any(f"valid_{figure}" in row for row in run.main)]
+    rows = [
+        [
+            f"{step:,}",
+            row["phase"],
+            f"{row.get('kept', 1.0):.1%}",
+            *(number(figure, row.get(f"valid_{figure}")) for figure in figures),
+        ]
+        for step, row in enumerate(run.main, 1)
+        if any(f"valid_{figure}" in row for figure in figures)
+    ]
+    rows = rows[(len(rows) - 1) % (every := -(-len(rows) // _ROWS)) :: every] if rows else []
+    head = ["step", "phase", "kept", *(label(figure).removesuffix(", test") for figure in figures)]
+    return Table(key, "Validation figures", head, rows, "On validation rows, present hard masks.", numbers=2) if rows else None
 
 
 def _levels(runs: Sequence[Run], figure: str) -> list[float]:

@@ -37,7 +37,7 @@ def facts(run: Run, key: str) -> Table:
         rows.append(["reload in a fresh process", f"logits differ by {summary['reload_difference']:.1e}"])
     if summary.get("leak") is not None:
         rows.append(["leak before the cut", f"{summary['leak']:.1e}"])
-    return Table(key, "How it was made", ["", ""], [row for row in rows if row[1]], numbers=9)
+    return Table(key, "How it was made", ["", ""], [row for row in rows if row[1]], code=True)
 
 
 def _listed(values: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from slimtune.report.verdict import verdict
 from slimtune.report.words import label, number
 from slimtune.runtime import write_atomically
 from slimtune.version import __version__
+
+_FEW = 4
+"""Runs of which each has pictures of its own."""
 
 
 @dataclass
@@ -91,8 +94,10 @@ def build(runs: Sequence[Run]) -> str:
 
 def _cautions(run: Run) -> list[str]:
     found = [line.removeprefix("caution").strip() for line in cautions(run.summary)] if run.finished else []
-    found += [f"guard {line}" for line in made.breaches(run)]
-    return [*found, *(f"guard {rule['guard']} is breached" for rule in run.summary.get("guard", ()) if not rule["holds"])]
+    breached = list(dict.fromkeys(rule["guard"] for rule in run.summary.get("guard", ()) if not rule["holds"]))
+    if not run.finished:
+        breached = list(next((row["breached"] for row in reversed(run.main) if "valid_ppl" in row and "breached" in row), ()))
+    return [*found, *([f"out of the bounds of guard: {', '.join(breached)}"] if breached else [])]
 
 
 def _cards(run: Run) -> list[tuple[str, str, str]]:
@@ -120,29 +125,22 @@ def _kept(*given: Any) -> list[Any]:
 
 
 def _one(run: Run) -> list[Section]:
-    tasks = [curves.validation([run], figure, f"task{index}") for index, figure in enumerate(curves.followed([run]))]
+    drawn = curves.telling(curves.followed([run]))
+    tasks = [curves.validation([run], figure, f"task{index}") for index, figure in enumerate(drawn)]
+    level = curves.loss([run], "loss"), curves.kept([run], "kept"), curves.validation([run], "ppl", "ppl")
+    tables = (
+        quality.overview(run, "overview") if run.of("base") or run.finished else None,
+        quality.tasks(run, "tasks"),
+        quality.tasks(run, "general", general=True),
+        *_evaluations(run),
+    )
     return [
         Section("shape", "Shape", pictures=_kept(*(draw(run, name) for name, draw in _SHAPES.items()))),
-        Section(
-            "training",
-            "Training",
-            pictures=_kept(
-                curves.loss([run], "loss"), curves.kept([run], "kept"), curves.validation([run], "ppl", "ppl"), *tasks
-            ),
-        ),
-        Section(
-            "quality",
-            "Quality",
-            pictures=_kept(quality.dots(run, "dots")),
-            tables=_kept(
-                quality.overview(run, "overview") if run.of("base") or run.finished else None,
-                quality.tasks(run, "tasks"),
-                quality.tasks(run, "general", general=True),
-                *_evaluations(run),
-            ),
-        ),
+        Section("quality", "Quality", pictures=_kept(quality.dots(run, "dots")), tables=_kept(*tables)),
         Section("speed", "Speed", pictures=_kept(rates.picture(run, "rates")), tables=_kept(rates.table(run, "bench"))),
         Section("guards", "Guards", lines=made.breaches(run), tables=_kept(made.guards(run, "rulings"))),
+        Section("training", "Training", pictures=_kept(*level, *tasks)),
+        Section("validation", "Validation figures as a table", tables=_kept(curves.evaluations(run, "valid")), folded=True),
         _how(run, "made", "How it was made"),
     ]
 
@@ -179,34 +177,34 @@ def _evaluations(run: Run) -> Iterable[Table]:
 
 
 def _many(runs: Sequence[Run]) -> list[Section]:
-    figures = [figure for figure in ("ppl", *dict.fromkeys(f for run in runs for f in quality.task_figures(run)))]
-    shown = [figure for figure in figures if not figure.endswith(("macro_f1", ".perplexity", "rouge1", "rouge2"))]
-    sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(shown)]
-    followed = [
-        figure for figure in curves.followed(runs) if not figure.endswith(("macro_f1", ".perplexity", "rouge1", "rouge2"))
-    ]
-    tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(followed)]
-    pairs = [several.plan_differences(runs[0], run, f"plan{index}") for index, run in enumerate(runs[1:])]
-    differing = [pair for pair in pairs if pair]
-    apart = Section("plans", "Plans, layer by layer", pictures=[pair[0] for pair in differing], tables=[])
-    if len(differing) < len(pairs):
-        apart.lines.append("Plans of other bases do not compare, and are left out.")
-    shapes = [(run, shape.final(run, f"shape{index}")) for index, run in enumerate(runs)]
+    figures = ["ppl", *curves.telling(dict.fromkeys(figure for run in runs for figure in quality.task_figures(run)))]
+    sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(figures)]
+    drawn = curves.telling(curves.followed(runs))
+    tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(drawn)]
+    level = curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl")
+    shapes = [shape.final(run, f"shape{index}") for index, run in enumerate(runs)] if len(runs) <= _FEW else []
+    named = [replace(picture, title=run.name) for run, picture in zip(runs, shapes, strict=False) if picture]
+    apart, tables = _differences(runs)
     return [
         Section("sizes", "Quality against size", pictures=_kept(*sizes), tables=[several.beside(runs, "beside")]),
-        Section("shapes", "Shapes", pictures=[_named(run, picture) for run, picture in shapes if picture]),
+        Section("shapes", "Shapes", pictures=[*_kept(several.shapes(runs, "shapes")), *named]),
         apart,
-        Section("tables", "Plans as tables", tables=[pair[1] for pair in differing], folded=True),
-        Section(
-            "training",
-            "Training",
-            pictures=_kept(curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl"), *tasks),
-        ),
+        Section("tables", "Plans as tables", tables=tables, folded=True),
+        Section("training", "Training", pictures=_kept(*level, *tasks)),
         *(_how(run, f"made{index}", f"How {run.name} was made", folded=True) for index, run in enumerate(runs)),
     ]
 
 
-def _named(run: Run, picture: Picture) -> Picture:
-    from dataclasses import replace
-
-    return replace(picture, title=run.name)
+def _differences(runs: Sequence[Run]) -> tuple[Section, list[Table]]:
+    """Plans of the other runs against the first one's: few are drawn one by one."""
+    first, others = runs[0], [run for run in runs[1:] if several.comparable(runs[0], run)]
+    pictures = (
+        [several.plan_difference(first, run, f"plan{index}") for index, run in enumerate(others)] if len(runs) <= _FEW else []
+    )
+    section = Section(
+        "plans", "Plans, layer by layer", pictures=[*_kept(several.agreement(first, others, "agreement")), *pictures]
+    )
+    left = [run.name for run in runs[1:] if run not in others]
+    if left:
+        section.lines.append(f"No Plan, or one of another base than that of {first.name}, and left out: {', '.join(left)}.")
+    return section, [several.plan_table(first, run, f"plan{index}-table") for index, run in enumerate(others)]

@@ -27,6 +27,8 @@ class Table:
     """Columns from this one on hold numbers."""
     marks: Mapping[int, str] = field(default_factory=dict)
     """{row: class}: rows that stand out."""
+    code: bool = False
+    """Cells are hashes and the like, which may break anywhere."""
 
 
 def overview(run: Run, key: str) -> Table:

@@ -31,8 +31,8 @@ def table(run: Run, key: str) -> Table | None:
     kind = "random weights, " if found.get("random") else ""
     note = (
         f"{found['machine']}, {kind}{found['dtype']}, prompts of {found['prompt']} tokens, decode after "
-        f"{found.get('context', 0)}; medians of {found['repeats']} turns (lowest to highest ratio). Size allows: if bytes read (operations of a prompt) "
-        "alone took time."
+        f"{found.get('context', 0)}; medians of {found['repeats']} turns (lowest to highest ratio). Size allows: if bytes "
+        "read (operations of a prompt) alone took time."
     )
     return Table(key, "Speed and memory", head, rows, note)
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimtune.report.ink import INK, MARKERS, SERIES, Picture, look, mark, sheet, svg
+from slimtune.report.ink import HATCHES, INK, MARKERS, SERIES, Picture, look, mark, sheet, svg
 from slimtune.report.quality import Table, interval, task_figures
 from slimtune.report.run import Run
-from slimtune.report.shape import NAMES
+from slimtune.report.shape import NAMES, whole
 from slimtune.report.verdict import decode_ratio
 from slimtune.report.words import label, millions, number
-from slimtune.structure.axes import FFN, KV_GROUP
+from slimtune.structure.axes import FFN
+
+_NAME = 16
+"""Letters of a run's name beside a picture."""
 
 
 def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | None:
@@ -35,21 +38,13 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
         style = {**look(index, points=True), "linestyle": ""}
         (drawn,) = axis.plot([size], [factor * value], label=run.name, markersize=7, **style)
         mark(drawn, f"size-{index}")
-    others = {
-        (name, run.of(model).get("parameters"), run.of(model).get(figure_name))
-        for run, _, _ in known
-        for model, name in (("base", "base"), ("dense_lora", "dense LoRA"))
-    }
-    shown = [(name, size, value) for name, size, value in others if size and value is not None]
-    limit = 3 * max(value for _, _, value in known)
-    for name, size, value in sorted(shown):
-        if value > limit and run_lower(known, figure_name):
-            continue  # an untuned base far above all would flatten the rest
-        marker = MARKERS[0] if name == "base" else MARKERS[1]
-        axis.plot([size], [factor * value], marker, markerfacecolor="none", color=INK)
-        axis.annotate(name, (size, factor * value), xytext=(-6, 5), textcoords="offset points", ha="right")
-    from matplotlib.ticker import FuncFormatter
+    lower = known[0][0].better(figure_name) == "lower"
+    _uncut(
+        axis, [run for run, _, _ in known], figure_name, factor, 3 * max(value for _, _, value in known) if lower else math.inf
+    )
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: millions(value)))
     axis.set_xlabel("parameters")
     axis.set_title(label(figure_name) + (", %" if factor == 100 else ""))
@@ -57,13 +52,20 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
     axis.legend(loc="best")
     title = f"Quality against size: {label(figure_name)}"
     rows = [[run.name, f"{size:,}", interval(run.of("result"), figure_name)] for run, size, value in known]
-    note = "Better: lower." if run_lower(known, figure_name) else "Better: higher."
+    note = f"Better: {'lower' if lower else 'higher'}."
     return Picture(key, title, svg(figure, key, title), note, ["run", "parameters", label(figure_name)], rows)
 
 
-def run_lower(known: Sequence[tuple[Run, Any, Any]], figure: str) -> bool:
-    """Whether a figure is the better the lower it is."""
-    return known[0][0].better(figure) == "lower"
+def _uncut(axis: Any, runs: Sequence[Run], figure: str, factor: int, limit: float) -> None:
+    """Bases and dense LoRA as open marks; an untuned base beyond ``limit`` would flatten the rest."""
+    models = (("base", "base"), ("dense_lora", "dense LoRA"))
+    points: set[tuple[str, Any, Any]] = {
+        (name, run.of(model).get("parameters"), run.of(model).get(figure)) for run in runs for model, name in models
+    }
+    for name, size, value in sorted(point for point in points if None not in point):
+        if value <= limit:
+            axis.plot([size], [factor * value], MARKERS[name != "base"], markerfacecolor="none", color=INK)
+            axis.annotate(name, (size, factor * value), xytext=(-6, 5), textcoords="offset points", ha="right")
 
 
 def beside(runs: Sequence[Run], key: str) -> Table:
@@ -105,31 +107,89 @@ def _setting(run: Run, path: str) -> str:
     return str(value)
 
 
-def plan_differences(one: Run, other: Run, key: str) -> tuple[Picture, Table] | None:
-    """Layer by layer: widths of both, and units that only one of them keeps; None where they do not compare."""
-    if one.plan is None or other.plan is None or one.plan.full != other.plan.full:
+def shapes(runs: Sequence[Run], key: str) -> Picture | None:
+    """The kept part of every layer, a line for each run, darker for more."""
+    known = [run for run in runs if run.plan]
+    if len(known) < 2:
         return None
-    layers = range(len(one.plan.full))
-    figure, axes = sheet(250, rows=2, sharex=True, hspace=24)
-    rows = [[str(layer)] for layer in layers]
-    for axis, name in zip(axes, (FFN, KV_GROUP), strict=True):
-        kept = [(set(one.plan.kept[layer][name]), set(other.plan.kept[layer][name])) for layer in layers]
-        mine, theirs = [len(a - b) for a, b in kept], [len(b - a) for a, b in kept]
-        for sign, values, colour, hatch in ((1, mine, SERIES[0], ""), (-1, theirs, SERIES[1], "////")):
-            bars = axis.bar(
-                layers, [sign * value for value in values], 0.8, color=colour, edgecolor=INK, linewidth=0.4, hatch=hatch
-            )
-            for bar in bars:
+    parts = {name: [_parts(run, name) for run in known] for name in NAMES}
+    note = "The more a field stands out from the page, the more of the layer is kept."
+    return _strips([run.name for run in known], parts, key, "Kept part of every layer", note, "kept")
+
+
+def _parts(run: Run, axis: str) -> list[float]:
+    assert run.plan is not None
+    return [len(kept[axis]) / full[axis] for kept, full in zip(run.plan.kept, run.plan.full, strict=True)]
+
+
+def _strips(
+    names: Sequence[str], parts: Mapping[str, Sequence[Sequence[float]]], key: str, title: str, note: str, what: str
+) -> Picture:
+    """Two pictures, one an axis, of lines of layers."""
+    figure, axes = sheet(66 + 2 * 24 * len(names) + 30, rows=2, sharex=True, left=104, hspace=28)
+    for axis, (name, lines) in zip(axes, parts.items(), strict=True):
+        longest = max(map(len, lines))
+        padded = [[*line, *[float("nan")] * (longest - len(line))] for line in lines]
+        mark(axis.imshow(padded, cmap="Greys", vmin=0, vmax=1.25, aspect="auto", interpolation="none"), f"{what}-{name}")
+        axis.set_title(NAMES[name])
+        axis.set_yticks(range(len(names)), [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in names])
+        axis.grid(visible=False)
+    axes[1].set_xlabel("layer")
+    whole(axes[1].xaxis, 9)
+    rows = [
+        [run, *(f"{min(lines[index]):.0%} to {max(lines[index]):.0%}" for lines in parts.values())]
+        for index, run in enumerate(names)
+    ]
+    return Picture(key, title, svg(figure, key, title), note, ["run", *(f"{NAMES[name]}, by layer" for name in parts)], rows)
+
+
+def comparable(one: Run, other: Run) -> bool:
+    """Whether their Plans are of the same base."""
+    return one.plan is not None and other.plan is not None and one.plan.full == other.plan.full
+
+
+def _sets(one: Run, other: Run, axis: str) -> list[tuple[set[int], set[int]]]:
+    """Units of an axis that the two Plans keep, layer by layer."""
+    assert one.plan is not None and other.plan is not None
+    return [(set(a[axis]), set(b[axis])) for a, b in zip(one.plan.kept, other.plan.kept, strict=True)]
+
+
+def agreement(first: Run, others: Sequence[Run], key: str) -> Picture | None:
+    """Layer by layer, how much of what either of two Plans keeps is kept by both: each run against the first."""
+    if not others:
+        return None
+    parts = {name: [[len(a & b) / max(1, len(a | b)) for a, b in _sets(first, run, name)] for run in others] for name in NAMES}
+    note = f"Of what {first.name} or the other run keeps, the part that both keep; what stands out most: the same units."
+    return _strips([run.name for run in others], parts, key, f"Agreement with {first.name}", note, "both")
+
+
+def plan_difference(one: Run, other: Run, key: str) -> Picture:
+    """Layer by layer, how many units only one of two Plans keeps."""
+    figure, axes = sheet(250, rows=2, sharex=True, hspace=28)
+    for axis, name in zip(axes, NAMES, strict=True):
+        kept = _sets(one, other, name)
+        counts = [len(a - b) for a, b in kept], [-len(b - a) for a, b in kept]
+        for values, colour, hatch in zip(counts, SERIES, HATCHES, strict=False):
+            for bar in axis.bar(range(len(kept)), values, 0.8, color=colour, edgecolor=INK, linewidth=0.4, hatch=hatch):
                 mark(bar, f"only-{name}")
         axis.axhline(0, color=INK, linewidth=0.8)
-        both, any_of = sum(len(a & b) for a, b in kept), sum(len(a | b) for a, b in kept)
-        axis.set_title(f"{NAMES[name]}: {both / max(1, any_of):.0%} of what either keeps is kept by both")
+        axis.set_ylim(1.1 * min(-1, *counts[1]), 1.1 * max(1, *counts[0]))
+        both, either = sum(len(a & b) for a, b in kept), sum(len(a | b) for a, b in kept)
+        axis.set_title(f"{NAMES[name]}: {both / max(1, either):.0%} kept by both")
         axis.grid(visible=False, axis="x")
-        for row, (a, b), more, less in zip(rows, kept, mine, theirs, strict=True):
-            row += [f"{len(a):,} / {len(b):,}", f"{more:,} / {less:,}"]
     axes[1].set_xlabel("layer")
-    title = f"Plans: {one.name} against {other.name}"
-    head = ["layer", "MLP width, each", "only in one, each", "KV groups, each", "only in one, each"]
+    whole(axes[1].xaxis, 9)
+    title = f"{one.name} against {other.name}"
     note = f"Up: units that only {one.name} keeps; down: only {other.name}."
-    picture = Picture(key, title, svg(figure, key, title), note)
-    return picture, Table(f"{key}-table", title, head, rows)
+    return Picture(key, title, svg(figure, key, title), note)
+
+
+def plan_table(one: Run, other: Run, key: str) -> Table:
+    """The same as a table: widths of both, and units that only one keeps."""
+    rows = []
+    for layer in range(len(_sets(one, other, FFN))):
+        pairs = [_sets(one, other, name)[layer] for name in NAMES]
+        cells = [cell for a, b in pairs for cell in (f"{len(a):,} / {len(b):,}", f"{len(a - b):,} / {len(b - a):,}")]
+        rows.append([str(layer), *cells])
+    head = ["layer", *(cell for name in NAMES.values() for cell in (f"{name}, each", "only in one, each"))]
+    return Table(key, f"{one.name} / {other.name}", head, rows)

@@ -30,8 +30,8 @@ def final(run: Run, key: str) -> Picture | None:
         axis.set_title(f"{NAMES[name]}: {sum(kept):,} of {sum(full):,} stay ({sum(kept) / sum(full):.0%})")
         axis.set_ylim(0, 1.05 * max(full))
         axis.grid(visible=False, axis="x")
-        _whole(axis.yaxis, 4)
-    _whole(axes[1].xaxis, 9)
+        whole(axis.yaxis, 4)
+    whole(axes[1].xaxis, 9)
     axes[1].set_xlabel("layer")
     gone = sum(1 for layer in layers if layer not in plan.layers)
     note = "Outlines: the base." + (f" {gone} layers are gone as a whole." if gone else "")
@@ -44,14 +44,15 @@ def _of(plan: Plan, layer: int, axis: str) -> str:
     return f"{len(plan.kept[layer][axis]):,} of {plan.full[layer][axis]:,}"
 
 
-def _whole(axis: Any, most: int) -> None:
+def whole(axis: Any, most: int) -> None:
+    """Ticks at whole numbers, at most about ``most``."""
     from matplotlib.ticker import MaxNLocator
 
     axis.set_major_locator(MaxNLocator(most, integer=True))
 
 
 def moving(run: Run, key: str) -> Picture | None:
-    """The kept part of every layer through the steps of the search, darker for more; None where no rows tell of it."""
+    """The kept part of every layer through the steps of the search; None where no rows tell of it."""
     rows = [(step, row) for step, row in enumerate(run.main) if row.get(f"widths_{FFN}")]
     if len(rows) < 2 or run.plan is None:
         return None
@@ -65,16 +66,23 @@ def moving(run: Run, key: str) -> Picture | None:
         image = axis.imshow(parts, cmap="Greys", vmin=0, vmax=1.25, aspect="auto", interpolation="none", extent=extent)
         mark(image, f"moving-{name}")
         lowest = min(map(min, parts))
-        axis.set_title(f"{NAMES[name]}: a layer kept {lowest:.0%} at least; black: all")
+        axis.set_title(f"{NAMES[name]}: every layer kept {lowest:.0%} or more")
         axis.set_ylabel("layer")
         axis.grid(visible=False)
-        _whole(axis.yaxis, 5)
-    _whole(axes[1].xaxis, 7)
+        whole(axis.yaxis, 5)
+    whole(axes[1].xaxis, 7)
     axes[1].set_xlabel("step")
     title = "How the decision moved"
     table = [[str(step + 1), *(_range(row, name) for name in (FFN, KV_GROUP))] for step, row in _some(rows)]
     head = ["step", "MLP widths, least to most", "KV groups, least to most"]
-    return Picture(key, title, svg(figure, key, title), "Masks of the adapt turns, before the cut.", head, table)
+    return Picture(
+        key,
+        title,
+        svg(figure, key, title),
+        "The more a field stands out from the page, the more of the layer was kept.",
+        head,
+        table,
+    )
 
 
 def changing(run: Run, key: str) -> Picture | None:
@@ -90,7 +98,7 @@ def changing(run: Run, key: str) -> Picture | None:
     axis.set_ylim(bottom=0)
     axis.set(xlabel="step", ylabel="% of all units")
     axis.legend(loc="upper right")
-    _whole(axis.xaxis, 7)
+    whole(axis.xaxis, 7)
     back = sum(row["reopened"] for _, row in rows)
     last = rows[-1][1]["reopened"]
     note = f"Units that came back, over the search: {back:.1%} of all; at its last step {last:.2%}."

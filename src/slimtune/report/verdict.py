@@ -83,7 +83,8 @@ def _keeps(run: Run) -> str:
         names = sorted({metric_name(key.rpartition(".")[2]) for key in scores})
         mean = statistics.fmean(scores.values())
         what = f"{len(scores)} tasks" if len(scores) > 1 else next(iter(scores)).partition(".")[0]
-        parts.append(f"keeps {mean:.0%} of {called} {' and '.join(names)} on {what}")
+        keeps = "keeps " if against == "dense_lora" else ""
+        parts.append(f"{keeps}{mean:.0%} of {called} {' and '.join(names)} on {what}")
     return ", ".join(parts)
 
 
