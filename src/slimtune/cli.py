@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from slimtune.cli_bench import bench
 from slimtune.cli_evaluate import evaluate
 from slimtune.cli_export import apply, export, verify
+from slimtune.cli_report import check, report
 from slimtune.comparison.command import compare
 from slimtune.errors import UserError, nearest, out_of_memory
 from slimtune.version import __version__
@@ -117,6 +118,8 @@ app.command()(export)
 app.command()(verify)
 app.command()(apply)
 app.command()(bench)
+app.command()(report)
+app.command()(check)
 
 
 @app.command()

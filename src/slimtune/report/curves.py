@@ -17,8 +17,6 @@ _POINTS = 60
 """Of a line with markers."""
 _ROWS = 100
 """Of a table, at most."""
-_ALIKE = (".macro_f1", ".perplexity", ".rouge1", ".rouge2")
-"""Figures of tasks that go with another one."""
 
 
 def loss(runs: Sequence[Run], key: str) -> Picture | None:
@@ -123,11 +121,6 @@ def followed(runs: Iterable[Run]) -> list[str]:
     """Validation figures of tasks that any run has, in their order."""
     keys = {key: None for run in runs for row in run.main for key in row if key.startswith("valid_") and "." in key}
     return [key.removeprefix("valid_") for key in keys if not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))]
-
-
-def telling(figures: Iterable[str]) -> list[str]:
-    """Of figures of tasks those to draw: others say the same again."""
-    return [figure for figure in figures if not figure.endswith(_ALIKE)]
 
 
 def evaluations(run: Run, key: str) -> Table | None:

@@ -13,7 +13,7 @@ from slimtune.report.ink import Picture, styled
 from slimtune.report.quality import Table
 from slimtune.report.run import Run, read_runs
 from slimtune.report.table import cautions
-from slimtune.report.verdict import verdict
+from slimtune.report.verdict import decode_ratio, verdict
 from slimtune.report.words import label, number
 from slimtune.runtime import write_atomically
 from slimtune.version import __version__
@@ -113,7 +113,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     for figure in quality.task_figures(run)[:1]:
         against = f"{called} {number(figure, other[figure])}" if figure in other else ""
         found.append((number(figure, result[figure]), label(figure), against))
-    ratio = several.decode_ratio(run.bench["ratios"]) if run.bench else None
+    ratio = decode_ratio(run.bench["ratios"]) if run.bench else None
     if ratio:
         spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"
         found.append((f"{ratio['faster']:.2f} x", f"decode speed, batch {ratio['batch']}", spread))
@@ -125,7 +125,7 @@ def _kept(*given: Any) -> list[Any]:
 
 
 def _one(run: Run) -> list[Section]:
-    drawn = curves.telling(curves.followed([run]))
+    drawn = quality.telling(curves.followed([run]))
     tasks = [curves.validation([run], figure, f"task{index}") for index, figure in enumerate(drawn)]
     level = curves.loss([run], "loss"), curves.kept([run], "kept"), curves.validation([run], "ppl", "ppl")
     tables = (
@@ -177,9 +177,9 @@ def _evaluations(run: Run) -> Iterable[Table]:
 
 
 def _many(runs: Sequence[Run]) -> list[Section]:
-    figures = ["ppl", *curves.telling(dict.fromkeys(figure for run in runs for figure in quality.task_figures(run)))]
+    figures = ["ppl", *quality.telling(dict.fromkeys(figure for run in runs for figure in quality.task_figures(run)))]
     sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(figures)]
-    drawn = curves.telling(curves.followed(runs))
+    drawn = quality.telling(curves.followed(runs))
     tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(drawn)]
     level = curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl")
     shapes = [shape.final(run, f"shape{index}") for index, run in enumerate(runs)] if len(runs) <= _FEW else []

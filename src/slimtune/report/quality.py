@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,9 @@ from slimtune.report.verdict import GENERAL
 from slimtune.report.words import label, metric_name, number
 
 _OWN = ("parameters", "block_ratio", "bytes", "ppl", "valid_ppl", "accuracy", "seconds", "memory", "speed.memory_bytes")
+
+_ALIKE = (".macro_f1", ".perplexity", ".rouge1", ".rouge2")
+"""Figures of tasks that go with another one."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ def task_figures(run: Run) -> list[str]:
     ends = (".rows", "_low", "_high", "_majority", "_chance")
     found = [key for key in run.of("result") if "." in key and not key.startswith("speed.") and not key.endswith(ends)]
     return found
+
+
+def telling(figures: Iterable[str]) -> list[str]:
+    """Of figures of tasks those that say most: others go with one of them."""
+    return [figure for figure in figures if not figure.endswith(_ALIKE)]
 
 
 def tasks(run: Run, key: str, general: bool = False) -> Table | None:

@@ -150,7 +150,8 @@ def comparable(one: Run, other: Run) -> bool:
 
 def _sets(one: Run, other: Run, axis: str) -> list[tuple[set[int], set[int]]]:
     """Units of an axis that the two Plans keep, layer by layer."""
-    assert one.plan is not None and other.plan is not None
+    assert one.plan is not None
+    assert other.plan is not None
     return [(set(a[axis]), set(b[axis])) for a, b in zip(one.plan.kept, other.plan.kept, strict=True)]
 
 

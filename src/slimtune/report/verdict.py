@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from slimtune.report.run import Run
@@ -62,13 +62,16 @@ def _same_size(run: Run) -> bool:
 
 
 def decode_ratio(ratios: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """Of what a bench compared: decoding at the smallest batch, as a graph where there is one, for then Python is no brake."""
-    some = [ratio for ratio in ratios if ratio["what"] == "decode"]
-    if not some:
-        return None
-    batch = min(ratio["batch"] for ratio in some)
+    """Of what a bench compared, decoding; see ``fastest``."""
+    return fastest([ratio for ratio in ratios if ratio["what"] == "decode"])
+
+
+def fastest(ratios: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Of ratios of one kind that of the smallest batch, launched as a graph where there is one: then Python is no brake."""
+    batch = min((ratio["batch"] for ratio in ratios), default=0)
     order = {"compiled graph": 0, "graph": 1}
-    return min((ratio for ratio in some if ratio["batch"] == batch), key=lambda ratio: order.get(ratio["how"], 2))
+    some = [ratio for ratio in ratios if ratio["batch"] == batch]
+    return min(some, key=lambda ratio: order.get(ratio["how"], 2), default=None)
 
 
 def _keeps(run: Run) -> str:

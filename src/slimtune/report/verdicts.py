@@ -1,0 +1,95 @@
+"""What a check found: a table for the terminal, Markdown for a comment, JUnit XML for a CI server."""
+
+from __future__ import annotations
+
+from xml.etree import ElementTree
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from slimtune.guard.ruling import Ruling
+from slimtune.report.check import SAME_DATA, Checked
+from slimtune.report.words import number
+
+HEAD = ("", "figure", "value", "baseline", "bound")
+
+
+def render(found: Checked) -> RenderableType:
+    """The table, failures last, where the eye ends, and the verdict below."""
+    table = Table(title=Text(_title(found), "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, name in enumerate(HEAD):
+        table.add_column(name, justify="right" if index in (2, 3) else "left", no_wrap=index < 4, overflow="fold")
+    for ruling in sorted(found.rulings, key=lambda each: not each.holds):
+        style = "" if ruling.holds else "bold red"
+        table.add_row(*(Text(cell) for cell in _cells(found, ruling)), style=style)
+    return Group(table, *(Text(line) for line in _closing(found)))
+
+
+def _title(found: Checked) -> str:
+    return f"{found.run} against {found.baseline}" if found.baseline else found.run
+
+
+def _cells(found: Checked, ruling: Ruling) -> list[str]:
+    verdict = "ok" if ruling.holds else "FAILED"
+    if ruling.figure == SAME_DATA:
+        return [verdict, ruling.figure, "same" if ruling.holds else "other", "", ruling.condition]
+    value = "not measured" if ruling.value is None else number(ruling.figure, ruling.value)
+    limit = "unknown" if ruling.limit is None else number(ruling.figure, ruling.limit)
+    plain = not ruling.words and ruling.limit is not None
+    bound = ruling.condition if plain else f"{ruling.condition} = {limit}"
+    return [verdict, ruling.figure, value, number(ruling.figure, found.values.get(ruling.figure)), bound]
+
+
+def _closing(found: Checked) -> list[str]:
+    lines = []
+    if found.left_out:
+        lines.append(f"Not compared, for only one of both runs has it: {', '.join(found.left_out)}.")
+    if any("noise" in ruling.condition for ruling in found.rulings):
+        lines.append("noise: half the 95% interval of the difference of both runs.")
+    failed = found.failed
+    if failed:
+        lines.append(f"FAILED: {len(failed)} of {len(found.rulings)} gates: {', '.join(ruling.figure for ruling in failed)}")
+    else:
+        lines.append(f"passed: {len(found.rulings)} gates")
+    return lines
+
+
+def markdown(found: Checked) -> str:
+    """For a comment, a job's summary or a page; failures first."""
+    verdict = f"**{len(found.failed)} of {len(found.rulings)} gates failed**" if found.failed else "all gates hold"
+    rows = [_cells(found, ruling) for ruling in sorted(found.rulings, key=lambda each: each.holds)]
+    lines = [
+        f"### slimtune check: {_plain(_title(found))}: {verdict}",
+        "",
+        _line(["verdict", *HEAD[1:]]),
+        _line(["---"] * len(HEAD)),
+    ]
+    lines += [_line([f"**{row[0]}**" if row[0] == "FAILED" else row[0], *map(_plain, row[1:])]) for row in rows]
+    return "\n".join([*lines, "", *(_plain(line) for line in _closing(found)[:-1])]).rstrip() + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _plain(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("*", "\\*").replace("_", "\\_")
+
+
+def junit(found: Checked) -> str:
+    """JUnit XML: a test case for each row, which fails where its figure is out of its bound."""
+    counts = {"tests": str(len(found.rulings)), "failures": str(len(found.failed)), "errors": "0", "skipped": "0", "time": "0"}
+    root = ElementTree.Element("testsuites", {"name": "slimtune check", **counts})
+    suite = ElementTree.SubElement(root, "testsuite", {"name": _title(found), **counts})
+    for ruling in found.rulings:
+        name = f"{ruling.guard} {ruling.condition}" if ruling.guard == ruling.figure else f"{ruling.guard} ({ruling.figure})"
+        case = ElementTree.SubElement(suite, "testcase", {"classname": f"slimtune.{found.run}", "name": name, "time": "0"})
+        if not ruling.holds:
+            told = f"test data of {_title(found)} are not the same" if ruling.figure == SAME_DATA else ruling.told
+            failure = ElementTree.SubElement(case, "failure", {"message": told, "type": "gate"})
+            values = {"value": ruling.value, "limit": ruling.limit, **ruling.words}
+            failure.text = "\n".join(f"{key} = {value}" for key, value in values.items() if value is not None)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
