@@ -63,7 +63,9 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ({"data": {"train": [{"path": "x", "rows": 0}]}}, r"recipe: data\.train\.0\.rows=0 is not valid"),
         ({"budget": 0.6}, r"budget=0\.6 is not valid: it is a section with keys keep, of, "),
         ({"data": {"train": [["x"]]}}, r"data\.train\.0=\['x'\] is not valid: it is a section with keys path, "),
-        ({"trackers": [{}]}, r"recipe: trackers\.0=\{\} is not valid"),
+        ({"track": [{}]}, r"recipe: track\.0=\{\} is not valid"),
+        ({"trackers": [{}]}, r"recipe: track\.0=\{\} is not valid"),
+        ({"track": [], "trackers": ["wandb"]}, r"^recipe: trackers is the earlier name of track; give one of the two$"),
         ({"train": {"batch": 2.5}}, r"train.batch=2.5 is not valid"),
         ({"lora": {"semantics": "soft"}}, r"lora.semantics='soft' is not valid: .*'hard' or 'lora_aware'"),
         ({"generator": {"heads": 3}}, r"generator.heads=3 must divide generator.width=64"),
@@ -75,6 +77,16 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 def test_what_is_refused(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(raw)
+
+
+def test_an_earlier_name_of_a_key_is_read(tmp_path: Path) -> None:
+    assert parse({"trackers": "wandb"}) == parse({"track": ["wandb"]})
+    assert list(Recipe(trackers=["wandb"]).track) == ["wandb"]  # type: ignore[call-arg]
+    (tmp_path / "recipe.yaml").write_text("trackers: [wandb]\n")
+    assert load(tmp_path / "recipe.yaml").track == ("wandb",)
+    assert "trackers" not in load(tmp_path / "recipe.yaml").to_yaml()
+    with pytest.raises(UserError, match="trackers is the earlier name of track"):
+        load(tmp_path / "recipe.yaml", ["track=[mlflow]"])
 
 
 @pytest.mark.parametrize(

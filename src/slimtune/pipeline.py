@@ -52,6 +52,7 @@ from slimtune.train.claim import check_model, claim, open_folder, read_stages, s
 from slimtune.train.judgement import Judgement, not_judged
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator, shards
+from slimtune.train.trackers import Trackers
 from slimtune.version import __version__, versions
 
 METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run, "twostage": twostage.run}
@@ -86,14 +87,15 @@ def tune(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> Su
     with folder.held():
         with folder.on_trial():
             run = Run(recipe, folder, resume)
-            run.check()
-        summary = run.execute()
-        summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
-        folder.write_json("summary.json", summary)
+        with run.trackers:
+            with folder.on_trial():
+                run.check()
+            summary = run.execute()
+            summary["seconds"], summary["resumed"] = round(time.perf_counter() - started, 1), run.resumed
+            folder.write_json("summary.json", summary)
+            run.trackers.final(summary, run.metrics.path)
     if rank() == 0:
         run.progress.console.print(render(summary))
-    if recipe.trackers:
-        run.accelerator.end_training()
     if run.last.stop:
         raise run.last.stop
     return summary
@@ -112,8 +114,7 @@ class Run:
         told = gather_object([(tight, pays)])  # the processes' GPUs may differ
         self.recover_in_4_bits = any(tight for tight, _ in told)
         self.resolved = decided(recipe, all(pays for _, pays in told))
-        if recipe.trackers:
-            self.accelerator.init_trackers("slimtune", config={"recipe": recipe.to_yaml()})
+        self.trackers = Trackers(recipe, self.progress.say)
         self.metrics, self.resumed = Metrics(folder), False
         self.stages: dict[str, Any] = {"cwd": str(Path.cwd())}  # that relative paths of the recipe go by
         self.tokenizer: Any = None
@@ -143,6 +144,8 @@ class Run:
         if self.resume and not (self.folder / "recipe.yaml").is_file():
             self.progress.say(f"nothing to resume in {escape(recipe.out)}: this run starts from the beginning")
         self.accelerator.wait_for_everyone()  # no rank looks for an earlier run after rank 0 has begun this one
+        self._remember()
+        self.stages["track"] = self.trackers.start(self.stages.get("track", {}))
         claim(self.folder, recipe, self.resume)
         self._start_or_resume()
         if self.recover_in_4_bits and recipe.recover.quantize == "auto":
@@ -151,11 +154,16 @@ class Run:
             self.progress.say("layers will be compiled: it is expected to save more time than it takes (train.compile=auto)")
         self.accelerator.wait_for_everyone()
 
-    def _start_or_resume(self) -> None:
-        stages = self.folder / "stages.json"
-        if self.resume and stages.is_file():
+    def _remember(self) -> None:
+        """What a resumed run has behind it, which must have read what this one is about to read."""
+        if self.resume and (stages := self.folder / "stages.json").is_file():
             self.stages.update(read_stages(stages))
             self.resumed = True
+        base = self.recipe.model
+        same_input(self.stages, "data", self.splits.fingerprint, "data")
+        same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
+
+    def _start_or_resume(self) -> None:
         base = self.recipe.model
         if base.quantize != "none":  # what fits may be another on the machines that a run goes on with
             self.recover_in_4_bits = self.stages.setdefault("recover_in_4_bits", self.recover_in_4_bits)
@@ -167,8 +175,6 @@ class Run:
                 self.progress.say(
                     "layers are not compiled, though that was decided: the model is spread, or no kernel can be made"
                 )
-        same_input(self.stages, "data", self.splits.fingerprint, "data")
-        same_input(self.stages, "weights", fingerprint(base, self.config), f"config or weights of model.path={base.path!r}")
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
         self.folder.write_json("stages.json", {name: value for name, value in self.stages.items() if name not in unread})
         before = None
@@ -250,6 +256,7 @@ class Run:
             valid_figures=self.figures.valid,
             stage=stage,
             resume=self.resume,
+            trackers=self.trackers,
             recover_in_4_bits=self.recover_in_4_bits,
             judge=self.appraisal.at_step if stage == "main" else not_judged,
         )

@@ -53,8 +53,8 @@ class Recipe(Section):
     """Of everything random."""
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda``."""
-    trackers: Names = ()
-    """accelerate trackers to feed besides metrics.jsonl, e.g. ``[tensorboard]``."""
+    track: Names = ()
+    """Trackers to feed besides metrics.jsonl, e.g. ``[tensorboard, trackio]``, also ``wandb``, ``mlflow``: docs/track.md."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     budget: BudgetConfig = BudgetConfig()
@@ -165,6 +165,16 @@ class Recipe(Section):
         if self.twostage.scores == "layer_drop" and self.budget.layout == "uniform":
             raise ValueError("twostage.scores=layer_drop narrows one layer to meet the budget; use budget.layout=per-layer")
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named_anew(cls, raw: Any) -> Any:
+        """``trackers`` is the earlier name of ``track``: in recipes, and in those that earlier runs keep."""
+        if not isinstance(raw, Mapping) or "trackers" not in raw:
+            return raw
+        if "track" in raw:
+            raise UserError("recipe: trackers is the earlier name of track; give one of the two")
+        return {"track" if key == "trackers" else key: value for key, value in raw.items()}
 
     @model_validator(mode="wrap")
     @classmethod

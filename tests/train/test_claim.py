@@ -75,7 +75,7 @@ def test_replacing_a_run_removes_its_files_and_no_others(tmp_path: Path) -> None
 
 
 OTHER: dict[str, Any] = {
-    "trackers": ["tensorboard"],
+    "track": ["tensorboard"],
     "train.checkpoint_every": 7,
     "train.compile": False,
     "train.shard": "full",
@@ -109,6 +109,15 @@ def test_what_a_run_is_held_to_may_change_on_a_resume(tmp_path: Path) -> None:
     open_folder(parse({"out": str(tmp_path)} | changed), True, False)
     with pytest.raises(UserError, match=r"only alarm, .*, guard, .*, speed, .* may change"):
         open_folder(parse({"out": str(tmp_path), "seed": 1}), True, False)
+
+
+def test_a_run_whose_recipe_has_an_earlier_name_of_a_key_is_resumed(tmp_path: Path) -> None:
+    recipe = parse({"out": str(tmp_path), "track": ["tensorboard"]})
+    stored = recipe.to_yaml()
+    (tmp_path / "recipe.yaml").write_text(stored.replace("track:", "trackers:"))
+    assert (tmp_path / "recipe.yaml").read_text() != stored
+    claim(open_folder(recipe, True, False), recipe, True)
+    assert (tmp_path / "recipe.yaml").read_text() == stored
 
 
 @pytest.mark.parametrize(

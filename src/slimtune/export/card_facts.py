@@ -68,9 +68,7 @@ def licence_of(base: str) -> str | None:
 
 def recipe_of(recipe: Recipe) -> str:
     """What was asked for, as YAML without defaults; of paths here the names alone, of the output nothing."""
-    raw = recipe.model_dump(
-        mode="json", exclude_defaults=True, exclude={"out", "device", "trackers", "guard", "alarm", "speed"}
-    )
+    raw = recipe.model_dump(mode="json", exclude_defaults=True, exclude={"out", "device", "track", "guard", "alarm", "speed"})
     return yaml.safe_dump(_named(raw), sort_keys=False, allow_unicode=True).strip()
 
 

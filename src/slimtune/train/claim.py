@@ -31,7 +31,7 @@ _FILES = (
 FREE_ON_RESUME = frozenset(
     {
         "out",
-        "trackers",
+        "track",
         "train.checkpoint_every",
         "train.compile",
         "train.threads",

@@ -142,8 +142,8 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
         if judged.breached:
             row["breached"] = list(judged.breached)
     session.metrics.write(**row)
-    if session.recipe.trackers:
-        _track(session, row, phase.before + step)
+    if session.trackers:
+        session.trackers.step(row, phase.before + step)
     session.progress.step(phase.name, step, loss, row["kept"])
 
 
@@ -151,12 +151,6 @@ def _cadence(session: Session, phase: Phase) -> int:
     """Steps between validation figures; 0: none."""
     evaluate = session.recipe.evaluate
     return evaluate.search_every if evaluate.every and evaluate.search_every and phase.name in SEARCHES else evaluate.every
-
-
-def _track(session: Session, row: dict[str, Any], step: int) -> None:
-    """One row to the trackers. The reference has names of its own: its steps are the same numbers as the run's."""
-    prefix = "" if session.stage == "main" else f"{session.stage}/"
-    session.accelerator.log({prefix + key: value for key, value in row.items() if isinstance(value, float)}, step=step)
 
 
 def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: str) -> None:

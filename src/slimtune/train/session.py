@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import chain
@@ -13,28 +13,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import InitProcessGroupKwargs, LoggerType
+from accelerate.utils import InitProcessGroupKwargs
 
 from slimtune.data.batches import Order, Splits, Windows
-from slimtune.errors import UserError, nearest
+from slimtune.errors import UserError
 from slimtune.recipe import Recipe
 from slimtune.runtime import Metrics, RunFolder, peak_memory, pick_device, pick_precision
 from slimtune.structure.axes import Structure
 from slimtune.train.judgement import Breach, Judgement, not_judged
 from slimtune.train.objective import find_targets
 from slimtune.train.progress import Progress
+from slimtune.train.trackers import Trackers
 
 Figures = dict[str, float]
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """accelerate for device, autocast, DDP and trackers.
-
-    Raises:
-        UserError: the device is absent, a tracker is unknown or its package is not installed.
-    """
-    _check_trackers(recipe.trackers)
+    """accelerate for device, autocast and DDP. Raises UserError where the device is absent."""
     device = pick_device(recipe.device)
     precision = pick_precision(recipe.train.precision, device)
     mixed = "bf16" if precision is torch.bfloat16 else "no"
@@ -46,8 +41,6 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return Accelerator(
         mixed_precision=mixed,
         cpu=device == "cpu",
-        log_with=list(recipe.trackers) or None,
-        project_dir=recipe.out,
         # what rank 0 does alone (loading, hashing, verifying on the CPU) takes longer than the ten minutes that NCCL waits
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
     )
@@ -111,17 +104,6 @@ def shards(recipe: Recipe, accelerator: Accelerator) -> bool:
     return recipe.train.shard == "full" and accelerator.num_processes > 1
 
 
-def _check_trackers(wanted: Sequence[str]) -> None:
-    known, available = [str(kind) for kind in LoggerType], [str(kind) for kind in get_available_trackers()]
-    for name in wanted:
-        if name not in known:
-            hint = nearest(name, known)
-            raise UserError(f"trackers: {name!r} is unknown.{hint} accelerate knows {', '.join(sorted(known))}")
-        if name not in available and name != "all":  # accelerate would leave it out without a word
-            package = name.replace("_", "-")
-            raise UserError(f"trackers: {name!r} needs the package {package}: pip install {package}, or leave it out")
-
-
 @dataclass
 class Session:
     """One run of one method.
@@ -134,6 +116,7 @@ class Session:
         stage: name of the checkpoint and prefix of the metric rows (``main``, or ``dense_lora`` for the reference).
         earlier: seconds of work that a resumed stage had behind it.
         earlier_peak: most bytes that it had taken on a GPU, 0 on a CPU.
+        trackers: told every step; None: nobody is.
         recover_in_4_bits: whether a base in 4 bits is quantised anew after the cut; the pipeline knows what fits.
     """
 
@@ -151,6 +134,7 @@ class Session:
     resume: bool = False
     earlier: float = 0.0
     earlier_peak: int = 0
+    trackers: Trackers | None = None
     recover_in_4_bits: bool = False
     started: float = field(default_factory=time.perf_counter)
 
