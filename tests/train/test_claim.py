@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import yaml
 from slimtune.errors import UserError
 from slimtune.recipe import parse
 from slimtune.runtime import RunFolder
-from slimtune.train.claim import FREE_ON_RESUME, check_model, claim, open_folder
+from slimtune.train.claim import FREE_ON_RESUME, check_model, claim, is_held, open_folder, place
 
 
 def names(folder: Path) -> list[str]:
@@ -128,3 +129,40 @@ def test_all_else_may_not(tmp_path: Path, key: str, value: Any) -> None:
     (tmp_path / "recipe.yaml").write_text(parse({"out": str(tmp_path)}).to_yaml())
     with pytest.raises(UserError, match=rf"--resume: {key} is {value!r} now but .* in the run's recipe.yaml.* --overwrite"):
         open_folder(parse({"out": str(tmp_path)} | nested(key, value)), True, False)
+
+
+@pytest.mark.skipif(not Path("/proc/locks").is_file(), reason="the system does not list its locks")
+def test_that_a_folder_is_held_is_seen_without_taking_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert place()
+    assert place() == place()
+    folder = RunFolder(tmp_path)
+    assert is_held(tmp_path) is None  # nothing to try the list with
+    (tmp_path / "recipe.yaml").write_text("{}")
+    assert is_held(tmp_path) is False
+    with folder.held():
+        assert is_held(tmp_path) is True
+    assert is_held(tmp_path) is False
+    assert is_held(tmp_path / "absent") is None
+    monkeypatch.setattr("slimtune.train.claim._listed", lambda status: " other numbers ")  # as of some file systems
+    with folder.held():
+        assert is_held(tmp_path) is None
+
+
+def test_a_run_begins_however_often_its_folder_is_looked_at(tmp_path: Path) -> None:
+    """With a lock that is taken to find out, some of these would be refused."""
+    (tmp_path / "recipe.yaml").write_text("{}")
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            is_held(tmp_path)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        for _ in range(300):
+            with RunFolder(tmp_path).held():
+                pass
+    finally:
+        done.set()
+        watcher.join()

@@ -110,6 +110,10 @@ class Structure:
     total_params: int
     hidden: int
 
+    def units(self) -> dict[str, list[int]]:
+        """Units of every layer in their order, by axis."""
+        return {axis: [layer.units[axis] for layer in self.layers] for axis in AXES}
+
     def stock(self, groups: int) -> bool:
         """Whether the stock config takes ``groups`` KV groups in every layer."""
         return not self.family.whole_heads or self.hidden % (groups * self.group) == 0

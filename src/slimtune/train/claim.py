@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -120,6 +121,48 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
         for name in _FOLDERS:
             if (folder / name).is_dir():
                 shutil.rmtree(folder / name)
+
+
+def place() -> str | None:
+    """The running system and the processes that can be seen in it, as one word; None where it cannot be told.
+
+    Where a run's is one's own, all that holds its folder can be seen from here (``is_held``).
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return None
+
+
+def is_held(folder: Path) -> bool | None:
+    """Whether a process that can be seen from here holds a run's folder (``RunFolder.held``); None where that is not known.
+
+    Read from the system's list of locks: to take the lock in order to find out would turn away a run that begins just then.
+    """
+    try:
+        status, listed = folder.stat(), Path("/proc/locks").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    if _listed(status) in listed:
+        return True
+    return False if _lists(folder / _RECIPE) else None
+
+
+def _listed(status: os.stat_result) -> str:
+    return f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
+
+
+def _lists(file: Path) -> bool:
+    """Whether a lock there is listed by the numbers that the file has here: by others on some file systems, or not at all."""
+    try:
+        import fcntl
+
+        with file.open("rb") as handle:  # which no run locks
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return _listed(os.fstat(handle.fileno())) in Path("/proc/locks").read_text(encoding="utf-8")
+    except (ImportError, OSError):
+        return False
 
 
 def read_stages(file: Path) -> dict[str, Any]:

@@ -135,12 +135,14 @@ def _run_step(session: Session, phase: Phase, step: int) -> None:
     row["seconds"] = round(time.perf_counter() - started, 4)
     every = _cadence(session, phase)
     if every and (step + 1) % every == 0:
+        begun = time.perf_counter()
         figures = phase.figures()
         row |= {f"valid_{key}": value for key, value in figures.items()}
         judged = session.judge(figures, phase.name, step)
         session.stop = judged.stop
         if judged.breached:
             row["breached"] = list(judged.breached)
+        row["evaluate_seconds"] = round(time.perf_counter() - begun, 4)
     session.metrics.write(**row)
     if session.trackers:
         session.trackers.step(row, phase.before + step)
