@@ -187,9 +187,10 @@ def _cuts(axis: Any, runs: Sequence[Run]) -> None:
 
 def _table(lines: Sequence[Line], told: Callable[[float], str], most: int = 24) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the lines' values at some steps, the last among them."""
-    by_step = [dict(points) for _, points in lines]
-    steps = sorted({step for points in by_step for step in points})
+    steps = sorted(set().union(*([step for step, _ in points] for _, points in lines)))
     every = -(-len(steps) // most)
     chosen = steps[(len(steps) - 1) % every :: every]
+    shown = set(chosen)
+    by_step = [{step: value for step, value in points if step in shown} for _, points in lines]
     rows = [[str(step), *(told(points[step]) if step in points else "" for points in by_step)] for step in chosen]
     return ["step", *(name for name, _ in lines)], rows

@@ -124,6 +124,7 @@ def svg(figure: Any, key: str, title: str) -> str:
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\bid="mark-([^"]*)"', r'class="mark" data-mark="\1"', text)
     text = re.sub(r'\bid="', f'id="{key}-', text)
     text = re.sub(r"url\(#", f"url(#{key}-", text)
     text = re.sub(r'href="#', f'href="#{key}-', text)
@@ -143,7 +144,7 @@ def look(index: int, points: bool = False) -> dict[str, Any]:
 
 
 def mark(artist: Any, name: str) -> Any:
-    """Name what an artist draws, so that one can look for it in the page; returns the artist."""
+    """Name what an artist draws: ``data-mark`` in the page, where tests look whether anything is to be seen."""
     artist.set_gid(f"mark-{name}")
     return artist
 

@@ -12,7 +12,6 @@ from slimtune.report.run import Run
 from slimtune.report.shape import NAMES, whole
 from slimtune.report.verdict import decode_ratio
 from slimtune.report.words import label, millions, number
-from slimtune.structure.axes import FFN
 
 _NAME = 16
 """Letters of a run's name beside a picture."""
@@ -27,17 +26,7 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
     figure, axis = sheet(260, left=52, bottom=36)
     factor = 100 if number(figure_name, 0.5).endswith("%") else 1
     for index, (run, size, value) in enumerate(known):
-        ends = [run.of("result").get(f"{figure_name}_{end}") for end in ("low", "high")]
-        if None not in ends:
-            axis.plot(
-                [size, size],
-                [factor * float(end) for end in ends if end is not None],
-                color=SERIES[index % len(SERIES)],
-                linewidth=1,
-            )
-        style = {**look(index, points=True), "linestyle": ""}
-        (drawn,) = axis.plot([size], [factor * value], label=run.name, markersize=7, **style)
-        mark(drawn, f"size-{index}")
+        _point(axis, run, figure_name, (size, factor * value), factor, index)
     lower = known[0][0].better(figure_name) == "lower"
     _uncut(
         axis, [run for run, _, _ in known], figure_name, factor, 3 * max(value for _, _, value in known) if lower else math.inf
@@ -54,6 +43,18 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
     rows = [[run.name, f"{size:,}", interval(run.of("result"), figure_name)] for run, size, value in known]
     note = f"Better: {'lower' if lower else 'higher'}."
     return Picture(key, title, svg(figure, key, title), note, ["run", "parameters", label(figure_name)], rows)
+
+
+def _point(axis: Any, run: Run, figure: str, place: tuple[float, float], factor: int, index: int) -> None:
+    """One run, with the interval of its figure where it has one."""
+    ends = [run.of("result").get(f"{figure}_{end}") for end in ("low", "high")]
+    if None not in ends:
+        heights = [factor * float(end) for end in ends if end is not None]
+        axis.plot([place[0]] * 2, heights, color=SERIES[index % len(SERIES)], linewidth=1)
+    (drawn,) = axis.plot(
+        *([part] for part in place), label=run.name, markersize=7, **{**look(index, points=True), "linestyle": ""}
+    )
+    mark(drawn, f"size-{index}")
 
 
 def _uncut(axis: Any, runs: Sequence[Run], figure: str, factor: int, limit: float) -> None:
@@ -188,8 +189,7 @@ def plan_difference(one: Run, other: Run, key: str) -> Picture:
 def plan_table(one: Run, other: Run, key: str) -> Table:
     """The same as a table: widths of both, and units that only one keeps."""
     rows = []
-    for layer in range(len(_sets(one, other, FFN))):
-        pairs = [_sets(one, other, name)[layer] for name in NAMES]
+    for layer, pairs in enumerate(zip(*(_sets(one, other, name) for name in NAMES), strict=True)):
         cells = [cell for a, b in pairs for cell in (f"{len(a):,} / {len(b):,}", f"{len(a - b):,} / {len(b - a):,}")]
         rows.append([str(layer), *cells])
     head = ["layer", *(cell for name in NAMES.values() for cell in (f"{name}, each", "only in one, each"))]
