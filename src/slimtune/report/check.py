@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimtune.bench.named import speeds
 from slimtune.condition import Condition
 from slimtune.errors import UserError, nearest
 from slimtune.evaluate.tasks import built_in, find_suites
+from slimtune.guard.names import SPEED
 from slimtune.guard.ruling import Ruling, rule
 from slimtune.report.quality import task_figures, telling
 from slimtune.report.run import Run, read_run, read_runs
@@ -27,6 +30,7 @@ PLAIN = {"lower": "<= 1.02 x baseline", "higher": ">= 0.98 x baseline"}
 SIZE, FASTER = "<= 1.01 x baseline", ">= 0.9 x baseline"
 """Of parameters and bytes; of how many times as fast as its base a model is, which another machine changes little."""
 _SIZES = ("parameters", "bytes")
+_FASTER = re.compile(r"speed\.(?:prefill|first_token|decode)_faster")
 _NORMAL = 1.959964
 """Standard errors of half a 95% interval."""
 
@@ -113,9 +117,12 @@ def _from_file(file: str | Path) -> dict[str, str]:
 
 
 def figures_of(run: Run, model: str = "result") -> dict[str, float]:
-    """All figures of a model that are numbers, with those of speed; of the result also how many times as fast it is."""
+    """All figures of a model that are numbers, with those of the bench; of the result also how many times as fast it is."""
     found = {name: float(value) for name, value in run.of(model).items() if isinstance(value, (int, float))}
-    return found | (faster(run.bench) if run.bench and model == "result" else {})
+    if not run.bench or model == "dense_lora":
+        return found
+    timed = list(speeds(run.bench).values())
+    return {**found, **timed[0], **faster(run.bench)} if model == "result" else {**found, **timed[-1]}
 
 
 def faster(bench: Mapping[str, Any]) -> dict[str, float]:
@@ -197,7 +204,7 @@ def resolve(name: str, known: Sequence[str]) -> list[str]:
     Raises:
         UserError: no run has such a figure.
     """
-    if name in known:
+    if name in known or SPEED.fullmatch(name) or _FASTER.fullmatch(name):  # of a speed that was not measured, that is told
         return [name]
     suite, _, rest = name.partition(".")
     if suite in built_in("suites"):
