@@ -81,25 +81,38 @@ def _keeps(run: Run) -> str:
     parts = []
     if result.get("ppl") and other.get("ppl"):
         parts.append(f"perplexity {number('ppl', result['ppl'])} for {called} {number('ppl', other['ppl'])}")
-    scores = scores_kept(run, against)
+    scores, tasks = scores_kept(run, against)
     if scores:
         names = sorted({metric_name(key.rpartition(".")[2]) for key in scores})
-        mean = statistics.fmean(scores.values())
-        what = f"{len(scores)} tasks" if len(scores) > 1 else next(iter(scores)).partition(".")[0]
-        keeps = "keeps " if against == "dense_lora" else ""
-        parts.append(f"{keeps}{mean:.0%} of {called} {' and '.join(names)} on {what}")
+        mean, keeps = statistics.fmean(scores.values()), "keeps " if against == "dense_lora" else ""
+        parts.append(f"{keeps}{mean:.0%} of {called} {' and '.join(names)} on {_on(list(scores), tasks)}")
+    elif tasks:
+        parts.append(f"on none of {tasks} tasks did {called.removesuffix(chr(39) + 's')} do better than the baseline")
     return ", ".join(parts)
 
 
-def scores_kept(run: Run, against: str) -> dict[str, float]:
-    """{figure: the result's over the other's} for the main figure of each task of scores, where both have one above nought."""
+def _on(figures: Sequence[str], tasks: int) -> str:
+    if len(figures) < tasks:
+        return f"the {len(figures)} of {tasks} tasks in which that beats the baseline"
+    return f"{tasks} tasks" if tasks > 1 else figures[0].partition(".")[0]
+
+
+def scores_kept(run: Run, against: str) -> tuple[dict[str, float], int]:
+    """{figure: the result's over the other's} for the main figure of each task of scores, and how many such tasks there are.
+
+    Left out is a task in which the other's interval does not lie above what an answer gets that knows nothing: who keeps all of
+    that has kept nothing.
+    """
     result, other = run.of("result"), run.of(against)
     found: dict[str, float] = {}
-    for task in dict.fromkeys(key.partition(".")[0] for key in result if "." in key and not key.startswith("speed.")):
-        key = next((f"{task}.{metric}" for metric in _MAIN if f"{task}.{metric}" in result), None)
-        if key and other.get(key, 0) > 0 and run.better(key) == "higher":
+    names = dict.fromkeys(key.partition(".")[0] for key in result if "." in key and not key.startswith("speed."))
+    mains = [next((f"{task}.{name}" for name in _MAIN if f"{task}.{name}" in result), None) for task in names]
+    keys = [key for key in mains if key and other.get(key, 0) > 0 and run.better(key) == "higher"]
+    for key in keys:
+        baseline = other.get(f"{key}_majority", other.get(f"{key}_chance"))
+        if baseline is None or other.get(f"{key}_low", other[key]) > baseline:
             found[key] = result[key] / other[key]
-    return found
+    return found, len(keys)
 
 
 def _general(run: Run) -> str:
