@@ -10,7 +10,7 @@ import typer
 
 from slimtune.errors import UserError
 
-Runs = Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of runs (a recipe's out).", show_default=False)]
+Runs = Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs (a recipe's out).", show_default=False)]
 Out = Annotated[
     Path | None,
     typer.Option("--out", "-o", metavar="FILE", help="By default report.html, in the folder of one run, here of several."),

@@ -246,6 +246,7 @@ def test_a_real_run(bench: Bench, tmp_path: Path) -> None:
     ("make", "message"),
     [
         (lambda root: root / "absent", "does not exist; give the folder of a run"),
+        (lambda root: write_run(root / "run") / "plan.json", "is a file; give the folder of a run"),
         (lambda root: root, "holds neither summary.json nor recipe.yaml of a run"),
         (lambda root: _with_model(root), "that is a run's model: give"),
         (lambda root: _damaged(root), r"summary.json' is damaged .* the run writes it anew with --resume"),

@@ -37,7 +37,7 @@ class Ruling:
     @property
     def told(self) -> str:
         """In a sentence."""
-        shown, limit = _apart(self.value, self.limit)
+        shown, limit = apart(self.value, self.limit)
         value = f"is {shown}" if shown else "has no finite value"
         bound = f"{self.condition} = {limit}" if self.words and limit else self.condition
         return f"{self.guard}{'' if self.figure in self.guard else f' ({self.figure})'} {value}, to be {bound}"
@@ -64,7 +64,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _apart(value: float | None, limit: float | None) -> tuple[str, str]:
+def apart(value: float | None, limit: float | None) -> tuple[str, str]:
     """Both in four digits, or in as many as show that they differ; None is nothing."""
     for digits in range(4, 18):
         texts = tuple("" if number is None else _number(number, digits) for number in (value, limit))

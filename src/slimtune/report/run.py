@@ -89,7 +89,8 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     folder = Path(path).expanduser()
     folder = folder.parent if folder.name in ("summary.json", "recipe.yaml") and folder.is_file() else folder
     if not folder.is_dir():
-        raise UserError(f"RUN {str(path)!r} does not exist; give the folder of a run (its recipe's out)")
+        why = "is a file" if folder.is_file() else "does not exist"
+        raise UserError(f"RUN {str(path)!r} {why}; give the folder of a run (its recipe's out)")
     summary = _json(folder / "summary.json")
     recipe = _yaml(folder / "recipe.yaml")
     if not isinstance(summary.get("result", {}), dict) or not (summary.get("result") or {"method", "model"} <= recipe.keys()):

@@ -9,7 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from slimtune.guard.ruling import Ruling
+from slimtune.guard.ruling import Ruling, apart
 from slimtune.report.check import SAME_DATA, Checked
 from slimtune.report.words import number
 
@@ -37,6 +37,8 @@ def _cells(found: Checked, ruling: Ruling) -> list[str]:
         return [verdict, ruling.figure, "same" if ruling.holds else "other", "", ruling.condition]
     value = "not measured" if ruling.value is None else number(ruling.figure, ruling.value)
     limit = "unknown" if ruling.limit is None else number(ruling.figure, ruling.limit)
+    if value == limit and ruling.value != ruling.limit:
+        value, limit = apart(ruling.value, ruling.limit)
     plain = not ruling.words and ruling.limit is not None
     bound = ruling.condition if plain else f"{ruling.condition} = {limit}"
     return [verdict, ruling.figure, value, number(ruling.figure, found.values.get(ruling.figure)), bound]
