@@ -218,6 +218,10 @@ def test_recipe_lists_every_key_with_its_default_and_meaning() -> None:
     assert " ".join(row.split()) == "budget.keep float > 0, <= 1 0.6 Part of the parameters to keep."
     assert "per-layer | uniform" in budget
     assert "search" not in budget
+    assert " ".join(line for line in out.splitlines() if "speed.batches" in line).split()[-4] == "[1]"
+    general = run(app, ["recipe", "guard"]).stdout  # a key that is in no section
+    assert "Bounds on figures" in general
+    assert "budget.keep" not in general
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:

@@ -206,7 +206,7 @@ def test_guards_from_a_file_and_from_the_command_line(file: Path) -> None:
         ({"ppl": ">= dense - noise"}, r"^guard\.ppl: a run does not know 'noise'"),
         ({"ppl": ["< 3"]}, r"guard=\['< 3'\] is not valid: Input should be a valid string"),
         ({"ppl": {}}, r"guard=\{\} is not valid"),
-        (["ppl < 3"], r"guard=\['ppl < 3'\] is not valid"),
+        (["ppl < 3"], r"^guard=\['ppl < 3'\] is no mapping of figures to conditions, e\.g\. guard: {ppl: '<= 1\.2 x dense'}"),
     ],
 )
 def test_what_is_no_guard_says_so(guard: Any, message: str) -> None:

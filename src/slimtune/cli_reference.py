@@ -81,6 +81,7 @@ def reference(
     for name, model in sections.items():
         pages[name] = _keys(name, model, f"{name}.", set(model.model_fields))
     pages["source"] = _keys("source: an item of data.train or another list of rows", Source, "", set(Source.model_fields))
+    section = "recipe" if section in general else section
     if section is None:
         _print(*pages.values())
     elif section in pages:
@@ -130,7 +131,7 @@ def _yaml(value: Any) -> str:
         return "-"
     if isinstance(value, bool):
         return str(value).lower()
-    return "[]" if value == () else str(value)
+    return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
 def _table(title: str, columns: list[str], rows: Any) -> Table:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from slimtune.condition import Condition
 from slimtune.errors import UserError, nearest
@@ -162,12 +161,3 @@ def _check_alarm(recipe: Recipe) -> None:
     alarm = recipe.alarm
     if not recipe.guard and (alarm.command or alarm.webhook or alarm.then == "stop"):
         raise UserError("alarm is set, but guard has no bound that could be left; add one, e.g. guard: {ppl: '<= 2 x dense'}")
-
-
-def suite_of(task: str) -> str | None:
-    """The shipped suite that a task belongs to itself."""
-    return next((suite for suite in built_in("suites") if task in _members(suite)), None)
-
-
-def _members(suite: str) -> list[str]:
-    return [Path(task.name).stem for task in find_suites([suite]).get(suite, ())]

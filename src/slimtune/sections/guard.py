@@ -18,10 +18,10 @@ from slimtune.sections.bounds import Positive
 def _flat(value: Any) -> Any:
     """``{"a": {"b": "< 1"}}``, as an override ``guard.a.b`` gives it, is ``{"a.b": "< 1"}``."""
     if not isinstance(value, Mapping):
-        return value
+        raise UserError(f"guard={value!r} is no mapping of figures to conditions, e.g. guard: {{ppl: '<= 1.2 x dense'}}")
     found: dict[str, Any] = {}
     for key, item in value.items():
-        inner = _flat(item)
+        inner = _flat(item) if isinstance(item, Mapping) else item
         nested = isinstance(inner, dict) and inner
         found |= {f"{key}.{name}": each for name, each in inner.items()} if nested else {str(key): _text(inner)}
     return found
@@ -65,10 +65,10 @@ class AlarmConfig(Section):
     begin: Literal["search", "recover", "end"] = "search"
     """The phase from which on figures are held to their bounds: while gates close quality falls, and comes back later."""
     command: Annotated[tuple[str, ...], BeforeValidator(_words)] = ()
-    """Program and arguments, run with the event as JSON on its standard input (docs/guard.md). ``${NAME}`` is replaced when it
-    runs, and stands unreplaced in what the run writes."""
+    """Program and arguments, run with the event as JSON on its standard input (docs/guard.md). ``${NAME}`` is read when the run
+    begins, and stands unreplaced in what it writes."""
     webhook: str = ""
-    """Address that the event is posted to as JSON. ``${NAME}`` as in ``command``."""
+    """Address that the event is posted to as JSON, ``https://...``. ``${NAME}`` as in ``command``."""
     timeout: Annotated[float, Field(gt=0.0, le=600.0)] = 10.0
     """Seconds that either may take; one that fails is told, and stops nothing."""
 
