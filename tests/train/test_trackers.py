@@ -143,6 +143,8 @@ def test_the_summary_is_told_after_the_last_step(told: SimpleNamespace, store: P
         assert {"ppl", "parameters"} <= set(numbers)
         assert {key: finals[f"final/{model}/{key}"][8] for key in numbers} == numbers
     assert finals["final/tokens/adapt"][8] == told.summary["tokens"]["adapt"]
+    guard = {key: finals[f"final/guard/ppl/{key}"][8] for key in ("value", "limit", "holds")}
+    assert guard == {"value": told.summary["result"]["ppl"], "limit": 9 * told.summary["base"]["ppl"], "holds": 1.0}
     assert not {"final/seed", "final/keep", "final/compiled"} & set(finals)  # asked for, or no number
     in_files, _ = in_tensorboard(told.out / "tensorboard")
     assert {name: curve[8] for name, curve in finals_in(in_files).items()} == pytest.approx(

@@ -101,8 +101,9 @@ class Trackers:
             return
         rows = map(json.loads, metrics.read_text(encoding="utf-8").splitlines())
         steps = sum(row.get("stage") == "main" for row in rows)
-        left = {name: value for name, value in summary.items() if name not in _OF_THE_RECIPE}
-        figures = figures_in(flat({"final": left}, "/"))
+        told = {name: value for name, value in summary.items() if name not in _OF_THE_RECIPE}
+        told["guard"] = {each["guard"]: {**each, "holds": int(each["holds"])} for each in summary.get("guard", [])}
+        figures = figures_in(flat({"final": told}, "/"))
         self._each(lambda one: one.log(figures, steps), "was not told the summary", always=True)
 
     def __enter__(self) -> Trackers:
