@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -63,6 +63,10 @@ _STYLE: Any = {
 }
 
 
+_LETTERS = 26
+"""Of a word along the y axis: with more there is no room for a picture."""
+
+
 @dataclass(frozen=True)
 class Picture:
     """A figure of the page.
@@ -116,6 +120,12 @@ def sheet(height: int, rows: int = 1, columns: int = 1, width: int = WIDTH, left
         wspace=gaps["wspace"] / inner_width,
     )
     return figure, figure.subplots(rows, columns, **how)
+
+
+def labels(names: Iterable[str]) -> tuple[list[str], int]:
+    """Words along the y axis, long ones without their middle, and the pixels that they take: a generous width a letter."""
+    short = [name if len(name) <= _LETTERS else f"{name[: _LETTERS - 10]}…{name[-9:]}" for name in names]
+    return short, round(18 + 5.9 * max(map(len, short), default=0))
 
 
 def svg(figure: Any, key: str, title: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from slimtune.report.ink import INK, MARKERS, SERIES, Picture, mark, sheet, svg
+from slimtune.report.ink import INK, MARKERS, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.run import MODELS, Run
 from slimtune.report.verdict import GENERAL
 from slimtune.report.words import label, metric_name, number
@@ -115,7 +115,8 @@ def dots(run: Run, key: str) -> Picture | None:
     if not figures:
         return None
     models = [model for model in MODELS if run.of(model)]
-    figure, axis = sheet(70 + 30 * len(figures), left=112)
+    names, left = labels(label(name) for name in figures)
+    figure, axis = sheet(70 + 30 * len(figures), left=left)
     for index, model in enumerate(models):
         found = run.of(model)
         points = [(place, found[name], name) for place, name in enumerate(figures) if name in found]
@@ -130,7 +131,7 @@ def dots(run: Run, key: str) -> Picture | None:
     for place, name in enumerate(figures):
         if (baseline := _baseline(run, name)) is not None:
             axis.plot([100 * baseline] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=1, linestyle=":")
-    axis.set_yticks(range(len(figures)), [label(name) for name in figures])
+    axis.set_yticks(range(len(figures)), names)
     axis.set_ylim(len(figures) - 0.4, -0.6 - 0.5)
     axis.grid(visible=False, axis="y")
     axis.set_xlabel("%")

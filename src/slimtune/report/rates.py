@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slimtune.report.ink import HATCHES, INK, SERIES, Picture, mark, sheet, svg
+from slimtune.report.ink import HATCHES, INK, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.quality import Table
 from slimtune.report.run import Run
 from slimtune.report.words import size
@@ -52,7 +52,8 @@ def picture(run: Run, key: str) -> Picture | None:
     if not run.bench or not run.bench["ratios"]:
         return None
     ratios = run.bench["ratios"]
-    figure, axis = sheet(64 + 22 * len(ratios), left=128, top=26)
+    names, left = labels(f"{_name(ratio)}, {ratio['batch']}" for ratio in ratios)
+    figure, axis = sheet(64 + 22 * len(ratios), left=left, top=26)
     places = range(len(ratios))
     values = [ratio["faster"] for ratio in ratios]
     errors = [[ratio["faster"] - ratio["low"] for ratio in ratios], [ratio["high"] - ratio["faster"] for ratio in ratios]]
@@ -62,7 +63,7 @@ def picture(run: Run, key: str) -> Picture | None:
     axis.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
     axis.plot([ratio["by_size"] for ratio in ratios], places, "|", color=SERIES[1], markersize=11, markeredgewidth=2)
     axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
-    axis.set_yticks(places, [f"{_name(ratio)}, {ratio['batch']}" for ratio in ratios])
+    axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
     axis.set_title("times as fast as the base")

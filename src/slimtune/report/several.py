@@ -6,15 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimtune.report.ink import HATCHES, INK, MARKERS, SERIES, Picture, look, mark, sheet, svg
+from slimtune.report.ink import HATCHES, INK, MARKERS, SERIES, Picture, labels, look, mark, sheet, svg
 from slimtune.report.quality import Table, interval, task_figures
 from slimtune.report.run import Run
 from slimtune.report.shape import NAMES, whole
 from slimtune.report.verdict import decode_ratio
 from slimtune.report.words import label, millions, number
-
-_NAME = 16
-"""Letters of a run's name beside a picture."""
 
 
 def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | None:
@@ -127,13 +124,14 @@ def _strips(
     names: Sequence[str], parts: Mapping[str, Sequence[Sequence[float]]], key: str, title: str, note: str, what: str
 ) -> Picture:
     """Two pictures, one an axis, of lines of layers."""
-    figure, axes = sheet(66 + 2 * 24 * len(names) + 30, rows=2, sharex=True, left=104, hspace=28)
+    short, left = labels(names)
+    figure, axes = sheet(66 + 2 * 24 * len(names) + 30, rows=2, sharex=True, left=left, hspace=28)
     for axis, (name, lines) in zip(axes, parts.items(), strict=True):
         longest = max(map(len, lines))
         padded = [[*line, *[float("nan")] * (longest - len(line))] for line in lines]
         mark(axis.imshow(padded, cmap="Greys", vmin=0, vmax=1.25, aspect="auto", interpolation="none"), f"{what}-{name}")
         axis.set_title(NAMES[name])
-        axis.set_yticks(range(len(names)), [name if len(name) <= _NAME else f"{name[: _NAME - 1]}…" for name in names])
+        axis.set_yticks(range(len(names)), short)
         axis.grid(visible=False)
     axes[1].set_xlabel("layer")
     whole(axes[1].xaxis, 9)
