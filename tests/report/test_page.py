@@ -215,8 +215,8 @@ def test_ten_runs_of_several_thousand_evaluations_in_five_seconds_and_five_megab
     ]
     code = "import sys; from slimtune.report.page import report; report(sys.argv[2:], sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path / "page.html"), *map(str, runs)]
-    # of the processor, for other tests run beside it, and the least of some, for they slow it as well
-    assert min(_seconds(command) for _ in range(3)) < 5
+    # of the processor, for other tests run beside it; of three attempts one will do, for they slow it as well
+    assert any(_seconds(command) < 5 for _ in range(3))
     assert (tmp_path / "page.html").stat().st_size < 5e6
     evaluations = sum(json.loads(line).get("valid_ppl", 0) > 0 for line in (runs[0] / "metrics.jsonl").read_text().splitlines())
     assert evaluations == 4000
