@@ -9,17 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from slimtune.report.words import METRICS, metric_name
 from slimtune.train.task_figures import better
 
-_LABELS = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro-F1",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits/byte",
-}
+_SHORT_NAMES = {"bits_per_byte": "bits/byte"}
 _SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -60,7 +53,7 @@ def _add_task(table: Table, name: str, task: dict[str, Any]) -> bool:
         poor |= weak
         table.add_row(
             Text(f" {name}" if index == 0 else ""),
-            Text(_LABELS.get(metric, metric) + (" ↓" if lower else "")),
+            Text(_SHORT_NAMES.get(metric, metric_name(metric)) + (" ↓" if lower else "")),
             Text(_number(metric, figure["value"]), style="bold yellow" if weak else "bold"),
             Text(_interval(metric, figure, task["rows"]), style="dim"),
             Text("" if baseline is None else _number(metric, baseline)),
@@ -80,14 +73,14 @@ def _number(metric: str, value: float) -> str:
         return f"{value:.3f}"
     if metric == "perplexity":
         return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}"
-    if metric in _LABELS:
+    if metric in METRICS:
         return f"{100 * value:.1f}"
     return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"  # of a function, in what it is in
 
 
 def _footer(found: dict[str, Any], poor: bool) -> str:
     lines = ["Accuracy, macro-F1 and ROUGE in percent; ↓ lower is better."]
-    own = any(name not in _LABELS for task in found["tasks"].values() for name in task["figures"])
+    own = any(name not in METRICS for task in found["tasks"].values() for name in task["figures"])
     written = "ROUGE and metrics of your own (plain numbers)" if own else "ROUGE"
     lines.append(f"baseline: the most frequent answer, always given; of {written}, the reference answer of another row.")
     if poor:

@@ -16,7 +16,7 @@ LABELS = {
     "memory": "peak GPU memory",
     "speed.memory_bytes": "memory while running",
 }
-_METRICS = {
+METRICS = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "rouge1": "ROUGE-1",
@@ -25,6 +25,7 @@ _METRICS = {
     "perplexity": "perplexity",
     "bits_per_byte": "bits per byte",
 }
+"""Figures of the tasks' own metrics, and what to call them."""
 BYTES = ("bytes", "memory", "speed.memory_bytes")
 PERCENT = ("accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "block_ratio")
 
@@ -42,7 +43,7 @@ def label(figure: str) -> str:
 
 def metric_name(metric: str) -> str:
     """Of a task's figure."""
-    return _METRICS.get(metric, metric.replace("_", " "))
+    return METRICS.get(metric, metric.replace("_", " "))
 
 
 def number(figure: str, value: float | None) -> str:
