@@ -48,7 +48,7 @@ from slimtune.runtime import (
 )
 from slimtune.structure.axes import Structure
 from slimtune.train import checkpoint
-from slimtune.train.claim import check_model, claim, open_folder, place, read_stages, same_input
+from slimtune.train.claim import check_model, claim, open_folder, read_stages, same_input, seen_from
 from slimtune.train.judgement import Judgement, not_judged
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator, shards
@@ -175,7 +175,7 @@ class Run:
                 self.progress.say(
                     "layers are not compiled, though that was decided: the model is spread, or no kernel can be made"
                 )
-        self.stages |= {"place": place(), "costs": self.progress.costs, "units": self.structure.units()}  # for who watches it
+        self.stages |= {"place": seen_from(self.folder.path), "costs": self.progress.costs, "units": self.structure.units()}
         unread = {"weights"} if base.init != "config" and "base" not in self.stages else set()  # they may still be mended
         self.folder.write_json("stages.json", {name: value for name, value in self.stages.items() if name not in unread})
         before = None

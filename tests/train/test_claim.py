@@ -12,7 +12,7 @@ import yaml
 from slimtune.errors import UserError
 from slimtune.recipe import parse
 from slimtune.runtime import RunFolder
-from slimtune.train.claim import FREE_ON_RESUME, check_model, claim, is_held, open_folder, place
+from slimtune.train.claim import FREE_ON_RESUME, check_model, claim, is_held, open_folder, place, seen_from
 
 
 def names(folder: Path) -> list[str]:
@@ -136,21 +136,20 @@ def test_that_a_folder_is_held_is_seen_without_taking_its_lock(tmp_path: Path, m
     assert place()
     assert place() == place()
     folder = RunFolder(tmp_path)
-    assert is_held(tmp_path) is None  # nothing to try the list with
-    (tmp_path / "recipe.yaml").write_text("{}")
-    assert is_held(tmp_path) is False
+    assert not is_held(tmp_path)
     with folder.held():
-        assert is_held(tmp_path) is True
-    assert is_held(tmp_path) is False
-    assert is_held(tmp_path / "absent") is None
-    monkeypatch.setattr("slimtune.train.claim._listed", lambda status: " other numbers ")  # as of some file systems
-    with folder.held():
-        assert is_held(tmp_path) is None
+        assert is_held(tmp_path)
+        assert seen_from(tmp_path) == place()
+        assert not is_held(tmp_path / "absent")
+        with monkeypatch.context() as patch:  # as of some file systems, and of systems without such a list
+            patch.setattr("slimtune.train.claim.os.minor", lambda device: 255)
+            assert seen_from(tmp_path) is None
+    assert not is_held(tmp_path)
+    assert seen_from(tmp_path) is None
 
 
 def test_a_run_begins_however_often_its_folder_is_looked_at(tmp_path: Path) -> None:
     """With a lock that is taken to find out, some of these would be refused."""
-    (tmp_path / "recipe.yaml").write_text("{}")
     done = threading.Event()
 
     def look() -> None:

@@ -124,10 +124,7 @@ def claim(folder: RunFolder, recipe: Recipe, resume: bool) -> None:
 
 
 def place() -> str | None:
-    """The running system and the processes that can be seen in it, as one word; None where it cannot be told.
-
-    Where a run's is one's own, all that holds its folder can be seen from here (``is_held``).
-    """
+    """The running system and the processes that can be seen in it, as one word; None where it cannot be told."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
@@ -135,34 +132,24 @@ def place() -> str | None:
         return None
 
 
-def is_held(folder: Path) -> bool | None:
-    """Whether a process that can be seen from here holds a run's folder (``RunFolder.held``); None where that is not known.
+def seen_from(folder: Path) -> str | None:
+    """The place in which a folder that is not seen to be held is not held: of the run that holds it now.
+
+    None where its lock is not listed there, or not by the numbers that the folder has.
+    """
+    return place() if is_held(folder) else None
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a run's folder is seen to be held (``RunFolder.held``).
 
     Read from the system's list of locks: to take the lock in order to find out would turn away a run that begins just then.
     """
     try:
         status, listed = folder.stat(), Path("/proc/locks").read_text(encoding="utf-8")
     except OSError:
-        return None
-    if _listed(status) in listed:
-        return True
-    return False if _lists(folder / _RECIPE) else None
-
-
-def _listed(status: os.stat_result) -> str:
-    return f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} "
-
-
-def _lists(file: Path) -> bool:
-    """Whether a lock there is listed by the numbers that the file has here: by others on some file systems, or not at all."""
-    try:
-        import fcntl
-
-        with file.open("rb") as handle:  # which no run locks
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return _listed(os.fstat(handle.fileno())) in Path("/proc/locks").read_text(encoding="utf-8")
-    except (ImportError, OSError):
         return False
+    return f" {os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino} " in listed
 
 
 def read_stages(file: Path) -> dict[str, Any]:
