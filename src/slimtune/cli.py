@@ -15,6 +15,7 @@ from slimtune.cli_evaluate import evaluate
 from slimtune.cli_export import apply, export, verify
 from slimtune.cli_reference import families, reference
 from slimtune.cli_report import check, report
+from slimtune.cli_watch import watch
 from slimtune.comparison.command import compare
 from slimtune.errors import UserError, nearest, out_of_memory
 from slimtune.version import __version__
@@ -116,6 +117,7 @@ app.command()(verify)
 app.command()(apply)
 app.command()(bench)
 app.command()(report)
+app.command()(watch)
 app.command()(check)
 
 
