@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 LABELS = {
     "ppl": "perplexity, test",
@@ -42,8 +43,8 @@ def label(figure: str) -> str:
 
 
 def metric_name(metric: str) -> str:
-    """Of a task's figure."""
-    return METRICS.get(metric, metric.replace("_", " "))
+    """Of a task's figure; one of a user's own function is called by its name."""
+    return METRICS.get(metric, metric)
 
 
 def number(figure: str, value: float | None) -> str:
@@ -63,7 +64,12 @@ def number(figure: str, value: float | None) -> str:
         return f"{100 * value:.1f}%"
     if metric in ("bits_per_byte", "loss"):
         return f"{value:.3f}"
-    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}"
+    return f"{value:,.2f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+
+
+def finite(value: Any) -> bool:
+    """Whether a figure was measured, and is a number."""
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def size(count: float) -> str:
