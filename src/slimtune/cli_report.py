@@ -64,7 +64,11 @@ def check(
     """
     if [junit, markdown, as_json].count("-") > 1 or junit == "-":
         raise UserError("one of --markdown and --json can be printed with -; JUnit XML and others need a file")
-    given = dict(_gate(item) for item in gate or ())
+    given: dict[str, str] = {}
+    for name, condition in map(_gate, gate or ()):
+        if name in given:
+            raise UserError(f"--gate {name} is given twice; give one condition a figure")
+        given[name] = condition
     from slimtune.report import verdicts
     from slimtune.report.check import check as hold
 

@@ -82,6 +82,48 @@ def test_other_test_data_fail_for_figures_do_not_compare(tmp_path: Path) -> None
     assert check(other, None, {"ppl": "<= 20"}).failed == []
 
 
+def test_tasks_with_other_rows_fail_where_a_gate_is_on_them(tmp_path: Path) -> None:
+    good, other = write_run(tmp_path / "good"), write_run(tmp_path / "other")
+    summary = json.loads((other / "summary.json").read_text())
+    (other / "summary.json").write_text(json.dumps({**summary, "task_rows": {"pubmedqa": "ff" * 32}}))
+    found = check(other, good)
+    assert failed(found) == ["data.pubmedqa"]
+    assert "| **FAILED** | data.pubmedqa | other |  | the same in both runs |" in markdown(found)
+    assert "data.pubmedqa: test data of other against good are not the same" in junit(found)
+    assert check(other, good, {"ppl": "<= 20"}).failed == []
+
+
+def test_where_nothing_says_on_which_data_a_run_was_measured_that_is_told(tmp_path: Path) -> None:
+    good, old = write_run(tmp_path / "good"), write_run(tmp_path / "old")
+    summary = json.loads((old / "summary.json").read_text())
+    (old / "summary.json").write_text(json.dumps({name: value for name, value in summary.items() if name != "data"}))
+    for pair in ((good, old), (old, good)):
+        assert "Whether both were measured on the same test data is not known" in markdown(check(*pair))
+    assert "is not known" not in markdown(check(write_run(tmp_path / "same"), good))
+    assert "is not known" not in markdown(check(old, None, {"ppl": "<= 20"}))
+
+
+def test_speeds_are_compared_of_the_same_way_to_run(tmp_path: Path) -> None:
+    good, slow = write_run(tmp_path / "good"), write_run(tmp_path / "slow")
+    found = bench_of(600_000, 1_000_000)
+    for ratio in found["ratios"]:
+        ratio["faster"] = 2.0 if ratio["how"] == "graph" else 1.5
+    (good / "bench.json").write_text(json.dumps(found))
+    eager = {**found, "ratios": [ratio for ratio in found["ratios"] if ratio["how"] == "eager"]}
+    (slow / "bench.json").write_text(json.dumps(eager))
+    compared = check(slow, good)
+    assert compared.failed == []
+    assert compared.values["speed.decode_faster"] == 1.5
+    assert check(good, None, {"speed.decode_faster": ">= 1.9"}).failed == []
+
+
+def test_a_bench_of_the_result_alone_says_nothing_of_its_base(tmp_path: Path) -> None:
+    run, found = write_run(tmp_path / "run"), bench_of(600_000, 1_000_000)
+    alone = {"models": found["models"][:1], "rows": [row for row in found["rows"] if row["model"] == "run"], "ratios": []}
+    (run / "bench.json").write_text(json.dumps({**found, **alone}))
+    assert failed(check(run, None, {"speed.decode_ms": "<= dense"})) == ["speed.decode_ms"]
+
+
 def test_gates_of_ones_own_take_the_place_of_the_default_ones(tmp_path: Path) -> None:
     good, run = write_run(tmp_path / "good"), write_run(tmp_path / "run", changes={"ppl": 16.4})
     gates = {
@@ -163,6 +205,7 @@ def test_junit_xml_markdown_and_json(tmp_path: Path) -> None:
     root = ElementTree.parse(files[0]).getroot()
     suite = root[0]
     assert (root.tag, suite.tag, suite.get("failures"), suite.get("errors")) == ("testsuites", "testsuite", "1", "0")
+    assert root.keys() == ["name", "tests", "failures", "errors", "time"]  # strict readers take no others there
     assert int(suite.get("tests", "0")) == len(suite.findall("testcase"))
     names = [case.get("name") for case in suite]
     assert len(names) == len(set(names))
@@ -209,6 +252,7 @@ def test_names_of_gates() -> None:
         (["run", "--baseline", "run"], "is given twice"),
         (["going", "--gate", "ppl=<= 3"], "is not finished: it has no summary.json"),
         (["run", "--gate", "ppl"], "is not of the form FIGURE=CONDITION"),
+        (["run", "--gate", "ppl=<= 3", "--gate", "ppl=>= 1"], "--gate ppl is given twice; give one condition a figure"),
         (["run", "--gate", "ppl=1.02 x baseline"], "does not begin with <=, >=, < or >"),
         (["run", "--gate", "ppl=<= baseline"], "is relative to a baseline; give one with --baseline RUN2"),
         (["run", "--gate", "pplx=<= 3"], "Did you mean 'ppl'"),

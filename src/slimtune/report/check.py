@@ -21,8 +21,8 @@ from slimtune.report.run import Run, read_run, read_runs
 from slimtune.report.verdict import fastest
 from slimtune.yaml_file import read_yaml
 
-SAME_DATA = "data.test"
-"""The row that holds the test data of both runs to be the same: else their figures do not compare."""
+SAME_DATA = "data."
+"""Rows that hold data of both runs to be the same, else their figures do not compare: ``data.test``, ``data.TASK``."""
 NOISY = {"lower": "<= baseline + noise", "higher": ">= baseline - noise"}
 """Default gates of figures with intervals: worse than chance alone would have it is a regression."""
 PLAIN = {"lower": "<= 1.02 x baseline", "higher": ">= 0.98 x baseline"}
@@ -44,6 +44,7 @@ class Checked:
         rulings: a row for each gate and figure.
         values: of the baseline's figures, for those who read.
         left_out: figures that only one of both has, where the default gates were asked for.
+        unknown: whether it is not known of both on which test data they were measured.
     """
 
     run: str
@@ -51,6 +52,7 @@ class Checked:
     rulings: list[Ruling]
     values: dict[str, float]
     left_out: list[str]
+    unknown: bool = False
 
     @property
     def failed(self) -> list[Ruling]:
@@ -99,10 +101,11 @@ def check(
         known = {(ruling.figure, ruling.condition) for ruling in rulings}
         rows = [ruling for name, text in extra.items() for ruling in _ruled(name, text, mine, other)]
         rulings += [ruling for ruling in rows if (ruling.figure, ruling.condition) not in known]
-    if other is not None and (same := _same_data(mine, other)):
-        rulings.insert(0, same)
-    theirs = figures_of(other) if other is not None else {}
-    return Checked(mine.name, other.name if other else "", rulings, theirs, left_out)
+    if other is None:
+        return Checked(mine.name, "", rulings, {}, left_out)
+    same = _same_data(mine, other, [ruling.figure for ruling in rulings])
+    unknown = not any(ruling.figure == "data.test" for ruling in same)
+    return Checked(mine.name, other.name, [*same, *rulings], figures_of(other, beside=mine), left_out, unknown)
 
 
 def _from_file(file: str | Path) -> dict[str, str]:
@@ -116,26 +119,41 @@ def _from_file(file: str | Path) -> dict[str, str]:
     return {str(name): text for name, text in raw.items()}
 
 
-def figures_of(run: Run, model: str = "result") -> dict[str, float]:
-    """All figures of a model that are numbers, with those of the bench; of the result also how many times as fast it is."""
+def figures_of(run: Run, model: str = "result", beside: Run | None = None) -> dict[str, float]:
+    """All figures of a model that are numbers, with those of the bench; of the result also how many times as fast it is.
+
+    Args:
+        beside: the run that it is compared with: of the ways to launch a model those count that both benches timed.
+    """
     found = {name: float(value) for name, value in run.of(model).items() if isinstance(value, (int, float))}
     if not run.bench or model == "dense_lora":
         return found
     timed = list(speeds(run.bench).values())
-    return {**found, **timed[0], **faster(run.bench)} if model == "result" else {**found, **timed[-1]}
+    if model == "result":
+        return {**found, **timed[0], **faster(run.bench, beside.bench if beside else None)}
+    return {**found, **timed[-1]} if len(timed) > 1 else found
 
 
-def faster(bench: Mapping[str, Any]) -> dict[str, float]:
-    """``speed.decode_faster``: how many times as fast as the model beside it, at the smallest batch; see ``fastest``."""
-    ratios: list[Mapping[str, Any]] = bench["ratios"]
+def faster(bench: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """``speed.decode_faster``: how many times as fast as the model beside it, at the smallest batch; see ``fastest``.
+
+    Args:
+        beside: another run's bench; what it did not time the same way does not count.
+    """
+    ways = {_way(ratio) for ratio in (beside or bench)["ratios"]}
+    ratios: list[Mapping[str, Any]] = [ratio for ratio in bench["ratios"] if _way(ratio) in ways]
     whats = dict.fromkeys(ratio["what"] for ratio in ratios)
     found = {what: fastest([ratio for ratio in ratios if ratio["what"] == what]) for what in whats}
     return {f"speed.{what.replace(' ', '_')}_faster": float(ratio["faster"]) for what, ratio in found.items() if ratio}
 
 
+def _way(ratio: Mapping[str, Any]) -> tuple[Any, ...]:
+    return ratio["what"], ratio["how"], ratio["batch"]
+
+
 def defaults(run: Run, baseline: Run) -> tuple[dict[str, str], list[str]]:
     """The gates of figures that both have, and what only one of them has."""
-    mine, theirs = figures_of(run), figures_of(baseline)
+    mine, theirs = figures_of(run, beside=baseline), figures_of(baseline, beside=run)
     tasks = telling(dict.fromkeys([*task_figures(run), *task_figures(baseline)]))
     quality = ["ppl", "valid_ppl", "accuracy", *tasks]
     speeds = sorted(name for name in {*mine, *theirs} if "_faster" in name)
@@ -191,7 +209,7 @@ def _ruled(name: str, text: str, run: Run, baseline: Run | None) -> Iterable[Rul
     condition = Condition.of(text, name)
     if baseline is None and {"baseline", "noise"} & set(condition.words):
         raise UserError(f"{name}: {text!r} is relative to a baseline; give one with --baseline RUN2")
-    mine, theirs = figures_of(run), figures_of(baseline) if baseline else {}
+    mine, theirs = figures_of(run, beside=baseline), figures_of(baseline, beside=run) if baseline else {}
     references = {"dense": figures_of(run, "base"), "dense_lora": figures_of(run, "dense_lora"), "baseline": theirs}
     for figure in resolve(name, [*mine, *theirs]):
         wide = noise(figure, run, baseline) if baseline is not None else None
@@ -217,10 +235,19 @@ def resolve(name: str, known: Sequence[str]) -> list[str]:
     raise UserError(f"gate {name!r}: no run has such a figure.{nearest(name, shown)} Figures: {', '.join(shown)}")
 
 
-def _same_data(run: Run, baseline: Run) -> Ruling | None:
-    """Whether both were measured on the same test tokens; None where neither says so."""
-    digests = [each.summary.get("data", {}).get("test") for each in (run, baseline)]
-    if None in digests:
-        return None
-    same = float(digests[0] == digests[1])
-    return Ruling(SAME_DATA, SAME_DATA, "the same in both runs", same, 1.0, bool(same), {})
+def _same_data(run: Run, baseline: Run, figures: Sequence[str]) -> list[Ruling]:
+    """Whether both were measured on the same test tokens, where both say so; and tasks of ``figures`` whose rows differ."""
+    mine, theirs = (each.summary.get("data") or {} for each in (run, baseline))
+    pairs = {"test": (mine["test"], theirs["test"])} if mine.get("test") and theirs.get("test") else {}
+    mine, theirs = (each.summary.get("task_rows") or {} for each in (run, baseline))
+    tasks = dict.fromkeys(figure.partition(".")[0] for figure in figures)
+    pairs |= {
+        task: (mine[task], theirs[task])
+        for task in tasks
+        if mine.get(task) != theirs.get(task) and task in mine.keys() & theirs
+    }
+    told = "the same in both runs"
+    return [
+        Ruling(f"{SAME_DATA}{name}", f"{SAME_DATA}{name}", told, float(a == b), 1.0, a == b, {})
+        for name, (a, b) in pairs.items()
+    ]

@@ -33,7 +33,7 @@ def _title(found: Checked) -> str:
 
 def _cells(found: Checked, ruling: Ruling) -> list[str]:
     verdict = "ok" if ruling.holds else "FAILED"
-    if ruling.figure == SAME_DATA:
+    if ruling.figure.startswith(SAME_DATA):
         return [verdict, ruling.figure, "same" if ruling.holds else "other", "", ruling.condition]
     value = "not measured" if ruling.value is None else number(ruling.figure, ruling.value)
     limit = "unknown" if ruling.limit is None else number(ruling.figure, ruling.limit)
@@ -46,6 +46,8 @@ def _cells(found: Checked, ruling: Ruling) -> list[str]:
 
 def _closing(found: Checked) -> list[str]:
     lines = []
+    if found.unknown:
+        lines.append("Whether both were measured on the same test data is not known: a summary.json has no hash of them.")
     if found.left_out:
         lines.append(f"Not compared, for only one of both runs has it: {', '.join(found.left_out)}.")
     if any("noise" in ruling.condition for ruling in found.rulings):
@@ -82,14 +84,17 @@ def _plain(text: str) -> str:
 
 def junit(found: Checked) -> str:
     """JUnit XML: a test case for each row, which fails where its figure is out of its bound."""
-    counts = {"tests": str(len(found.rulings)), "failures": str(len(found.failed)), "errors": "0", "skipped": "0", "time": "0"}
+    counts = {"tests": str(len(found.rulings)), "failures": str(len(found.failed)), "errors": "0", "time": "0"}
     root = ElementTree.Element("testsuites", {"name": "slimtune check", **counts})
-    suite = ElementTree.SubElement(root, "testsuite", {"name": _title(found), **counts})
+    suite = ElementTree.SubElement(
+        root, "testsuite", {"name": _title(found), **counts, "skipped": "0"}
+    )  # only it may have that
     for ruling in found.rulings:
         name = f"{ruling.guard} {ruling.condition}" if ruling.guard == ruling.figure else f"{ruling.guard} ({ruling.figure})"
         case = ElementTree.SubElement(suite, "testcase", {"classname": f"slimtune.{found.run}", "name": name, "time": "0"})
         if not ruling.holds:
-            told = f"test data of {_title(found)} are not the same" if ruling.figure == SAME_DATA else ruling.told
+            other = f"test data of {_title(found)} are not the same"
+            told = f"{ruling.figure}: {other}" if ruling.figure.startswith(SAME_DATA) else ruling.told
             failure = ElementTree.SubElement(case, "failure", {"message": told, "type": "gate"})
             values = {"value": ruling.value, "limit": ruling.limit, **ruling.words}
             failure.text = "\n".join(f"{key} = {value}" for key, value in values.items() if value is not None)
