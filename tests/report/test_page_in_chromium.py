@@ -63,7 +63,14 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     long = {"uscode_headings_of_titles.macro_f1": 0.5}
     sizes = {"one": 0.6, "two-of-a-long-name-indeed": 0.7, "three": 0.8}
     runs = [write_run(root / name, keep=keep, seed=seed, changes=long) for seed, (name, keep) in enumerate(sizes.items())]
-    alone = {"one-run": report([runs[0]], root / "one-run.html"), "several-runs": report(runs, root / "several-runs.html")}
+    many = [
+        write_run(root / f"run-of-a-long-name-{index:02}-with-an-end", seed=index, keep=0.3 + index / 20) for index in range(12)
+    ]
+    alone = {
+        "twelve-runs": report(many, root / "twelve-runs.html"),
+        "one-run": report([runs[0]], root / "one-run.html"),
+        "several-runs": report(runs, root / "several-runs.html"),
+    }
     return {**alone, "going-on": report([write_run(root / "going", finished=False)], root / "going-on.html")}
 
 
@@ -74,6 +81,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("several-runs", "light-1280"),
         ("several-runs", "dark-375"),
         ("going-on", "light-375"),
+        ("twelve-runs", "light-375"),
     ],
 )
 def test_the_page(browser: Any, pages: dict[str, Path], name: str, view: str) -> None:
@@ -88,7 +96,7 @@ def test_the_page(browser: Any, pages: dict[str, Path], name: str, view: str) ->
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= VIEWS[view]["viewport"]["width"]  # type: ignore[index]
     figures = page.evaluate(MARKS)
-    assert len(figures) >= {"one-run": 9, "several-runs": 13, "going-on": 4}[name]
+    assert len(figures) >= {"one-run": 9, "several-runs": 13, "going-on": 4, "twelve-runs": 10}[name]
     for figure in figures:
         assert figure["marks"] > 0, figure
         assert figure["drawn"] == figure["marks"], figure
@@ -116,6 +124,32 @@ def test_text_stands_out_from_its_ground_in_light_and_dark(browser: Any, pages: 
                 assert _contrast(light[f"--s{number}"], light[ground]) >= 3, (scheme, number, ground)
         assert page.evaluate("getComputedStyle(document.querySelector('figure svg text')).fill") == colours["--ink"]
         page.close()
+
+
+@pytest.mark.parametrize("name", ["one-run", "several-runs"])
+def test_on_paper_it_is_light_and_nothing_is_cut_off(browser: Any, pages: dict[str, Path], name: str) -> None:
+    page = browser.new_page(viewport={"width": 718, "height": 1000})  # A4 without its margins
+    page.emulate_media(media="print", color_scheme="dark")
+    page.goto(pages[name].as_uri())
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--s1')") == "#0072b2"
+    assert page.evaluate("[...document.querySelectorAll('figure image')].every(it => getComputedStyle(it).filter === 'none')")
+    cut = """[...document.querySelectorAll('.scroll, pre')].filter(it => it.clientWidth &&
+    (it.scrollWidth > it.clientWidth + 1 || it.scrollHeight > it.clientHeight + 1)).map(it => it.textContent.slice(0, 40))"""
+    assert page.evaluate(cut) == []
+    page.close()
+
+
+def test_names_of_runs_cover_nothing_that_is_drawn(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page()
+    page.goto(pages["twelve-runs"].as_uri())
+    covered = """key => { const all = document.querySelector('#' + key); const marks = [...all.querySelectorAll('[data-mark]')];
+    const low = Math.max(...marks.map(it => it.getBoundingClientRect().bottom));
+    const names = [...all.querySelectorAll('text')].filter(it => it.textContent.includes('with-an-end'));
+    return [names.length, names.filter(it => it.getBoundingClientRect().top < low).length] }"""
+    for key in ("size0", "size1", "loss", "kept", "ppl", "task0"):
+        assert page.evaluate(covered, key) == [12, 0], key
+    page.close()
 
 
 def test_lines_differ_without_colour(browser: Any, pages: dict[str, Path]) -> None:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from slimtune.report.ink import FAINT, INK, SERIES, Picture, look, mark, sheet, smooth, svg, thin
+from slimtune.report.ink import FAINT, INK, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
 from slimtune.report.quality import Table
 from slimtune.report.run import Row, Run
 from slimtune.report.words import label, number
@@ -27,18 +27,17 @@ def loss(runs: Sequence[Run], key: str) -> Picture | None:
         if len(runs) == 1:
             lines.append(("decide (held-out rows)", _of(run.main, "decide_loss")))
             lines.append(("dense LoRA", _of(run.reference, "adapt_loss")))
-    lines = [line for line in lines if line[1]]
-    if not lines:
+    if not _any(lines):
         return None
-    figure, axis = sheet(230)
-    for index, (name, points) in enumerate(lines):
+    figure, axis = _sheet(runs)
+    for index, name, points in _drawn(lines):
         steps, values = [step for step, _ in points], [value for _, value in points]
         window = max(1, len(values) // 40)
         if len(runs) == 1 and window > 1:
             axis.plot(*thin(steps, values), color=SERIES[index % len(SERIES)], alpha=0.25, linewidth=0.8)
-        (line,) = axis.plot(*thin(steps, smooth(values, window), 200), **look(index), label=name)
+        (line,) = axis.plot(*thin(steps, smooth(values, window), 200), **look(index, len(steps) == 1), label=name)
         mark(line, f"loss-{index}")
-    _finish(axis, "loss, nats a token")
+    _finish(figure, axis, "loss, nats a token", runs)
     _cuts(axis, runs)
     title = "Training loss"
     note = "Running mean; single steps faint." if len(runs) == 1 else "Running means of the adapt turns."
@@ -56,21 +55,21 @@ def kept(runs: Sequence[Run], key: str) -> Picture | None:
     if len(runs) == 1 and (target := _of(runs[0].main, "decide_target")):
         lines.append(("target", [(step, 100 * value) for step, value in target]))
         lines.append(("sampled", [(step, 100 * value) for step, value in _of(runs[0].main, "decide_sampled")]))
-    lines = [(name, points[:shown] if short else points) for name, points in lines if points]
-    if not lines:
+    lines = [(name, points[:shown] if short else points) for name, points in lines]
+    if not _any(lines):
         return None
-    figure, axis = sheet(230)
-    for index, (name, points) in enumerate(lines):
+    figure, axis = _sheet(runs)
+    for index, name, points in _drawn(lines):
         style = {"drawstyle": "steps-post"} if name != "sampled" else {"linewidth": 0.8}
         xs, ys = thin([step for step, _ in points], [value for _, value in points], 200)
-        (line,) = axis.plot(xs, ys, **look(index), label=name, **style)
+        (line,) = axis.plot(xs, ys, **look(index, len(xs) == 1), label=name, **style)
         mark(line, f"kept-{index}")
     of = {run.recipe.get("budget", {}).get("of", "total") for run in runs}
     what = "all parameters" if of == {"total"} else "the blocks" if of == {"block"} else "the budget"
     goals = {100 * run.recipe["budget"]["keep"] for run in runs if run.recipe and run.recipe.get("method") != "finetune"}
     for goal in goals:
         axis.axhline(goal, color=INK, linewidth=0.8, linestyle=":")
-    _finish(axis, f"% of {what}")
+    _finish(figure, axis, f"% of {what}", runs)
     _cuts(axis, runs)
     note = f"Dotted: the budget, {', '.join(f'{goal:g}%' for goal in sorted(goals))}." if goals else ""
     if short:
@@ -86,12 +85,11 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
         lines.append((run.name if len(runs) > 1 else "this run", _of(run.main, f"valid_{figure_name}")))
         if len(runs) == 1:
             lines.append(("dense LoRA", _of(run.reference, f"valid_{figure_name}")))
-    lines = [line for line in lines if line[1]]
-    if not lines:
+    if not _any(lines):
         return None
-    figure, axis = sheet(230)
+    figure, axis = _sheet(runs)
     factor = 100 if number(figure_name, 0.5).endswith("%") else 1
-    for index, (name, points) in enumerate(lines):
+    for index, name, points in _drawn(lines):
         some = points[:: -(-len(points) // _POINTS)] + points[-1:] if len(points) > _POINTS else points
         (line,) = axis.plot(
             [step for step, _ in some],
@@ -108,7 +106,7 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
         axis.set_yscale("log")
         _plain_log(axis)
     name = label(figure_name).removesuffix(", test")
-    _finish(axis, f"{name}, %" if factor == 100 else name)
+    _finish(figure, axis, f"{name}, %" if factor == 100 else name, runs)
     _cuts(axis, runs)
     note = "On validation rows, present hard masks." + (
         f" Dotted: the base, {number(figure_name, levels[0])}." if levels else ""
@@ -159,14 +157,31 @@ def _of(rows: Sequence[Row], key: str) -> Points:
     return [(step, float(value)) for step, value in found if math.isfinite(value)]
 
 
-def _finish(axis: Any, name: str) -> None:
+def _any(lines: Sequence[Line]) -> bool:
+    return any(points for _, points in lines)
+
+
+def _drawn(lines: Sequence[Line]) -> list[tuple[int, str, Points]]:
+    """Lines that have points, with their numbers: a run looks the same in every picture, whatever others lack."""
+    return [(index, name, points) for index, (name, points) in enumerate(lines) if points]
+
+
+def _sheet(runs: Sequence[Run]) -> tuple[Any, Any]:
+    """Of several runs with room for their names."""
+    more = room(len(runs)) if len(runs) > 1 else 0
+    return sheet(230 + more, bottom=36 + more)
+
+
+def _finish(figure: Any, axis: Any, name: str, runs: Sequence[Run]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axis.set(xlabel="step", title=name)
-    handles, labels = axis.get_legend_handles_labels()
-    if len(labels) > 1:
-        axis.legend(handles, labels, loc="best")
+    lines = [line for line in axis.get_lines() if (line.get_gid() or "").startswith("mark-")]
+    if len(runs) > 1:
+        legend(figure, lines, [line.get_label() for line in lines])
+    elif len(lines) > 1:
+        axis.legend(handles=lines, loc="best")
 
 
 def _plain_log(axis: Any) -> None:
@@ -187,6 +202,7 @@ def _cuts(axis: Any, runs: Sequence[Run]) -> None:
 
 def _table(lines: Sequence[Line], told: Callable[[float], str], most: int = 24) -> tuple[list[str], list[list[str]]]:
     """Head and rows: the lines' values at some steps, the last among them."""
+    lines = [line for line in lines if line[1]]
     steps = sorted(set().union(*([step for step, _ in points] for _, points in lines)))
     every = -(-len(steps) // most)
     chosen = steps[(len(steps) - 1) % every :: every]

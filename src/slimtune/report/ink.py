@@ -53,6 +53,7 @@ _STYLE: Any = {
     "legend.handlelength": 2.4,
     "legend.borderpad": 0.2,
     "path.simplify": True,
+    "text.parse_math": False,  # names are names, whatever dollars are in them
     "axes.facecolor": "none",
     "figure.facecolor": "none",
     **dict.fromkeys(
@@ -92,9 +93,12 @@ class Picture:
 @contextmanager
 def styled() -> Iterator[None]:
     """Inside, figures are drawn for the page."""
+    import warnings
+
     import matplotlib as mpl
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # the browser has others
         yield
 
 
@@ -123,9 +127,30 @@ def sheet(height: int, rows: int = 1, columns: int = 1, width: int = WIDTH, left
 
 
 def labels(names: Iterable[str]) -> tuple[list[str], int]:
-    """Words along the y axis, long ones without their middle, and the pixels that they take: a generous width a letter."""
-    short = [name if len(name) <= _LETTERS else f"{name[: _LETTERS - 10]}…{name[-9:]}" for name in names]
+    """Words along the y axis, long ones shortened, and the pixels that they take: a generous width a letter."""
+    short = shortened(list(names))
     return short, round(18 + 5.9 * max(map(len, short), default=0))
+
+
+def shortened(names: Sequence[str], most: int = _LETTERS) -> list[str]:
+    """Long names without their middle, or, where that is what tells them apart, without what they begin with alike."""
+    short = [name if len(name) <= most else f"{name[: most - 10]}…{name[-9:]}" for name in names]
+    same = [name for name, told in zip(names, short, strict=True) if short.count(told) > 1]
+    ends = zip(min(same, default=""), max(same, default=""), strict=False)
+    start = max(0, next((place for place, (one, other) in enumerate(ends) if one != other), 0) - 4)
+    return [f"…{name[start:]}"[:most] if name in same else told for name, told in zip(names, short, strict=True)]
+
+
+def room(count: int) -> int:
+    """Pixels that a legend of so many names takes below a picture."""
+    return 15 * -(-count // 2) + 6
+
+
+def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
+    """Names of runs below a picture, in two columns: within it they would cover what is drawn."""
+    told = [f" {name}" if name.startswith("_") else name for name in shortened(names, 22)]  # matplotlib leaves out _names
+    how = {"borderaxespad": 0.2, "columnspacing": 1.0, "handletextpad": 0.5}
+    figure.legend(handles, told, loc="lower left", bbox_to_anchor=(0, 0), ncols=2, **how)
 
 
 def svg(figure: Any, key: str, title: str) -> str:
@@ -135,23 +160,29 @@ def svg(figure: Any, key: str, title: str) -> str:
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="mark-([^"]*)"', r'class="mark" data-mark="\1"', text)
-    text = re.sub(r'\bid="', f'id="{key}-', text)
-    text = re.sub(r"url\(#", f"url(#{key}-", text)
-    text = re.sub(r'href="#', f'href="#{key}-', text)
-    text = re.sub(r"#(?:010203|0a0b0c|fefdfc|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", text)
-    text = re.sub(r"font: (?:normal )?([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", text)
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)  # a hundredth of a pixel is enough
+    text = re.sub(r"<[^>]+>", lambda tag: _of_page(tag.group(), key), text)  # words between tags stay as they are
     view = re.search(r'viewBox="[^"]*"', text)
     opened = f'<svg {view.group() if view else ""} role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg" '
     body = re.sub(r"<svg[^>]*>", "", text, count=1)
     return f'{opened}xmlns:xlink="http://www.w3.org/1999/xlink">{re.sub(chr(10) + " *", chr(10), body).strip()}'
 
 
+def _of_page(tag: str, key: str) -> str:
+    """A tag with ids of its own, the page's colours, and places to a hundredth of a pixel."""
+    tag = re.sub(r'\bid="mark-([^"]*)"', r'class="mark" data-mark="\1"', tag)
+    tag = re.sub(r'\bid="', f'id="{key}-', tag)
+    tag = re.sub(r"url\(#", f"url(#{key}-", tag)
+    tag = re.sub(r'href="#', f'href="#{key}-', tag)
+    tag = re.sub(r"#(?:010203|0a0b0c|fefdfc|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", tag)
+    tag = re.sub(r"font: (?:normal )?([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", tag)
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
+
+
 def look(index: int, points: bool = False) -> dict[str, Any]:
-    """Colour and line, and if wanted points, of the line of that number."""
-    found = {"color": SERIES[index % len(SERIES)], "linestyle": STYLES[index % len(STYLES)]}
-    return {**found, "marker": MARKERS[index % len(MARKERS)]} if points else found
+    """Colour and line, and if wanted points, of the line of that number; colours come again, with other lines and points."""
+    other = index + index // len(SERIES)
+    found = {"color": SERIES[index % len(SERIES)], "linestyle": STYLES[other % len(STYLES)]}
+    return {**found, "marker": MARKERS[other % len(MARKERS)]} if points else found
 
 
 def mark(artist: Any, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from slimtune.guard.ruling import apart
 from slimtune.report.quality import Table
 from slimtune.report.run import Run
 from slimtune.report.words import clock
@@ -87,12 +88,13 @@ def guards(run: Run, key: str) -> Table | None:
         [
             ruling["guard"],
             ruling["figure"],
-            "not measured" if ruling["value"] is None else f"{ruling['value']:.4g}",
+            value or "not measured",
             ruling["condition"],
-            "" if ruling["limit"] is None else f"{ruling['limit']:.4g}",
+            limit,
             "holds" if ruling["holds"] else "BREACHED",
         ]
         for ruling in rulings
+        for value, limit in [apart(ruling["value"], ruling["limit"])]
     ]
     marks = {index: "bad" for index, ruling in enumerate(rulings) if not ruling["holds"]}
     return Table(key, "Guards", ["guard", "figure", "value", "to be", "that is", ""], rows, numbers=9, marks=marks)

@@ -9,7 +9,7 @@ from typing import Any
 from slimtune.report.ink import INK, MARKERS, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.run import MODELS, Run
 from slimtune.report.verdict import GENERAL
-from slimtune.report.words import label, metric_name, number
+from slimtune.report.words import finite, label, metric_name, number
 
 _OWN = ("parameters", "block_ratio", "bytes", "ppl", "valid_ppl", "accuracy", "seconds", "memory", "speed.memory_bytes")
 
@@ -64,7 +64,9 @@ def task_figures(run: Run) -> list[str]:
 
 def telling(figures: Iterable[str]) -> list[str]:
     """Of figures of tasks those that say most: others go with one of them."""
-    return [figure for figure in figures if not figure.endswith(_ALIKE)]
+    figures = list(figures)
+    told = {figure.partition(".")[0] for figure in figures if not figure.endswith(_ALIKE)}
+    return [figure for figure in figures if not figure.endswith(_ALIKE) or figure.partition(".")[0] not in told]
 
 
 def tasks(run: Run, key: str, general: bool = False) -> Table | None:
@@ -109,6 +111,12 @@ def _change(run: Run, figure: str) -> str:
     return f"{result / base - 1:+.1%}" if base and result is not None else ""
 
 
+def _ends(figures: Mapping[str, Any], name: str) -> list[float]:
+    """Of the interval; the figure itself where it has none."""
+    ends = [figures.get(f"{name}_{end}") for end in ("low", "high")]
+    return [float(end if finite(end) else figures[name]) for end in ends]  # type: ignore[arg-type]
+
+
 def dots(run: Run, key: str) -> Picture | None:
     """Scores of tasks with their intervals: base, dense LoRA, result, one line a figure."""
     figures = [figure for figure in task_figures(run) if number(figure, 0.5).endswith("%")]
@@ -119,10 +127,12 @@ def dots(run: Run, key: str) -> Picture | None:
     figure, axis = sheet(70 + 30 * len(figures), left=left)
     for index, model in enumerate(models):
         found = run.of(model)
-        points = [(place, found[name], name) for place, name in enumerate(figures) if name in found]
+        points = [(place, found[name], name) for place, name in enumerate(figures) if finite(found.get(name))]
+        if not points:
+            continue
         ys = [place + 0.22 * (index - (len(models) - 1) / 2) for place, _, _ in points]
         xs = [100 * value for _, value, _ in points]
-        ends = [(found.get(f"{name}_low", value), found.get(f"{name}_high", value)) for _, value, name in points]
+        ends = [_ends(found, name) for _, _, name in points]
         errors = [[x - 100 * low for x, (low, _) in zip(xs, ends, strict=True)]]
         errors.append([100 * high - x for x, (_, high) in zip(xs, ends, strict=True)])
         colour = SERIES[index]

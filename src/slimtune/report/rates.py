@@ -8,6 +8,7 @@ from typing import Any
 from slimtune.report.ink import HATCHES, INK, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.quality import Table
 from slimtune.report.run import Run
+from slimtune.report.verdict import beside
 from slimtune.report.words import size
 
 
@@ -27,11 +28,13 @@ def table(run: Run, key: str) -> Table | None:
         last = [told, f"{ratio['by_size']:.2f}" if ratio else ""] if len(names) > 1 else []
         rows.append([_name(row), str(row["batch"]), *cells, *last])
     rows += _memory(found, names)
-    head = ["", "batch", "this model", *(["base", "times as fast", "size allows"] if len(names) > 1 else [])]
+    head = ["", "batch", "this model", *([beside(run) or "base", "times as fast", "size allows"] if len(names) > 1 else [])]
     kind = "random weights, " if found.get("random") else ""
+    kind += "llama.cpp, " if found.get("runtime") == "llama.cpp" else ""
+    after = f", decode after {found['context']}" if "context" in found else ""
     note = (
-        f"{found['machine']}, {kind}{found['dtype']}, prompts of {found['prompt']} tokens, decode after "
-        f"{found.get('context', 0)}; medians of {found['repeats']} turns (lowest to highest ratio). Size allows: if bytes "
+        f"{found['machine']}, {kind}{found['dtype']}, prompts of {found['prompt']} tokens{after}; "
+        f"medians of {found['repeats']} turns (lowest to highest ratio). Size allows: if bytes "
         "read (operations of a prompt) alone took time."
     )
     return Table(key, "Speed and memory", head, rows, note)
@@ -66,8 +69,8 @@ def picture(run: Run, key: str) -> Picture | None:
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")
-    axis.set_title("times as fast as the base")
-    title = "Speed against the base"
+    axis.set_title(f"times as fast as {beside(run) or 'the base'}")
+    title = "Speed against another model" if beside(run) else "Speed against the base"
     return Picture(key, title, svg(figure, key, title), "Thin lines: range over turns. Tall marks: what the sizes allow.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ Row = dict[str, Any]
 Figures = Mapping[str, Any]
 MODELS = {"base": "base", "dense_lora": "dense LoRA", "result": "result"}
 """Models that a summary has figures of, and what to call them."""
+_TEXTS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+"""Numbers that metrics.jsonl has as text, for JSON has no others."""
 
 
 @dataclass(frozen=True)
@@ -144,18 +147,19 @@ def read_rows(file: Path) -> list[Row]:
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row and "phase" in row:
-            found.append(row)
+            found.append({key: _TEXTS.get(value, value) if isinstance(value, str) else value for key, value in row.items()})
     return found
 
 
 def _measured(folder: Path, summary: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
-    """Of the JSON files there, known by what is in them: the newest bench, and all evaluations of the run's models."""
+    """Of the JSON files there, known by what is in them: the newest bench of the result, and all evaluations of its models."""
     sizes = {figures["parameters"] for name in MODELS if "parameters" in (figures := summary.get(name) or {})}
+    result = (summary.get("result") or {}).get("parameters")
     benches: list[tuple[float, dict[str, Any]]] = []
     evaluations: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
         found = _json(file) if file.stem not in ("summary", "stages", "plan", "windows") else {}
-        if {"rows", "models", "ratios"} <= found.keys() and found["models"] and found["models"][0].get("parameters") in sizes:
+        if {"rows", "models", "ratios"} <= found.keys() and found["models"] and found["models"][0].get("parameters") == result:
             benches.append((file.stat().st_mtime, found))
         elif {"tasks", "suites", "parameters"} <= found.keys() and found["parameters"] in sizes:
             evaluations[file.name] = found
@@ -184,4 +188,7 @@ def _yaml(file: Path) -> dict[str, Any]:
 
 
 def _plan(file: Path) -> Plan | None:
-    return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    try:
+        return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
+    except (UserError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(file)!r} cannot be used: {error}") from error

@@ -6,28 +6,31 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimtune.report.ink import HATCHES, INK, MARKERS, SERIES, Picture, labels, look, mark, sheet, svg
+from slimtune.report.ink import HATCHES, INK, MARKERS, SERIES, Picture, labels, legend, look, mark, room, sheet, svg
 from slimtune.report.quality import Table, interval, task_figures
 from slimtune.report.run import Run
 from slimtune.report.shape import NAMES, whole
 from slimtune.report.verdict import decode_ratio
-from slimtune.report.words import label, millions, number
+from slimtune.report.words import finite, label, millions, number
 
 
 def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | None:
     """A quality figure of every run against its parameters; bases and dense LoRA as open marks."""
-    points = [(run, run.of("result").get("parameters"), run.of("result").get(figure_name)) for run in runs]
-    known = [(run, size, value) for run, size, value in points if size and value is not None and math.isfinite(value)]
+    points: dict[str, tuple[Any, Any]] = {
+        run.name: (run.of("result").get("parameters"), run.of("result").get(figure_name)) for run in runs
+    }
+    known = [run for run in runs if all(finite(value) for value in points[run.name])]
     if len(known) < 2:
         return None
-    figure, axis = sheet(260, left=52, bottom=36)
+    more = room(len(known))
+    figure, axis = sheet(260 + more, left=52, bottom=36 + more)
     factor = 100 if number(figure_name, 0.5).endswith("%") else 1
-    for index, (run, size, value) in enumerate(known):
-        _point(axis, run, figure_name, (size, factor * value), factor, index)
-    lower = known[0][0].better(figure_name) == "lower"
-    _uncut(
-        axis, [run for run, _, _ in known], figure_name, factor, 3 * max(value for _, _, value in known) if lower else math.inf
-    )
+    for index, run in enumerate(runs):
+        if run in known:
+            size, value = points[run.name]
+            _point(axis, run, figure_name, (size, factor * value), factor, index)
+    lower = known[0].better(figure_name) == "lower"
+    _uncut(axis, known, figure_name, factor, 3 * max(points[run.name][1] for run in known) if lower else math.inf)
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     axis.xaxis.set_major_locator(MaxNLocator(4))
@@ -35,9 +38,10 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
     axis.set_xlabel("parameters")
     axis.set_title(label(figure_name) + (", %" if factor == 100 else ""))
     axis.margins(0.12)
-    axis.legend(loc="best")
+    lines = [line for line in axis.get_lines() if line.get_gid()]
+    legend(figure, lines, [line.get_label() for line in lines])
     title = f"Quality against size: {label(figure_name)}"
-    rows = [[run.name, f"{size:,}", interval(run.of("result"), figure_name)] for run, size, value in known]
+    rows = [[run.name, f"{points[run.name][0]:,}", interval(run.of("result"), figure_name)] for run in known]
     note = f"Better: {'lower' if lower else 'higher'}."
     return Picture(key, title, svg(figure, key, title), note, ["run", "parameters", label(figure_name)], rows)
 
@@ -45,7 +49,7 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
 def _point(axis: Any, run: Run, figure: str, place: tuple[float, float], factor: int, index: int) -> None:
     """One run, with the interval of its figure where it has one."""
     ends = [run.of("result").get(f"{figure}_{end}") for end in ("low", "high")]
-    if None not in ends:
+    if all(map(finite, ends)):
         heights = [factor * float(end) for end in ends if end is not None]
         axis.plot([place[0]] * 2, heights, color=SERIES[index % len(SERIES)], linewidth=1)
     (drawn,) = axis.plot(
@@ -60,7 +64,7 @@ def _uncut(axis: Any, runs: Sequence[Run], figure: str, factor: int, limit: floa
     points: set[tuple[str, Any, Any]] = {
         (name, run.of(model).get("parameters"), run.of(model).get(figure)) for run in runs for model, name in models
     }
-    for name, size, value in sorted(point for point in points if None not in point):
+    for name, size, value in sorted(point for point in points if all(map(finite, point[1:]))):
         if value <= limit:
             axis.plot([size], [factor * value], MARKERS[name != "base"], markerfacecolor="none", color=INK)
             axis.annotate(name, (size, factor * value), xytext=(-6, 5), textcoords="offset points", ha="right")
@@ -99,6 +103,8 @@ def _decodes(run: Run) -> str:
 
 
 def _setting(run: Run, path: str) -> str:
+    if run.recipe.get("method") == "finetune":  # which cuts nothing
+        path = {"budget.keep": "", "recover.steps": "train.steps"}.get(path, path)
     value: Any = run.recipe
     for part in path.split("."):
         value = value.get(part, "") if isinstance(value, dict) else ""

@@ -54,13 +54,13 @@ def whole(axis: Any, most: int) -> None:
 def moving(run: Run, key: str) -> Picture | None:
     """The kept part of every layer through the steps of the search; None where no rows tell of it."""
     rows = [(step, row) for step, row in enumerate(run.main) if row.get(f"widths_{FFN}")]
-    if len(rows) < 2 or run.plan is None:
+    if len(rows) < 2 or not (units := _full(run)):
         return None
     rows = rows[:: -(-len(rows) // _COLUMNS)]
     figure, axes = sheet(250, rows=2, sharex=True, hspace=24, right=14)
     ends = (rows[0][0] + 0.5, rows[-1][0] + 1.5)
     for axis, name in zip(axes, (FFN, KV_GROUP), strict=True):
-        full = [layer[name] for layer in run.plan.full]
+        full = units[name]
         parts = [[row[f"widths_{name}"][layer] / full[layer] for _, row in rows] for layer in range(len(full))]
         extent = (*ends, len(full) - 0.5, -0.5)
         image = axis.imshow(parts, cmap="Greys", vmin=0, vmax=1.25, aspect="auto", interpolation="none", extent=extent)
@@ -83,6 +83,13 @@ def moving(run: Run, key: str) -> Picture | None:
         head,
         table,
     )
+
+
+def _full(run: Run) -> dict[str, list[int]]:
+    """Units of the base's layers by axis: of the Plan, or before there is one of what the run wrote when it began."""
+    if run.plan is None:
+        return dict(run.stages.get("units") or {})
+    return {name: [layer[name] for layer in run.plan.full] for name in NAMES}
 
 
 def changing(run: Run, key: str) -> Picture | None:

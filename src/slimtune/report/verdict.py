@@ -50,11 +50,16 @@ def _faster(run: Run) -> str:
     found = decode_ratio(run.bench["ratios"])
     if found is None:
         return "speed not measured (slimtune bench)"
-    way = "" if found["how"] in ("eager", "llama.cpp") else f", {found['how']}"
-    told = (
-        f"decodes {found['faster']:.2f} times as fast ({found['low']:.2f} to {found['high']:.2f}, batch {found['batch']}{way}"
-    )
-    return f"{told}, {run.bench['machine']})"
+    way = "" if found["how"] == "eager" else f", {found['how']}"
+    than = f" as {beside(run)}" if beside(run) else ""
+    spread = f"{found['low']:.2f} to {found['high']:.2f}"
+    return f"decodes {found['faster']:.2f} times as fast{than} ({spread}, batch {found['batch']}{way}, {run.bench['machine']})"
+
+
+def beside(run: Run) -> str:
+    """The model that the bench held the run's own against, where it is another one than its base; else nothing."""
+    other, base = run.bench["models"][-1] if run.bench else {}, run.of("base").get("parameters")
+    return "" if base is None or other.get("parameters") in (None, base) else str(other["name"])
 
 
 def _same_size(run: Run) -> bool:
