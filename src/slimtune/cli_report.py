@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -84,11 +84,21 @@ def check(
         elif target:
             _write(target, text)
     if "-" not in (markdown, as_json):
-        from rich.console import Console
-
-        Console().print(verdicts.render(found))
+        _print(verdicts.render(found))
     if found.failed:
         raise typer.Exit(1)
+
+
+def _print(table: Any) -> None:
+    """On a terminal within its width; in a log, which has no edge, a line a row."""
+    from rich.console import Console
+    from rich.measure import Measurement
+
+    console = Console()
+    if not console.is_terminal:
+        needed = Measurement.get(console, console.options.update(width=1000), table).maximum
+        console = Console(width=max(console.width, needed))
+    console.print(table)
 
 
 def _gate(item: str) -> tuple[str, str]:

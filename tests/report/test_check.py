@@ -225,13 +225,6 @@ def test_junit_xml_markdown_and_json(tmp_path: Path) -> None:
     assert "<failure" not in junit(check(good, None, {"ppl": "<= 99"}))
 
 
-def test_figures_that_differ_little_are_told_in_as_many_digits_as_that_takes(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", changes={"wikitext2.bits_per_byte": 1.30004})
-    text = markdown(check(run, None, {"wikitext2.bits_per_byte": "<= base + 0.1", "ppl": "<= 16"}))
-    assert "| **FAILED** | wikitext2.bits\\_per\\_byte | 1.30004 |  | &lt;= base + 0.1 = 1.3 |" in text
-    assert "| ok | ppl | 16.00 |  | &lt;= 16 |" in text
-
-
 def test_names_of_gates() -> None:
     known = ["ppl", "pubmedqa.accuracy", "rqe.accuracy", "wikitext2.bits_per_byte", "mine.cited", "ppl_se"]
     assert resolve("healthcare.accuracy", known) == ["pubmedqa.accuracy", "rqe.accuracy"]

@@ -20,7 +20,9 @@ def render(found: Checked) -> RenderableType:
     """The table, failures last, where the eye ends, and the verdict below."""
     table = Table(title=Text(_title(found), "bold"), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(HEAD):
-        table.add_column(name, justify="right" if index in (2, 3) else "left", no_wrap=index < 4, overflow="fold")
+        long = name in ("figure", "bound")  # of which neither leaves the other a letter a line
+        how = {"overflow": "fold", "min_width": 18} if long else {"no_wrap": True}
+        table.add_column(name, justify="right" if index in (2, 3) else "left", **how)
     for ruling in sorted(found.rulings, key=lambda each: not each.holds):
         style = "" if ruling.holds else "bold red"
         table.add_row(*(Text(cell) for cell in _cells(found, ruling)), style=style)
@@ -37,11 +39,13 @@ def _cells(found: Checked, ruling: Ruling) -> list[str]:
         return [verdict, ruling.figure, "same" if ruling.holds else "other", "", ruling.condition]
     value = "not measured" if ruling.value is None else number(ruling.figure, ruling.value)
     limit = "unknown" if ruling.limit is None else number(ruling.figure, ruling.limit)
+    baseline = number(ruling.figure, found.values.get(ruling.figure))
     if value == limit and ruling.value != ruling.limit:
         value, limit = apart(ruling.value, ruling.limit)
+        baseline, _ = apart(found.values.get(ruling.figure), ruling.limit)  # in the same unit
     plain = not ruling.words and ruling.limit is not None
     bound = ruling.condition if plain else f"{ruling.condition} = {limit}"
-    return [verdict, ruling.figure, value, number(ruling.figure, found.values.get(ruling.figure)), bound]
+    return [verdict, ruling.figure, value, baseline, bound]
 
 
 def _closing(found: Checked) -> list[str]:
