@@ -163,7 +163,15 @@ def test_no_secret_of_an_alarm_is_on_the_page(tmp_path: Path) -> None:
     for secret in ("s3cret", "pw@", "abc", "--token"):
         assert secret not in text
     text, _ = page_of(write_run(tmp_path / "other", alarm={"webhook": "${HOOK}"}), out=tmp_path / "page.html")
-    assert "webhook: ${HOOK}" in text
+    assert re.search(r"webhook: \$\{HOOK\}\n", text)
+    part = {
+        "alarm": {"webhook": "${HOST}/T0/s3cret"},
+        "data": {"train": [{"path": "https://me:s3cret@example.org/rows.jsonl"}]},
+    }
+    text, _ = page_of(write_run(tmp_path / "part", **part), out=tmp_path / "page.html")
+    assert "webhook: ${HOST}/..." in text
+    assert "path: https://...@example.org/rows.jsonl" in text
+    assert "s3cret" not in text
 
 
 def test_several_runs_side_by_side(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import urllib.parse
 from typing import Any
@@ -70,13 +71,21 @@ def recipe(run: Run) -> str:
     shown = dict(run.recipe)
     alarm = dict(shown.get("alarm") or {})
     if alarm.get("webhook"):
-        parts = urllib.parse.urlsplit(alarm["webhook"])
-        alarm["webhook"] = alarm["webhook"] if alarm["webhook"].startswith("${") else f"{parts.scheme}://{parts.hostname}/..."
+        alarm["webhook"] = _host(alarm["webhook"])
     if alarm.get("command"):
         alarm["command"] = [alarm["command"][0], "..."]
     if alarm:
         shown["alarm"] = alarm
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else ""
+    text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else ""
+    return re.sub(r"://[^/@\s]+@", "://...@", text)  # whom an address of data or a model is asked as
+
+
+def _host(address: str) -> str:
+    """What may be told of a webhook: the name of a variable that holds it, or its host."""
+    if named := re.match(r"\$\{\w+\}", address):
+        return named.group() + ("" if named.group() == address else "/...")
+    parts = urllib.parse.urlsplit(address)
+    return f"{parts.scheme}://{parts.hostname}/..."
 
 
 def guards(run: Run, key: str) -> Table | None:
