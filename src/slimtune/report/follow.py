@@ -39,20 +39,18 @@ class Tail:
 
     def __init__(self, file: Path):
         self.file = file
-        self._place, self._offset, self._ending = (0, 0), 0, b""
+        self._offset, self._ending = 0, b""
 
     def read(self) -> tuple[list[Row], bool]:
         """The rows of steps that are new, and whether all before them are void. Half a line waits until it is whole."""
         try:
             with self.file.open("rb") as file:
-                status = os.fstat(file.fileno())
-                where = status.st_dev, status.st_ino
                 file.seek(self._offset - len(self._ending))
-                # the number of a file that is gone may be another one's
-                void = where != self._place or file.read(len(self._ending)) != self._ending
+                # told by what is in it: a new file may have the size, and the number, of one that is gone
+                void = file.read(len(self._ending)) != self._ending
                 if void:
                     file.seek(0)
-                    self._place, self._offset, self._ending = where, 0, b""
+                    self._offset, self._ending = 0, b""
                 new = file.read()
         except OSError:
             void, self._offset, self._ending = self._offset > 0, 0, b""

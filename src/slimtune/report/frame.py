@@ -75,7 +75,7 @@ def _doing(watched: Watched) -> str:
     state, age, where = watched.state, clock(watched.age), _where(watched)
     said = where[0].upper() + where[1:]
     if state == "absent":
-        return f"{watched.folder} holds no run yet."
+        return f"{watched.folder} " + ("holds no run yet." if watched.folder.is_dir() else "is not there yet.")
     if state == "stopped":
         return f"{said}. A guard is out of its bound, and alarm.then=stop; go on with --resume alarm.then=warn."
     if state == "broken off":

@@ -24,6 +24,7 @@ from slimtune.train.task_figures import better, names_of
 _DIRECTED = ("accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "perplexity", "bits_per_byte", "ppl", "loss")
 """Figures of which it is known which way is the better; of others a finished run knows it."""
 _MODELS = {"dense": "base", "dense_lora": "dense LoRA"}
+_STATES = ("BREACHED", "holds", "not yet", "at the end")
 _LOUD = {"BREACHED": "bold red", "holds": "green"}
 _LABEL = 12
 """Columns of the names of curves and bars, with the gap behind them."""
@@ -120,8 +121,6 @@ def figures(watched: Watched, room: Room) -> RenderableType | None:
     taken = {key.removeprefix("valid_"): value for key, value in now.items() if key.startswith("valid_")}
     names = [*(["ppl"] if "ppl" in taken else []), *telling(names_of([taken]))]
     others = bounds.references(watched.stages)
-    if watched.seen.stage == "dense_lora":
-        del others["dense_lora"]
     words = [word for word in others if any(name in others[word] for name in names)]
     grid = Table.grid(padding=(0, 2 if room.width >= 64 else 1))
     grid.add_column(overflow="ellipsis", no_wrap=True, max_width=max(16, room.width - 24 - 12 * len(words)))
@@ -163,7 +162,7 @@ def _change(name: str, now: dict[str, Any], before: dict[str, Any], watched: Wat
 
 def guards(watched: Watched, room: Room) -> RenderableType | None:
     """Each figure that is held to a bound, with its state in a word."""
-    lines = bounds.guards(watched)
+    lines = sorted(bounds.guards(watched), key=lambda line: _STATES.index(line.state))
     if not lines:
         return None
     grid = Table.grid(padding=(0, 2))
@@ -206,6 +205,8 @@ def shape(watched: Watched, room: Room) -> RenderableType | None:
         else:
             lines.append(Text(f"{'':{_LABEL}}{told}", "dim"))
     note = "layer by layer" if each == 1 else f"{each} layers a bar"
+    if plan is None and seen.shape is not seen.last and seen.shape:  # what was decided is written at the end
+        note += f", at step {seen.shape['step'] + 1:,} of the {seen.shape['phase']}"
     note += "" if full else "; full height: the widest that was seen"
     return Group(_title("Shape", note), *lines, *_moving(watched))
 
