@@ -153,8 +153,8 @@ def _levels(runs: Sequence[Run], figure: str) -> list[float]:
 
 def _of(rows: Sequence[Row], key: str) -> Points:
     """Finite values with their steps, counted from one over all phases."""
-    found = [(step, row[key]) for step, row in enumerate(rows, 1) if isinstance(row.get(key), (int, float))]
-    return [(step, float(value)) for step, value in found if math.isfinite(value)]
+    values = ((step, row.get(key)) for step, row in enumerate(rows, 1))
+    return [(step, float(value)) for step, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
 
 
 def _any(lines: Sequence[Line]) -> bool:

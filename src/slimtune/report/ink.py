@@ -160,22 +160,24 @@ def svg(figure: Any, key: str, title: str) -> str:
     text = target.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r"<[^>]+>", lambda tag: _of_page(tag.group(), key), text)  # words between tags stay as they are
+    words = iter(re.findall(r">([^<]*[^<\s][^<]*)<", text))  # which stay as they are
+    text = _of_page(re.sub(r">[^<]*[^<\s][^<]*<", ">\0<", text), key)
+    text = re.sub("\0", lambda _: next(words), text)
     view = re.search(r'viewBox="[^"]*"', text)
     opened = f'<svg {view.group() if view else ""} role="img" aria-label="{escape(title)}" xmlns="http://www.w3.org/2000/svg" '
     body = re.sub(r"<svg[^>]*>", "", text, count=1)
     return f'{opened}xmlns:xlink="http://www.w3.org/1999/xlink">{re.sub(chr(10) + " *", chr(10), body).strip()}'
 
 
-def _of_page(tag: str, key: str) -> str:
-    """A tag with ids of its own, the page's colours, and places to a hundredth of a pixel."""
-    tag = re.sub(r'\bid="mark-([^"]*)"', r'class="mark" data-mark="\1"', tag)
-    tag = re.sub(r'\bid="', f'id="{key}-', tag)
-    tag = re.sub(r"url\(#", f"url(#{key}-", tag)
-    tag = re.sub(r'href="#', f'href="#{key}-', tag)
-    tag = re.sub(r"#(?:010203|0a0b0c|fefdfc|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", tag)
-    tag = re.sub(r"font: (?:normal )?([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", tag)
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", tag)
+def _of_page(tags: str, key: str) -> str:
+    """Tags with ids of their own, the page's colours, and places to a hundredth of a pixel."""
+    tags = re.sub(r'\bid="mark-([^"]*)"', r'class="mark" data-mark="\1"', tags)
+    tags = re.sub(r'\bid="', f'id="{key}-', tags)
+    tags = re.sub(r"url\(#", f"url(#{key}-", tags)
+    tags = re.sub(r'href="#', f'href="#{key}-', tags)
+    tags = re.sub(r"#(?:010203|0a0b0c|fefdfc|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", tags)
+    tags = re.sub(r"font: (?:normal )?([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", tags)
+    return re.sub(r"(\d+\.\d\d)\d+", r"\1", tags)
 
 
 def look(index: int, points: bool = False) -> dict[str, Any]:

@@ -147,8 +147,13 @@ def read_rows(file: Path) -> list[Row]:
         except ValueError:
             continue
         if isinstance(row, dict) and "step" in row and "phase" in row:
-            found.append({key: _TEXTS.get(value, value) if isinstance(value, str) else value for key, value in row.items()})
+            numbers = '"nan"' in line or 'inf"' in line
+            found.append({key: _read(value) for key, value in row.items()} if numbers else row)
     return found
+
+
+def _read(value: Any) -> Any:
+    return _TEXTS.get(value, value) if isinstance(value, str) else value
 
 
 def _measured(folder: Path, summary: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
