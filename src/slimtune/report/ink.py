@@ -78,7 +78,6 @@ class Picture:
         svg: the drawing.
         note: below it.
         head, rows: its data as a table: what those read who do not see it.
-        wide: takes a whole line on a wide page.
     """
 
     key: str
@@ -87,7 +86,6 @@ class Picture:
     note: str = ""
     head: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = field(default_factory=list)
-    wide: bool = False
 
 
 @contextmanager

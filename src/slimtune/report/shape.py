@@ -104,7 +104,7 @@ def changing(run: Run, key: str) -> Picture | None:
         mark(line, name)
     axis.set_ylim(bottom=0)
     axis.set(xlabel="step", ylabel="% of all units")
-    axis.legend(loc="upper right")
+    axis.legend(loc="best")
     whole(axis.xaxis, 7)
     back = sum(row["reopened"] for _, row in rows)
     last = rows[-1][1]["reopened"]
