@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from math import isfinite
 from typing import Any
 
 from slimtune.report.ink import FAINT, INK, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
@@ -117,7 +118,8 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
 
 def followed(runs: Iterable[Run]) -> list[str]:
     """Validation figures of tasks that any run has, in their order."""
-    keys = {key: None for run in runs for row in run.main for key in row if key.startswith("valid_") and "." in key}
+    every = dict.fromkeys(chain.from_iterable(row for run in runs for row in run.main))
+    keys = [key for key in every if key.startswith("valid_") and "." in key]
     return [key.removeprefix("valid_") for key in keys if not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))]
 
 
@@ -153,8 +155,12 @@ def _levels(runs: Sequence[Run], figure: str) -> list[float]:
 
 def _of(rows: Sequence[Row], key: str) -> Points:
     """Finite values with their steps, counted from one over all phases."""
-    values = ((step, row.get(key)) for step, row in enumerate(rows, 1))
-    return [(step, float(value)) for step, value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    # in one go: of many rows this takes as long as all drawing
+    return [
+        (step, float(value))
+        for step, row in enumerate(rows, 1)
+        if (value := row.get(key)) is not None and isinstance(value, (float, int)) and isfinite(value)
+    ]
 
 
 def _any(lines: Sequence[Line]) -> bool:

@@ -15,7 +15,7 @@ from slimtune.report.run import Run, read_runs
 from slimtune.report.table import cautions
 from slimtune.report.verdict import decode_ratio, verdict
 from slimtune.report.words import label, number
-from slimtune.runtime import write_atomically
+from slimtune.runtime import no_full_collections, write_atomically
 from slimtune.version import __version__
 
 _FEW = 4
@@ -59,7 +59,11 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
     Raises:
         UserError: a folder holds no run, or the file cannot be written.
     """
-    read = read_runs(runs)
+    with no_full_collections():  # which go over all rows again and again, for nothing
+        return _written(read_runs(runs), out)
+
+
+def _written(read: Sequence[Run], out: str | Path | None) -> Path:
     target = Path(out).expanduser() if out else (read[0].path if len(read) == 1 else Path()) / "report.html"
     if target.is_dir():
         raise UserError(f"--out {str(out)!r} is a folder; name a file, e.g. {str(target / 'report.html')!r}")
