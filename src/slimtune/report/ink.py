@@ -12,7 +12,7 @@ from typing import Any
 
 WIDTH = 340
 """Pixels: what fits a telephone at full size; on a wide page pictures stand beside one another."""
-INK, FAINT, PAPER = "#010203", "#0a0b0c", "#fefdfc"
+INK, FAINT = "#010203", "#0a0b0c"
 SERIES = ("#c00001", "#c00002", "#c00003", "#c00004", "#c00005", "#c00006", "#c00007", "#c00008", "#c00009", "#c00010")
 """Stand-ins for the style sheet's colours."""
 STYLES: tuple[Any, ...] = (
@@ -30,7 +30,7 @@ STYLES: tuple[Any, ...] = (
 """Lines, and with ``MARKERS`` points, that do without colour."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")
-_VARIABLES = {INK: "--ink", FAINT: "--faint", PAPER: "--paper", **{name: f"--s{n}" for n, name in enumerate(SERIES, 1)}}
+_VARIABLES = {INK: "--ink", FAINT: "--faint", **{name: f"--s{n}" for n, name in enumerate(SERIES, 1)}}
 _STYLE: Any = {
     "svg.fonttype": "none",  # text that can be searched, and read aloud
     "svg.hashsalt": "slimtune",
@@ -100,28 +100,26 @@ def styled() -> Iterator[None]:
         yield
 
 
-def sheet(height: int, rows: int = 1, columns: int = 1, width: int = WIDTH, left: int = 46, **how: Any) -> tuple[Any, Any]:
-    """A figure of ``width`` by ``height`` pixels and its axes; margins are fixed, for finding them takes as long as drawing.
+def sheet(height: int, rows: int = 1, left: int = 46, hspace: int = 34, **how: Any) -> tuple[Any, Any]:
+    """A figure of ``height`` pixels and its axes, one below another; margins are fixed: finding them takes as long as drawing.
 
     Args:
-        left: pixels for the labels of the y axis; ``right``, ``top``, ``bottom``, ``hspace`` (pixels), ``wspace`` likewise.
+        left: pixels for the labels of the y axis; ``right``, ``top`` and ``bottom`` likewise.
+        hspace: pixels between the axes.
     """
     from matplotlib.figure import Figure
 
     margins = {"right": 8, "top": 22, "bottom": 36} | {key: how.pop(key) for key in ("right", "top", "bottom") if key in how}
-    gaps = {"hspace": how.pop("hspace", 34), "wspace": how.pop("wspace", 40)}
-    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-    inner_height = (height - margins["top"] - margins["bottom"] - gaps["hspace"] * (rows - 1)) / rows
-    inner_width = (width - left - margins["right"] - gaps["wspace"] * (columns - 1)) / columns
+    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+    inner = (height - margins["top"] - margins["bottom"] - hspace * (rows - 1)) / rows
     figure.subplots_adjust(
-        left=left / width,
-        right=1 - margins["right"] / width,
+        left=left / WIDTH,
+        right=1 - margins["right"] / WIDTH,
         top=1 - margins["top"] / height,
         bottom=margins["bottom"] / height,
-        hspace=gaps["hspace"] / inner_height,
-        wspace=gaps["wspace"] / inner_width,
+        hspace=hspace / inner,
     )
-    return figure, figure.subplots(rows, columns, **how)
+    return figure, figure.subplots(rows, **how)
 
 
 def labels(names: Iterable[str]) -> tuple[list[str], int]:
@@ -173,7 +171,7 @@ def _of_page(tags: str, key: str) -> str:
     tags = re.sub(r'\bid="', f'id="{key}-', tags)
     tags = re.sub(r"url\(#", f"url(#{key}-", tags)
     tags = re.sub(r'href="#', f'href="#{key}-', tags)
-    tags = re.sub(r"#(?:010203|0a0b0c|fefdfc|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", tags)
+    tags = re.sub(r"#(?:010203|0a0b0c|c000[01][0-9])", lambda found: f"var({_VARIABLES[found.group()]})", tags)
     tags = re.sub(r"font: (?:normal )?([\d.]+)px [^;\"]*", r"font: \1px var(--sans)", tags)
     return re.sub(r"(\d+\.\d\d)\d+", r"\1", tags)
 
