@@ -8,7 +8,7 @@ from typing import Any
 
 from slimtune.report.ink import INK, MARKERS, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.run import MODELS, Run
-from slimtune.report.verdict import GENERAL
+from slimtune.report.verdict import general_tasks
 from slimtune.report.words import finite, label, metric_name, number
 
 _OWN = ("parameters", "block_ratio", "bytes", "ppl", "valid_ppl", "accuracy", "seconds", "memory", "speed.memory_bytes")
@@ -71,7 +71,7 @@ def telling(figures: Iterable[str]) -> list[str]:
 
 def tasks(run: Run, key: str, general: bool = False) -> Table | None:
     """Every task before and after, with 95% intervals; with ``general`` those of general text alone, else all others."""
-    figures = [figure for figure in task_figures(run) if (figure.partition(".")[0] in GENERAL) == general]
+    figures = [figure for figure in task_figures(run) if (figure.partition(".")[0] in general_tasks()) == general]
     if not figures:
         return None
     models = [model for model in MODELS if run.of(model)]

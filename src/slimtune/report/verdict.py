@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
+from slimtune.evaluate.tasks import find_suites
 from slimtune.report.run import Run
 from slimtune.report.words import metric_name, millions, number
 
-GENERAL = ("wikitext2", "general_docs")
-"""Tasks of the suite ``general``: what a model of a domain should still know."""
 _MAIN = ("accuracy", "rougeL", "rouge1")
 """Of a task's figures the one that stands for it, the first that it has."""
+
+
+@cache
+def general_tasks() -> tuple[str, ...]:
+    """Of the suite ``general``: what a model of a domain should still know."""
+    return tuple(task.name for task in find_suites(["general"])["general"])
 
 
 def verdict(run: Run) -> str:
@@ -131,5 +137,5 @@ def _general(run: Run) -> str:
 def general_changes(run: Run) -> dict[str, float]:
     """{task: relative change of bits per byte, base to result} of the general tasks that the run followed."""
     base, result = run.of("base"), run.of("result")
-    keys = {task: f"{task}.bits_per_byte" for task in GENERAL}
+    keys = {task: f"{task}.bits_per_byte" for task in general_tasks()}
     return {task: result[key] / base[key] - 1 for task, key in keys.items() if key in base and key in result}
