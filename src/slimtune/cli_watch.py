@@ -24,7 +24,7 @@ def watch(run: Run, every: Every = 1.0, once: Once = False, wait: Wait = False) 
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a sign that an old terminal has not is no reason to end
         sys.stdout.reconfigure(errors="replace")
-    from slimtune.report.watch import watch as show
+    from slimtune.watch.view import watch as show
 
     if code := show(run, every, once, wait):
         raise typer.Exit(code)

@@ -11,12 +11,12 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
-from slimtune.report import panes
-from slimtune.report.follow import Watched
-from slimtune.report.pace import phases
 from slimtune.report.run import read_run
 from slimtune.report.verdict import verdict
 from slimtune.report.words import clock
+from slimtune.watch import panes
+from slimtune.watch.follow import Watched
+from slimtune.watch.pace import phases
 
 _COLUMNS, _WIDE, _SHAPE = 124, 112, 46
 """Beyond which nothing gets wider; from which the shape stands beside the curves; and what it takes there."""

@@ -11,15 +11,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from slimtune.report import bounds, glyphs
-from slimtune.report.follow import Watched, number
-from slimtune.report.pace import Phase, left, phases
 from slimtune.report.quality import telling
 from slimtune.report.shape import NAMES
 from slimtune.report.words import clock, label
 from slimtune.report.words import number as told
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.train.task_figures import better, names_of
+from slimtune.watch import bounds, glyphs
+from slimtune.watch.follow import Watched, number
+from slimtune.watch.pace import Phase, left, phases
 
 _DIRECTED = ("accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "perplexity", "bits_per_byte", "ppl", "loss")
 """Figures of which it is known which way is the better; of others a finished run knows it."""

@@ -11,7 +11,7 @@ from slimtune.guard.judge import SEARCHES
 from slimtune.guard.names import at_steps, figures_of
 from slimtune.guard.ruling import Ruling, rule
 from slimtune.recipe import Recipe
-from slimtune.report.follow import Watched
+from slimtune.watch.follow import Watched
 
 Figures = dict[str, float]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slimtune.recipe import Recipe
-from slimtune.report.follow import Stretch, Watched
+from slimtune.watch.follow import Stretch, Watched
 
 Key = tuple[str, str]
 """Stage and phase."""

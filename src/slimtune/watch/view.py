@@ -10,9 +10,9 @@ from rich.live import Live
 from rich.text import Text
 
 from slimtune.errors import UserError
-from slimtune.report.bounds import breached
-from slimtune.report.follow import Watched
-from slimtune.report.frame import frame
+from slimtune.watch.bounds import breached
+from slimtune.watch.follow import Watched
+from slimtune.watch.frame import frame
 
 FINE, BREACHED, BROKEN_OFF, INTERRUPTED = 0, 1, 3, 130
 """Exit codes: well or going on; a guard out of its bound at the end; nobody at it any more; Ctrl-C. Bad input is 2."""
