@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from slimtune.errors import UserError
+from slimtune.text_file import named, write_or_print
 
 Model = Annotated[
     str,
@@ -50,7 +50,7 @@ def bench(
     A GGUF file runs in llama.cpp, on the CPU, one row at a time.
     """
     batches = _batches(batch)
-    target = _target(as_json)
+    target = named("--json", as_json)
 
     from slimtune.bench.command import bench_model
     from slimtune.bench.measure import Settings
@@ -64,13 +64,13 @@ def bench(
     if as_json == "-":
         typer.echo(text)
         return
-    if target:
-        target.write_text(text + "\n", encoding="utf-8")
     from rich.console import Console
 
     from slimtune.report.speed import render
 
     Console().print(render(found))
+    if target:
+        write_or_print("--json", target, text + "\n")
 
 
 def _batches(text: str) -> tuple[int, ...]:
@@ -81,23 +81,6 @@ def _batches(text: str) -> tuple[int, ...]:
     if not found or min(found) < 1:
         raise UserError(f"--batch {text} is no list of numbers of rows; give e.g. --batch 1,8,32")
     return found
-
-
-def _target(as_json: str | None) -> Path | None:
-    """Where JSON goes; that it can is known before the first measurement."""
-    if as_json is None or as_json == "-":
-        return None
-    target = Path(as_json).expanduser()
-    try:
-        if as_json.endswith(("/", "\\")):
-            raise IsADirectoryError
-        there = target.exists()
-        target.open("a").close()
-        if not there:
-            target.unlink()
-    except OSError:
-        raise UserError(f"--json {as_json} cannot be written as a file there; name another, or - to print it") from None
-    return target
 
 
 def _say(line: str) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from slimtune.errors import UserError
+from slimtune.text_file import named, write_or_print
 
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="Model folder (pruned or not), hub id, or builtin:base-10m.", show_default=False)
@@ -67,7 +67,7 @@ def evaluate(
     where they are public; a suite's tasks that can be had from neither are skipped and named.
     What a domain costs in general English is part of each suite: WikiText-2 and held-out general text.
     """
-    target = _target(as_json)
+    target = named("--json", as_json)
     files = dict(_assignment(item) for item in data or ())
     from slimtune.evaluate.command import Options, evaluate_model
     from slimtune.report.counting import Counting
@@ -94,29 +94,11 @@ def _deliver(found: dict[str, Any], as_json: str | None, target: Path | None) ->
 
     Console().print(render(found))
     if target is not None:
-        from slimtune.runtime import write_atomically
-
-        try:
-            write_atomically(target, text + "\n")
-        except OSError as error:
-            typer.echo(text)  # what took hours is not lost
-            raise UserError(f"--json {as_json!r} cannot be written ({error.strerror}); it was printed instead") from error
+        write_or_print("--json", target, text + "\n")
 
 
 def _say(line: str) -> None:
     typer.secho(line, fg=typer.colors.BRIGHT_BLACK, err=True)
-
-
-def _target(value: str | None) -> Path | None:
-    """The file for JSON, found wanting before the work and not after it."""
-    if value is None or value == "-":
-        return None
-    path = Path(value)
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise UserError(f"--json {value!r} is no file in an existing folder; give FILE.json, or - to print it")
-    if not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise UserError(f"--json {value!r} cannot be written; give another file, or - to print it")
-    return path
 
 
 def _assignment(item: str) -> tuple[str, str]:

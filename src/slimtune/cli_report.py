@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from slimtune.errors import UserError
+from slimtune.text_file import named, write
 
 Runs = Annotated[list[str], typer.Argument(metavar="RUN", help="Folders of runs (a recipe's out).", show_default=False)]
 Out = Annotated[
@@ -64,26 +66,28 @@ def check(
     """
     if [junit, markdown, as_json].count("-") > 1 or junit == "-":
         raise UserError("one of --markdown and --json can be printed with -; JUnit XML and others need a file")
-    given: dict[str, str] = {}
-    for name, condition in map(_gate, gate or ()):
-        if name in given:
-            raise UserError(f"--gate {name} is given twice; give one condition a figure")
-        given[name] = condition
+    asked = {"--junit": junit, "--markdown": markdown, "--json": as_json}
+    files = {option: named(option, value) for option, value in asked.items()}
     from slimtune.report import verdicts
     from slimtune.report.check import check as hold
 
-    found = hold(run, baseline, given, gates)
-    texts = (
-        (junit, verdicts.junit(found)),
-        (markdown, verdicts.markdown(found)),
-        (as_json, json.dumps(found.to_dict(), indent=2) + "\n"),
-    )
-    for target, text in texts:
-        if target == "-":
-            typer.echo(text, nl=False)
-        elif target:
-            _write(target, text)
-    if "-" not in (markdown, as_json):
+    try:
+        found = hold(run, baseline, _gates(gate or ()), gates)
+    except UserError as error:
+        if files["--junit"]:  # a CI server that reads it sees why, and no file of an earlier check
+            write("--junit", files["--junit"], verdicts.junit_error(Path(run).name, str(error)))
+        raise
+    texts = {
+        "--junit": verdicts.junit(found),
+        "--markdown": verdicts.markdown(found),
+        "--json": json.dumps(found.to_dict(), indent=2) + "\n",
+    }
+    for option, target in files.items():
+        if target:
+            write(option, target, texts[option])
+    if "-" in (markdown, as_json):
+        typer.echo(texts["--markdown" if markdown == "-" else "--json"], nl=False)
+    else:
         _print(verdicts.render(found))
     if found.failed:
         raise typer.Exit(1)
@@ -101,20 +105,17 @@ def _print(table: Any) -> None:
     console.print(table)
 
 
+def _gates(items: Iterable[str]) -> dict[str, str]:
+    given: dict[str, str] = {}
+    for name, condition in map(_gate, items):
+        if name in given:
+            raise UserError(f"--gate {name} is given twice; give one condition a figure")
+        given[name] = condition
+    return given
+
+
 def _gate(item: str) -> tuple[str, str]:
     name, sign, condition = item.partition("=")
     if not sign or not name.strip() or not condition.strip():
         raise UserError(f"--gate {item!r} is not of the form FIGURE=CONDITION, e.g. 'ppl=<= 1.02 x baseline'")
     return name.strip(), condition.strip()
-
-
-def _write(file: str, text: str) -> None:
-    from slimtune.runtime import write_atomically
-
-    target = Path(file).expanduser()
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        write_atomically(target, text)
-    except OSError as error:
-        raise UserError(f"{file!r} cannot be written ({error.strerror}); name another file") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slimtune.errors import UserError
+from slimtune.text_file import write_atomically
 
 log = logging.getLogger("slimtune")
 
@@ -137,18 +138,6 @@ def writing(path: Path) -> Iterator[None]:
             f"{str(path)!r} cannot be written ({error.strerror}); free some disk space or allow writing there, then continue "
             "with --resume"
         ) from error
-
-
-def write_atomically(target: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises OSError."""
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, target)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise
 
 
 def locked(handle: int, wait: bool = False) -> bool:

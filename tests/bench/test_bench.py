@@ -159,7 +159,7 @@ BAD = {
     "device": (["{two}/run", "--device", "tpu"], "device='tpu' is not supported"),
     "compile": (["{two}/run", "--compile", "--device", "cpu"], "--compile is for CUDA graphs, and this is cpu; leave it out"),
     "long": (["{two}/run", "--prompt", "500"], "made for 128 positions, and --prompt 500"),
-    "json": (["{two}/run", "--json", "{two}/no/x.json"], "cannot be written as a file there; name another, or - to print it"),
+    "json": (["{two}/run", "--json", "{two}/no/x.json"], "/no'; make it, or name another file"),
 }
 
 

@@ -145,7 +145,7 @@ def test_a_file_for_json_that_cannot_be_written_in_the_end_loses_nothing(
         raise OSError(28, "No space left on device")
 
     base = write_base(tmp_path / "base")
-    monkeypatch.setattr("slimtune.runtime.write_atomically", full)
+    monkeypatch.setattr("slimtune.text_file.write_atomically", full)
     result = run(app, ["evaluate", str(base), "--suite", suite, "--limit", "2", "--json", str(tmp_path / "x.json")])
     assert result.exit_code == 2
     assert "cannot be written (No space left on device); it was printed instead" in result.stderr
@@ -189,7 +189,7 @@ def test_a_model_that_computes_no_numbers_is_an_error(suite: str) -> None:
         (["--suite", "legal", "--device", "tpu"], "device='tpu' is not supported"),
         (["--suite", "legal", "--data", "rqe=x.jsonl"], "--data names the task 'rqe', which is not run"),
         (["--suite", "legal", "--data", "rqe"], "is not of the form TASK=FILE"),
-        (["--suite", "legal", "--json", "/nowhere/x.json"], "--json '/nowhere/x.json' is no file in an existing folder"),
+        (["--suite", "legal", "--json", "/nowhere/x.json"], "--json '/nowhere/x.json': there is no folder '/nowhere'; make it"),
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], message: str) -> None:

@@ -210,7 +210,9 @@ def test_junit_xml_markdown_and_json(tmp_path: Path) -> None:
     names = [case.get("name") for case in suite]
     assert len(names) == len(set(names))
     (bad,) = (case for case in suite if case.find("failure") is not None)
-    assert bad.get("name") == "valid_ppl <= 1.02 x baseline"
+    assert bad.get("name") == "valid_ppl"  # whatever its bound: a server knows a case by its name
+    assert {"ppl <= dense", "ppl <= baseline + noise"} <= set(names)
+    assert bad.findtext("system-out", "").splitlines()[:2] == ["bound = <= 1.02 x baseline", "value = 20.0"]
     assert bad.find("failure").get("message") == "valid_ppl is 20, to be <= 1.02 x baseline = 16.83"  # type: ignore[union-attr]
     text = Path(files[1]).read_text()
     assert text.startswith("### slimtune check: a\\|b &lt;c> against good: **1 of ")
@@ -218,6 +220,7 @@ def test_junit_xml_markdown_and_json(tmp_path: Path) -> None:
     assert [line.count(" | ") for line in text.splitlines() if line.startswith("|")] == [4] * text.count("\n| ")
     found = json.loads(Path(files[2]).read_text())
     assert (found["passed"], found["run"], found["baseline"]) == (False, "a|b <c>", "good")
+    assert found["test_data_unknown"] is False
     assert [row["figure"] for row in found["rows"] if not row["holds"]] == ["valid_ppl"]
     printed = CliRunner().invoke(app, ["check", str(run), "--baseline", str(good), "--markdown", "-"])
     assert printed.stdout == text
@@ -252,7 +255,7 @@ def test_names_of_gates() -> None:
         (["run", "--gates", "absent.yaml"], "--gates 'absent.yaml' does not exist"),
         (["run", "--gates", "empty.yaml"], "holds no gate; write e.g. ppl:"),
         (["run", "--gates", "odd.yaml"], "ppl: 3 is no condition; write e.g. ppl:"),
-        (["run", "--gate", "ppl=<= 99", "--junit", "no/such/file.xml"], "cannot be written"),
+        (["run", "--gate", "ppl=<= 99", "--junit", "no/such/file.xml"], "no/such'; make it, or name another file"),
         (["run", "--gate", "ppl=<= 99", "--junit", "-"], "JUnit XML and others need a file"),
         (["run", "--gate", "ppl=<= 99", "--json", "-", "--markdown", "-"], "can be printed with -"),
     ],
@@ -271,6 +274,16 @@ def test_bad_input_is_one_clear_line(
     assert told.startswith("error: ")
     assert message in told
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_check_that_cannot_be_made_is_an_error_for_a_server_and_replaces_an_earlier_file(tmp_path: Path) -> None:
+    run, file = write_run(tmp_path / "run"), tmp_path / "check.xml"
+    words = ["check", str(run), "--junit", str(file), "--gate"]
+    assert CliRunner().invoke(app, [*words, "ppl=<= 99"]).exit_code == 0
+    assert CliRunner().invoke(app, [*words, "pplx=<= 99"]).exit_code == 2
+    suite = ElementTree.parse(file).getroot()[0]
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("1", "0", "1")
+    assert "Did you mean 'ppl'?" in suite[0].find("error").get("message", "")  # type: ignore[union-attr]
 
 
 def test_gates_from_a_file(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ def test_out_and_folders_given_twice(tmp_path: Path) -> None:
     assert report([run]) == run / "report.html"
     with pytest.raises(UserError, match="is a folder; name a file"):
         report([run], tmp_path)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="there is no folder"):
         report([run], tmp_path / "no" / "such" / "page.html")
     with pytest.raises(UserError, match="is given twice"):
         read_runs([run, run / "."])

@@ -16,7 +16,7 @@ from typing import Any
 from slimtune.comparison.jobs import Job, Key, Part
 from slimtune.comparison.lock import held
 from slimtune.errors import UserError
-from slimtune.runtime import write_atomically
+from slimtune.text_file import write_atomically
 from slimtune.version import LIBRARIES
 
 Row = dict[str, Any]

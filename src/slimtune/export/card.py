@@ -11,9 +11,9 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from slimtune.runtime import write_atomically
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
+from slimtune.text_file import write_atomically
 from slimtune.version import __version__
 
 _HEAD = """\

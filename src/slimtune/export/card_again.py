@@ -9,7 +9,7 @@ from pathlib import Path
 
 from slimtune.export import card, card_facts
 from slimtune.models.identity import weight_bytes
-from slimtune.runtime import write_atomically
+from slimtune.text_file import write_atomically
 from slimtune.version import __version__
 
 _SMALL = """\

@@ -62,7 +62,8 @@ class Checked:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         rows = [ruling.to_dict() for ruling in self.rulings]
-        return {"run": self.run, "baseline": self.baseline, "passed": not self.failed, "rows": rows, "left_out": self.left_out}
+        told = {"left_out": self.left_out, "test_data_unknown": self.unknown}
+        return {"run": self.run, "baseline": self.baseline, "passed": not self.failed, "rows": rows, **told}
 
 
 def check(

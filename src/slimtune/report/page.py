@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.errors import UserError
 from slimtune.report import curves, made, quality, rates, several, shape
 from slimtune.report.ink import Picture, styled
 from slimtune.report.quality import Table
@@ -15,7 +14,8 @@ from slimtune.report.run import Run, read_runs
 from slimtune.report.table import cautions
 from slimtune.report.verdict import decode_ratio, verdict
 from slimtune.report.words import label, number
-from slimtune.runtime import no_full_collections, write_atomically
+from slimtune.runtime import no_full_collections
+from slimtune.text_file import named, write
 from slimtune.version import __version__
 
 _FEW = 4
@@ -65,13 +65,8 @@ def report(runs: Sequence[str | Path], out: str | Path | None = None) -> Path:
 
 def _written(read: Sequence[Run], out: str | Path | None) -> Path:
     target = Path(out).expanduser() if out else (read[0].path if len(read) == 1 else Path()) / "report.html"
-    if target.is_dir():
-        raise UserError(f"--out {str(out)!r} is a folder; name a file, e.g. {str(target / 'report.html')!r}")
-    text = build(read)
-    try:
-        write_atomically(target, text)
-    except OSError as error:
-        raise UserError(f"{str(target)!r} cannot be written ({error.strerror}); name another file with --out") from error
+    named("--out", target)
+    write("--out", target, build(read))
     return target
 
 

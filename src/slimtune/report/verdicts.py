@@ -87,20 +87,44 @@ def _plain(text: str) -> str:
 
 
 def junit(found: Checked) -> str:
-    """JUnit XML: a test case for each row, which fails where its figure is out of its bound."""
-    counts = {"tests": str(len(found.rulings)), "failures": str(len(found.failed)), "errors": "0", "time": "0"}
-    root = ElementTree.Element("testsuites", {"name": "slimtune check", **counts})
-    suite = ElementTree.SubElement(
-        root, "testsuite", {"name": _title(found), **counts, "skipped": "0"}
-    )  # only it may have that
-    for ruling in found.rulings:
-        name = f"{ruling.guard} {ruling.condition}" if ruling.guard == ruling.figure else f"{ruling.guard} ({ruling.figure})"
-        case = ElementTree.SubElement(suite, "testcase", {"classname": f"slimtune.{found.run}", "name": name, "time": "0"})
+    """JUnit XML: a test case for each row, which fails where its figure is out of its bound.
+
+    A case is named as its gate, whatever the bound: CI servers know a case from one build to the next by its name.
+    """
+    suite = _suite(_title(found), tests=len(found.rulings), failures=len(found.failed))
+    names = [each.guard if each.guard == each.figure else f"{each.guard} ({each.figure})" for each in found.rulings]
+    for name, ruling in zip(names, found.rulings, strict=True):
+        case = _case(suite, found.run, f"{name} {ruling.condition}" if names.count(name) > 1 else name)
+        values = {"bound": ruling.condition, "value": ruling.value, "limit": ruling.limit, **ruling.words}
+        told = "\n".join(f"{key} = {value}" for key, value in values.items() if value is not None)
         if not ruling.holds:
             other = f"test data of {_title(found)} are not the same"
-            told = f"{ruling.figure}: {other}" if ruling.figure.startswith(SAME_DATA) else ruling.told
-            failure = ElementTree.SubElement(case, "failure", {"message": told, "type": "gate"})
-            values = {"value": ruling.value, "limit": ruling.limit, **ruling.words}
-            failure.text = "\n".join(f"{key} = {value}" for key, value in values.items() if value is not None)
+            message = f"{ruling.figure}: {other}" if ruling.figure.startswith(SAME_DATA) else ruling.told
+            ElementTree.SubElement(case, "failure", {"message": message, "type": "gate"}).text = told
+        ElementTree.SubElement(case, "system-out").text = told
+    return _xml(suite)
+
+
+def junit_error(run: str, message: str) -> str:
+    """JUnit XML of a check that could not be made: one test case, with the error."""
+    suite = _suite(run, tests=1, errors=1)
+    case = _case(suite, run, "slimtune check")
+    ElementTree.SubElement(case, "error", {"message": message, "type": "input"}).text = message
+    return _xml(suite)
+
+
+def _suite(name: str, tests: int, failures: int = 0, errors: int = 0) -> ElementTree.Element:
+    counts = {"tests": str(tests), "failures": str(failures), "errors": str(errors), "time": "0"}
+    return ElementTree.Element("testsuite", {"name": name, **counts, "skipped": "0"})
+
+
+def _case(suite: ElementTree.Element, run: str, name: str) -> ElementTree.Element:
+    return ElementTree.SubElement(suite, "testcase", {"classname": f"slimtune.{run}", "name": name, "time": "0"})
+
+
+def _xml(suite: ElementTree.Element) -> str:
+    counts = {key: value for key, value in suite.items() if key not in ("name", "skipped")}  # which the root may not have
+    root = ElementTree.Element("testsuites", {"name": "slimtune check", **counts})
+    root.append(suite)
     ElementTree.indent(root)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
