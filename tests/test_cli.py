@@ -23,6 +23,7 @@ from slimtune.errors import UserError
 from slimtune.recipe import Recipe
 from slimtune.runtime import leave_group
 from slimtune.structure.families import FAMILIES, REFUSED
+from slimtune.train.judgement import Breach
 
 run = CliRunner().invoke
 TINY = {
@@ -114,10 +115,12 @@ def test_a_full_gpu_is_one_line_with_what_to_do(file: str, calls: list[Any], err
     assert isinstance(run(app, ["tune", file]).exception, RuntimeError)
 
 
-def test_a_run_parts_from_the_other_processes_at_its_end(file: str, calls: list[Any]) -> None:
+@pytest.mark.parametrize(("given", "code"), [([], 0), ([Breach("guard: ppl")], 1)])
+def test_a_run_parts_from_the_other_processes_at_its_end(file: str, calls: list[Any], given: list[Any], code: int) -> None:
+    calls[:] = given
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        assert run(app, ["tune", file]).exit_code == 0
+        assert run(app, ["tune", file]).exit_code == code
         assert not distributed.is_initialized()
     finally:
         leave_group()

@@ -1,8 +1,8 @@
 """slimtune: tune and prune a language model in one stage.
 
-Public names: ``tune``, ``evaluate_model``, ``compare``, ``export_model``, ``verify_export``, ``Recipe``, ``load_recipe``,
-``Plan``, ``UserError``. They are imported on first use, so that ``import slimtune`` costs microseconds; it also teaches
-transformers to load per-layer models (see ``registration``).
+Public names: ``tune``, ``evaluate_model``, ``bench_model``, ``compare``, ``export_model``, ``verify_export``, ``apply_plan``,
+``write_report``, ``check_run``, ``Recipe``, ``load_recipe``, ``Plan``, ``UserError``. They are imported on first use, so that
+``import slimtune`` costs microseconds; it also teaches transformers to load per-layer models (see ``registration``).
 """
 
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from slimtune.pipeline import tune
     from slimtune.recipe import Recipe
     from slimtune.recipe import load as load_recipe
+    from slimtune.report.check import check as check_run
+    from slimtune.report.page import report as write_report
     from slimtune.structure.plan import Plan
 
 __all__ = [
@@ -30,12 +32,14 @@ __all__ = [
     "__version__",
     "apply_plan",
     "bench_model",
+    "check_run",
     "compare",
     "evaluate_model",
     "export_model",
     "load_recipe",
     "tune",
     "verify_export",
+    "write_report",
 ]
 
 _HOMES = {
@@ -44,12 +48,14 @@ _HOMES = {
     "UserError": ("slimtune.errors", "UserError"),
     "apply_plan": ("slimtune.export.apply", "apply_plan"),
     "bench_model": ("slimtune.bench.command", "bench_model"),
+    "check_run": ("slimtune.report.check", "check"),
     "compare": ("slimtune.comparison.run", "compare"),
     "evaluate_model": ("slimtune.evaluate.command", "evaluate_model"),
     "export_model": ("slimtune.export.command", "export_model"),
     "load_recipe": ("slimtune.recipe", "load"),
     "tune": ("slimtune.pipeline", "tune"),
     "verify_export": ("slimtune.export.again", "verify_export"),
+    "write_report": ("slimtune.report.page", "report"),
 }
 
 

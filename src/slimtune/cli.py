@@ -104,9 +104,14 @@ def tune(
     loaded = load(recipe, overrides or [])
     from slimtune import pipeline
     from slimtune.runtime import leave_group, quiet_libraries
+    from slimtune.train.judgement import Breach
 
     quiet_libraries()
-    pipeline.tune(loaded, resume=resume, overwrite=overwrite)
+    try:
+        pipeline.tune(loaded, resume=resume, overwrite=overwrite)
+    except Breach:  # which all processes come to
+        leave_group()
+        raise
     leave_group()
 
 

@@ -126,7 +126,7 @@ def test_text_stands_out_from_its_ground_in_light_and_dark(browser: Any, pages: 
         page.close()
 
 
-@pytest.mark.parametrize("name", ["one-run", "several-runs"])
+@pytest.mark.parametrize("name", ["one-run", "several-runs", "twelve-runs"])
 def test_on_paper_it_is_light_and_nothing_is_cut_off(browser: Any, pages: dict[str, Path], name: str) -> None:
     page = browser.new_page(viewport={"width": 718, "height": 1000})  # A4 without its margins
     page.emulate_media(media="print", color_scheme="dark")
@@ -150,6 +150,33 @@ def test_names_of_runs_cover_nothing_that_is_drawn(browser: Any, pages: dict[str
     for key in ("size0", "size1", "loss", "kept", "ppl", "task0"):
         assert page.evaluate(covered, key) == [12, 0], key
     page.close()
+
+
+def test_a_link_to_a_folded_section_opens_it(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page()
+    page.goto(pages["one-run"].as_uri())
+    assert page.locator("details.section[open]").count() == 0
+    page.get_by_role("link", name="Validation figures as a table").click()
+    page.locator("details.section[open]").wait_for(timeout=5000)
+    page.get_by_role("table", name="Validation figures").wait_for(timeout=5000)
+    page.close()
+
+
+def test_fields_have_a_scale(browser: Any, pages: dict[str, Path]) -> None:
+    """Its two words lie within the figure and on nothing else that is written there."""
+    for name, keys in (("one-run", ["moving"]), ("several-runs", ["shapes", "agreement"]), ("twelve-runs", ["shapes"])):
+        page = browser.new_page()
+        page.goto(pages[name].as_uri())
+        for key in keys:
+            boxes = """key => [...document.querySelectorAll(`#${key} svg text`)].map(text => [text.textContent,
+            ...['left', 'right', 'top', 'bottom'].map(side => text.getBoundingClientRect()[side])])"""
+            texts = page.evaluate(boxes, key)
+            ends = [text for text in texts if text[0] in ("0%", "100%")]
+            assert len(ends) == 2, key
+            for _, left, right, top, bottom in ends:
+                over = [text for text in texts if text[1] < right and text[2] > left and text[3] < bottom and text[4] > top]
+                assert len(over) == 1, (key, over)
+        page.close()
 
 
 def test_lines_differ_without_colour(browser: Any, pages: dict[str, Path]) -> None:

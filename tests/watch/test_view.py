@@ -147,15 +147,16 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
         os.close(terminal)
 
 
-def test_ctrl_c_ends_it_without_a_word(run: Folder) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_ctrl_c_and_other_signals_end_it_without_a_word(run: Folder, name: str, code: int) -> None:
     run.rows(*SEARCH[:2])
     with run.held():
         child, terminal = on_terminal(run.path)
         try:
             until(terminal, b"Search, step 2 of 5.")
-            child.send_signal(signal.SIGINT)  # not as a key: the terminal would throw away what waits to be read
+            child.send_signal(getattr(signal, name))  # not as a key: the terminal would throw away what waits to be read
             rest = until(terminal, None)
-            assert child.wait(10) == 130
+            assert child.wait(10) == code
             assert rest.rpartition(b"\x1b[?25h")[2] == b"\x1b[?1049l"  # cursor and screen are as before; no word follows
         finally:
             child.kill()

@@ -189,6 +189,22 @@ def mark(artist: Any, name: str) -> Any:
     return artist
 
 
+def grey(axis: Any, parts: Sequence[Sequence[float]], name: str, extent: tuple[float, ...] | None = None) -> None:
+    """Parts from 0 to 1 as fields, a row a line: the more, the more a field stands out from the page."""
+    how = {"cmap": "Greys", "vmin": 0, "vmax": 1.25, "aspect": "auto", "interpolation": "none"}
+    mark(axis.imshow(parts, **how, **({"extent": extent} if extent else {})), name)
+    axis.grid(visible=False)
+
+
+def scale(figure: Any) -> None:
+    """What fields of ``grey`` stand for, below the picture at the left, where its margins leave room."""
+    width, height = (72 * size for size in figure.get_size_inches())
+    axis = figure.add_axes((20 / width, 5 / height, 48 / width, 8 / height), xticks=[], yticks=[])
+    grey(axis, [[step / 7 for step in range(8)]], "scale")
+    for place, told, side in ((17, "0%", "right"), (71, "100%", "left")):
+        figure.text(place / width, 9 / height, told, fontsize=9, ha=side, va="center_baseline")
+
+
 def thin(xs: Sequence[float], ys: Sequence[float], most: int = 400) -> tuple[list[float], list[float]]:
     """At most about ``most`` points of a line that look like all of them: of each stretch the lowest and the highest."""
     if len(xs) <= most:

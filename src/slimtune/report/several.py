@@ -6,7 +6,22 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slimtune.report.ink import HATCHES, INK, MARKERS, SERIES, Picture, labels, legend, look, mark, room, sheet, svg
+from slimtune.report.ink import (
+    HATCHES,
+    INK,
+    MARKERS,
+    SERIES,
+    Picture,
+    grey,
+    labels,
+    legend,
+    look,
+    mark,
+    room,
+    scale,
+    sheet,
+    svg,
+)
 from slimtune.report.quality import Table, interval, task_figures
 from slimtune.report.run import Run
 from slimtune.report.shape import NAMES, whole
@@ -117,7 +132,7 @@ def shapes(runs: Sequence[Run], key: str) -> Picture | None:
     if len(known) < 2:
         return None
     parts = {name: [_parts(run, name) for run in known] for name in NAMES}
-    note = "The more a field stands out from the page, the more of the layer is kept."
+    note = "Fields: the part of the layer that is kept."
     return _strips([run.name for run in known], parts, key, "Kept part of every layer", note, "kept")
 
 
@@ -135,12 +150,12 @@ def _strips(
     for axis, (name, lines) in zip(axes, parts.items(), strict=True):
         longest = max(map(len, lines))
         padded = [[*line, *[float("nan")] * (longest - len(line))] for line in lines]
-        mark(axis.imshow(padded, cmap="Greys", vmin=0, vmax=1.25, aspect="auto", interpolation="none"), f"{what}-{name}")
+        grey(axis, padded, f"{what}-{name}")
         axis.set_title(NAMES[name])
         axis.set_yticks(range(len(names)), short)
-        axis.grid(visible=False)
     axes[1].set_xlabel("layer")
     whole(axes[1].xaxis, 9)
+    scale(figure)
     rows = [
         [run, *(f"{min(lines[index]):.0%} to {max(lines[index]):.0%}" for lines in parts.values())]
         for index, run in enumerate(names)
@@ -165,7 +180,7 @@ def agreement(first: Run, others: Sequence[Run], key: str) -> Picture | None:
     if not others:
         return None
     parts = {name: [[len(a & b) / max(1, len(a | b)) for a, b in _sets(first, run, name)] for run in others] for name in NAMES}
-    note = f"Of what {first.name} or the other run keeps, the part that both keep; what stands out most: the same units."
+    note = f"Of what {first.name} or the other run keeps, the part that both keep; 100%: the same units."
     return _strips([run.name for run in others], parts, key, f"Agreement with {first.name}", note, "both")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from slimtune.report.ink import FAINT, HATCHES, INK, SERIES, Picture, look, mark, sheet, svg, thin
+from slimtune.report.ink import FAINT, HATCHES, INK, SERIES, Picture, grey, look, mark, scale, sheet, svg, thin
 from slimtune.report.run import Row, Run
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
@@ -63,15 +63,14 @@ def moving(run: Run, key: str) -> Picture | None:
         full = units[name]
         parts = [[row[f"widths_{name}"][layer] / full[layer] for _, row in rows] for layer in range(len(full))]
         extent = (*ends, len(full) - 0.5, -0.5)
-        image = axis.imshow(parts, cmap="Greys", vmin=0, vmax=1.25, aspect="auto", interpolation="none", extent=extent)
-        mark(image, f"moving-{name}")
+        grey(axis, parts, f"moving-{name}", extent)
         lowest = min(map(min, parts))
         axis.set_title(f"{NAMES[name]}: every layer kept {lowest:.0%} or more")
         axis.set_ylabel("layer")
-        axis.grid(visible=False)
         whole(axis.yaxis, 5)
     whole(axes[1].xaxis, 7)
     axes[1].set_xlabel("step")
+    scale(figure)
     title = "How the decision moved"
     table = [[str(step + 1), *(_range(row, name) for name in (FFN, KV_GROUP))] for step, row in _some(rows)]
     head = ["step", "MLP widths, least to most", "KV groups, least to most"]
@@ -79,7 +78,7 @@ def moving(run: Run, key: str) -> Picture | None:
         key,
         title,
         svg(figure, key, title),
-        "The more a field stands out from the page, the more of the layer was kept.",
+        "Fields: the part of the layer that was kept.",
         head,
         table,
     )

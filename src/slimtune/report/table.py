@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimtune.guard.ruling import Ruling
+from slimtune.report.words import number
 from slimtune.train.task_figures import names_of, told
 
 Summary = dict[str, Any]
@@ -61,7 +62,7 @@ def cautions(summary: Summary) -> list[str]:
     if not base.get("ppl") or not result.get("ppl") or result["ppl"] <= 1.01 * base["ppl"]:  # nan is told as well
         return []
     more = "train.steps" if summary["method"] == "finetune" else "recover.steps or budget.keep"
-    above = f"perplexity is above the base's, {result['ppl']:.2f} for {base['ppl']:.2f}"
+    above = f"perplexity is above the base's, {number('ppl', result['ppl'])} for {number('ppl', base['ppl'])}"
     return [f"caution    {above}: if the loss rose in training, lower train.lr or raise train.warmup; else raise {more}"]
 
 
@@ -75,11 +76,12 @@ def _parameters(value: int, figures: Summary, base: Summary | None) -> str:
 
 
 def _perplexity(value: float, figures: Summary, base: Summary | None) -> str:
-    return f"{value:.2f}" + (f" ± {figures['ppl_se']:.2f}" if figures.get("ppl_se") else "")  # none of a single window
+    error = figures.get("ppl_se")  # none of a single window
+    return number("ppl", value) + (f" ± {number('ppl', error)}" if error else "")
 
 
 def _plain(value: float, figures: Summary, base: Summary | None) -> str:
-    return f"{value:.2f}"
+    return number("ppl", value)
 
 
 def _accuracy(value: float, figures: Summary, base: Summary | None) -> str:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -16,6 +20,8 @@ from slimtune.watch.frame import frame
 
 FINE, BREACHED, BROKEN_OFF, INTERRUPTED = 0, 1, 3, 130
 """Exit codes: well or going on; a guard out of its bound at the end; nobody at it any more; Ctrl-C. Bad input is 2."""
+_ENDS = ("SIGTERM", "SIGHUP")
+"""Signals that end it with the terminal as it was, and with exit code 128 and their number."""
 _REDRAWN = 1.0
 """Seconds after which a terminal that has another size is drawn anew, whatever ``every`` is."""
 _LONGEST = 3600.0
@@ -61,7 +67,8 @@ def _view(watched: Watched, every: float, wait: bool, console: Console) -> None:
     """Until the run is over: drawn on the terminal's other screen, which leaves what was there as it was."""
     if watched.over:
         return
-    with Live(Text(), console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+    live = Live(Text(), console=console, screen=True, auto_refresh=False, vertical_overflow="crop")
+    with _ended_by_signals(), live:
         due = time.monotonic() + every
         while not watched.over:
             live.update(frame(watched, console, console.height), refresh=True)
@@ -69,6 +76,25 @@ def _view(watched: Watched, every: float, wait: bool, console: Console) -> None:
             if time.monotonic() >= due:
                 due = time.monotonic() + every
                 _look(watched, wait)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Inside, signals that would end the process at once leave what is open first."""
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # no other may ask for signals
+        yield
+        return
+    names = [getattr(signal, name) for name in _ENDS if hasattr(signal, name)]
+    before = {name: signal.signal(name, end) for name in names if signal.getsignal(name) is signal.SIG_DFL}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _look(watched: Watched, wait: bool) -> None:
