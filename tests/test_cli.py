@@ -158,6 +158,8 @@ def test_errors_of_other_ranks_name_themselves(file: str, calls: list[Any], monk
     calls.append(UserError("no rows"))
     monkeypatch.setenv("RANK", "3")
     assert run(app, ["tune", file]).stderr == "[rank 3] error: no rows\n"
+    calls[:] = [Breach("guard: ppl")]  # to which all come: the first one's word is enough
+    assert run(app, ["tune", file]).stderr == ""
 
 
 def test_estimate_prints_tables_or_json_and_needs_no_data(file: str, monkeypatch: pytest.MonkeyPatch) -> None:

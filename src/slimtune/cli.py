@@ -39,7 +39,8 @@ class _Group(TyperGroup):
         except UserError as error:
             if os.environ.get("SLIMTUNE_DEBUG") == "1":
                 raise
-            _complain(f"error: {error}")
+            if not error.shared or os.environ.get("RANK", "0") == "0":
+                _complain(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             _complain("interrupted" + ("; continue with --resume" if ctx.invoked_subcommand == "tune" else ""))

@@ -11,6 +11,8 @@ class UserError(Exception):
 
     exit_code = 2
     """Of the command line."""
+    shared = False
+    """Whether every process of a run comes to it, so that the first one's word is enough."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

@@ -50,3 +50,14 @@ def test_another_seed_holds_in_those_gates_and_fails_where_the_page_says() -> No
     assert CliRunner().invoke(app, ["check", *seed, "--gates", str(REPORTS / "gates.yaml")]).exit_code == 0
     result = CliRunner().invoke(app, ["check", *seed])
     assert "FAILED: 2 of 19 gates: speed.prefill_ms, rqe.accuracy" in flat(result.stdout)
+
+
+def test_equal_widths_hold_in_those_gates_and_cost_perplexity_beyond_noise() -> None:
+    uniform = [str(REPORTS / "uniform"), "--baseline", str(REPORTS / "health")]
+    assert CliRunner().invoke(app, ["check", *uniform, "--gates", str(REPORTS / "gates.yaml")]).exit_code == 0
+    assert "FAILED: 2 of 19 gates: speed.prefill_ms, ppl" in flat(CliRunner().invoke(app, ["check", *uniform]).stdout)
+    run = read_run(REPORTS / "uniform")
+    assert run.plan is not None
+    assert run.recipe["budget"]["layout"] == "uniform"
+    assert len({tuple(map(len, kept.values())) for kept in run.plan.kept}) == 1
+    assert f"{run.of('result')['ppl']:.2f} for 14.20" in (ROOT / "docs" / "report.md").read_text(encoding="utf-8")

@@ -12,6 +12,7 @@ class Breach(UserError):
     """A figure left its bound, and the recipe says that the run ends then."""
 
     exit_code = 1
+    shared = True
 
 
 @dataclass(frozen=True)
