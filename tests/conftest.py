@@ -32,6 +32,9 @@ SLOW = ("methods", "test_pipeline.py", "test_assets.py", "parity", "contract", "
 """What takes long is handed out first, and the rest evens out which worker ends when."""
 
 
+LOADED = pytest.StashKey[Any]()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
         here = Path(__file__).parent
@@ -41,9 +44,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection_finish(session: pytest.Session) -> None:
     gc.freeze()  # the million objects of the libraries stay: the collector need not look at them again and again
+    if any("loaded" in getattr(item, "fixturenames", ()) for item in session.items):
+        from warm import Loaded
+
+        session.config.stash[LOADED] = Loaded()  # now: after a test it would be a copy of what that left
     gc.enable()
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if LOADED in config.stash:
+        config.stash[LOADED].close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -93,6 +105,12 @@ def warm() -> Iterator[Any]:
     made = Warm()
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def loaded(request: pytest.FixtureRequest) -> Any:
+    """Runs scripts in processes that have slimtune loaded already, and nothing of any test; see ``warm.Loaded``."""
+    return request.config.stash[LOADED]
 
 
 @pytest.fixture(scope="module")

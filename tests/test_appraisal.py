@@ -363,15 +363,13 @@ def test_a_figure_that_a_function_does_not_give_is_an_error_before_it_trains(
 
 
 @pytest.mark.timeout(150)
-def test_both_of_two_processes_stop_and_go_on(bench: Bench, tmp_path: Path) -> None:
+def test_both_of_two_processes_stop_and_go_on(bench: Bench, loaded: Loaded, tmp_path: Path) -> None:
     """The second knows nothing of the figures of tasks: that the run ends, it hears of the first."""
     guard = {"guard": {"ppl": NEVER}, "alarm": {"then": "stop"}, **EVERY, "train__checkpoint_every": 3}
     (tmp_path / "recipe.yaml").write_text(bench.recipe(tmp_path / "run", **guard).to_yaml())
     worker = Path(__file__).parent / "guard" / "two_ranks.py"
-    paths = os.pathsep.join([str(Path(__file__).parents[1] / "src"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(worker), str(tmp_path / "recipe.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=140)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = loaded.run([sys.executable, "-P", str(worker), str(tmp_path / "recipe.yaml")], env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second

@@ -24,7 +24,7 @@ from slimtune.report.table import render
 from slimtune.train import checkpoint, loop, session
 from slimtune.train.loop import Phase
 from slimtune.train.session import Session
-from warm import Warm
+from warm import Loaded
 
 COMMON: dict[str, Any] = {
     "search__steps": 5,
@@ -202,11 +202,11 @@ tune(load(sys.argv[1]))
 """
 
 
-def test_a_process_killed_while_it_writes_a_checkpoint(bench: Bench, whole: Any, warm: Warm, tmp_path: Path) -> None:
+def test_a_process_killed_while_it_writes_a_checkpoint(bench: Bench, whole: Any, loaded: Loaded, tmp_path: Path) -> None:
     recipe = variant(bench, "hard", tmp_path / "run")
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
     (tmp_path / "child.py").write_text(_CHILD)
-    child = warm.run([sys.executable, "-P", *(str(tmp_path / name) for name in ("child.py", "recipe.yaml")), "recover", "2"])
+    child = loaded.run([sys.executable, "-P", *(str(tmp_path / name) for name in ("child.py", "recipe.yaml")), "recover", "2"])
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert_same(tmp_path / "run", tune(recipe, resume=True), whole("hard"))
 

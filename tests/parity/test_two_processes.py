@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from bases import Bench, metrics
 from parity.worker import CHECKPOINTING, SPREAD, WRAPPERS, Alternation, differences, kept_checkpoints
 from slimtune.pipeline import tune
 from slimtune.recipe import Recipe
+from warm import Loaded
 
 pytestmark = pytest.mark.timeout(180)  # the fixture below has two ranks run for a minute on idle cores
 WORKER = Path(__file__).with_name("worker.py")
@@ -52,7 +52,7 @@ def one_run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def two_ranks(bench: Bench, one_run: Path, loaded: Loaded, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with what both ranks recorded, and with the runs of both."""
     folder = tmp_path_factory.mktemp("ranks")
     for kind, begun in (("atp", "recover-2"), ("scratch", "tune-2")):
@@ -67,10 +67,8 @@ def two_ranks(bench: Bench, one_run: Path, tmp_path_factory: pytest.TempPathFact
     recipe = recipe_of(bench, "rival", folder / "rival", train__shard="full")
     (folder / "sharded-rival.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     (folder / "recipe.yaml").write_text(bench.recipe(folder / "run", **RUN).to_yaml(), encoding="utf-8")
-    paths = [str(Path(__file__).parents[2] / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(WORKER), str(folder), str(folder / "recipe.yaml")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=170)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    done = loaded.run([sys.executable, "-P", str(WORKER), str(folder), str(folder / "recipe.yaml")], env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
