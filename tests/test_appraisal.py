@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
 from slimtune.train.judgement import Breach
+from warm import Loaded
 
 EVERY: dict[str, Any] = {"evaluate__every": 2}
 NEVER, ALWAYS = "<= 0.5 x dense", "<= 2 x dense"
