@@ -1,8 +1,8 @@
 """Fresh processes without their seconds of imports: one process has the libraries loaded and forks for each.
 
-``Warm`` has torch and transformers, and nothing of slimtune: what a child loads it loads by the folder alone, as in a process of
-its own; ``test_verify.py`` has one of those. Run as a script, this is that process. ``Loaded`` is a copy of the test process from
-before its first test, slimtune and all: for children of whom it is asked what they do, and not what they load.
+``Warm`` has torch and transformers, and nothing of slimtune: what a child loads it loads by the folder alone, as in a process
+of its own; ``test_verify.py`` has one of those. Run as a script, this is that process. ``Loaded`` is a copy of the test process
+from before its first test, slimtune and all: for children of whom it is asked what they do, and not what they load.
 """
 
 from __future__ import annotations

@@ -78,18 +78,51 @@ def variant(bench: Bench, name: str, out: Path) -> Recipe:
     return bench.recipe(out, **overrides)
 
 
+KILLS = [
+    ("hard", "main", "search", 0),  # before the first checkpoint
+    ("hard", "main", "search", 2),
+    ("hard", "main", "recover", 2),
+    ("joint", "main", "search", 2),
+    ("joint", "main", "recover", 2),
+    ("lora_aware", "main", "settle", 2),
+    ("lora_aware", "main", "recover", 2),
+    ("lasso", "main", "recover", 0),
+    ("dense", "dense_lora", "tune", 4),
+    ("dense", "main", "search", 3),
+    ("finetune", "main", "tune", 4),
+    ("scratch", "main", "search", 2),
+    ("quantized", "main", "search", 2),
+    ("quantized", "main", "recover", 2),
+    ("quantized rival", "main", "recover", 2),
+]
+"""Variant, stage, phase, and the step after which a kill is thought."""
+
+
 @pytest.fixture(scope="module")
 def whole(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Uninterrupted runs by variant, each made once."""
+    """Uninterrupted runs by variant, each made once; beside ``out``, what kills of ``KILLS`` would have left of it."""
     done: dict[str, tuple[Path, dict[str, Any]]] = {}
 
     def get(name: str) -> tuple[Path, dict[str, Any]]:
         if name not in done:
-            out = tmp_path_factory.mktemp(name)
-            done[name] = out, tune(variant(bench, name, out))
+            out = tmp_path_factory.mktemp(name) / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                keep_what_kills_leave(patch, name)
+                done[name] = out, tune(variant(bench, name, out))
         return done[name]
 
     return get
+
+
+def keep_what_kills_leave(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    real = loop._run_step
+
+    def run_step(session: Session, now: Phase, at: int) -> None:
+        real(session, now, at)
+        if (name, session.stage, now.name, at) in KILLS:
+            shutil.copytree(session.recipe.out, Path(session.recipe.out).with_name(f"{session.stage}-{now.name}-{at}"))
+
+    monkeypatch.setattr(loop, "_run_step", run_step)
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, phase: str, step: int, error: type[BaseException] = Killed) -> None:
@@ -126,36 +159,16 @@ def assert_same(out: Path, summary: dict[str, Any], whole: tuple[Path, dict[str,
         assert {**summary[key], "seconds": 0} == {**expected[key], "seconds": 0}
 
 
-@pytest.mark.parametrize(
-    ("name", "stage", "phase", "step"),
-    [
-        ("hard", "main", "search", 0),  # before the first checkpoint
-        ("hard", "main", "search", 2),
-        ("hard", "main", "recover", 2),
-        ("joint", "main", "search", 2),
-        ("joint", "main", "recover", 2),
-        ("lora_aware", "main", "settle", 2),
-        ("lora_aware", "main", "recover", 2),
-        ("lasso", "main", "recover", 0),
-        ("dense", "dense_lora", "tune", 4),
-        ("dense", "main", "search", 3),
-        ("finetune", "main", "tune", 4),
-        ("scratch", "main", "search", 2),
-        ("quantized", "main", "search", 2),
-        ("quantized", "main", "recover", 2),
-        ("quantized rival", "main", "recover", 2),
-    ],
-)
+@pytest.mark.parametrize(("name", "stage", "phase", "step"), KILLS)
 def test_a_killed_run_goes_on_as_if_nothing_had_been(
     bench: Bench, whole: Any, tmp_path: Path, name: str, stage: str, phase: str, step: int
 ) -> None:
-    recipe = variant(bench, name, tmp_path)
-    with pytest.MonkeyPatch.context() as patch:
-        kill_at(patch, stage, phase, step)
-        with pytest.raises(Killed):
-            tune(recipe)
-    assert not (tmp_path / "model").exists()
-    assert_same(tmp_path, tune(recipe, resume=True), whole(name))
+    """A kill leaves what stood in the folder at that step; runs that an exception ends, in place, are further down."""
+    out, _ = whole(name)
+    shutil.copytree(out.with_name(f"{stage}-{phase}-{step}"), tmp_path / "out")
+    assert not (tmp_path / "out" / "model").exists()
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert_same(tmp_path / "out", tune(variant(bench, name, tmp_path / "out"), resume=True), whole(name))
 
 
 def test_killed_between_a_row_and_its_checkpoint_and_again_while_exporting(
@@ -345,15 +358,23 @@ def test_training_time_counts_what_came_before_the_interruption(bench: Bench, tm
     assert 1234.0 <= tune(recipe, resume=True)["result"]["seconds"] < 1334.0
 
 
-@pytest.mark.parametrize("content", ["{bad", "[]"])
-def test_a_damaged_record_of_stages_is_told_and_half_a_row_of_metrics_is_not_minded(
-    content: str, bench: Bench, tmp_path: Path
-) -> None:
-    recipe = bench.recipe(tmp_path / "run", train__checkpoint_every=2)
+@pytest.fixture(scope="module")
+def killed(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that is to go on."""
+    out = tmp_path_factory.mktemp("killed") / "run"
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, "main", "recover", 3)
         with pytest.raises(Killed):
-            tune(recipe)
+            tune(bench.recipe(out, train__checkpoint_every=2))
+    return out
+
+
+@pytest.mark.parametrize("content", ["{bad", "[]"])
+def test_a_damaged_record_of_stages_is_told_and_half_a_row_of_metrics_is_not_minded(
+    content: str, bench: Bench, killed: Path, tmp_path: Path
+) -> None:
+    recipe = bench.recipe(tmp_path / "run", train__checkpoint_every=2)
+    shutil.copytree(killed, tmp_path / "run")
     stages, metrics = tmp_path / "run" / "stages.json", tmp_path / "run" / "metrics.jsonl"
     whole = stages.read_text()
     stages.write_text(content)
