@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported, which reads it once
@@ -23,6 +24,10 @@ def pytest_configure(config: pytest.Config) -> None:
     import torch
 
     torch.set_num_threads(1)
+    # Before a GPU is in use, each manual_seed keeps its caller's stack for every kind of GPU, which tells of errors that come
+    # then. Under pytest such a stack is deep: a twentieth of a tiny run.
+    for kind in (torch.cuda, torch.xpu, torch.mtia):
+        vars(kind)["traceback"] = SimpleNamespace(format_stack=list)
     # Examples take as long as a shared machine lets them; the same ones on every run, so a red run can be repeated.
     hypothesis.settings.register_profile("slimtune", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("slimtune")
