@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from slimtune.models.load import load_config, load_tokenizer, structure_of
 from slimtune.recipe import Recipe, parse
 from slimtune.runtime import Metrics, RunFolder
 from slimtune.structure.plan import Plan
+from slimtune.train import loop
 from slimtune.train.progress import Progress
 from slimtune.train.session import Session, make_accelerator
 
@@ -131,6 +135,28 @@ def verify_here(folder: Path, input_ids: torch.Tensor, expected: torch.Tensor) -
     how: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager", "local_files_only": True}
     model: Any = AutoModelForCausalLM.from_pretrained(folder, **how).eval()
     return float((model(input_ids=input_ids).logits - expected).abs().max())
+
+
+@contextmanager
+def kept_as_killed(places: Iterable[tuple[str, str, int]]) -> Iterator[None]:
+    """Keep what a kill after each of ``places`` (stage, phase, step) would leave of ``out`` in ``killed`` of that place."""
+    real, wanted = loop._run_step, frozenset(places)
+
+    def run_step(session: Session, phase: loop.Phase, step: int) -> None:
+        real(session, phase, step)
+        if (place := (session.stage, phase.name, step)) in wanted:
+            shutil.copytree(session.recipe.out, killed(session.recipe.out, *place))
+
+    loop._run_step = run_step
+    try:
+        yield
+    finally:
+        loop._run_step = real
+
+
+def killed(out: Path | str, stage: str, phase: str, step: int) -> Path:
+    """The folder of ``kept_as_killed``, beside ``out``."""
+    return Path(out).with_name(f"{Path(out).name}-{stage}-{phase}-{step}")
 
 
 def metrics(out: Path | str) -> list[dict[str, Any]]:

@@ -28,6 +28,11 @@ def pytest_configure(config: pytest.Config) -> None:
     # then. Under pytest such a stack is deep: a twentieth of a tiny run.
     for kind in (torch.cuda, torch.xpu, torch.mtia):
         vars(kind)["traceback"] = SimpleNamespace(format_stack=list)
+    if hasattr(config, "workerinput"):  # of a whole suite, which needs all this anyway: so the process of Warm costs nothing
+        import warm
+
+        warm.load()
+        config.stash[WARM] = warm.Loaded()
     # Examples take as long as a shared machine lets them; the same ones on every run, so a red run can be repeated.
     hypothesis.settings.register_profile("slimtune", deadline=None, derandomize=True, print_blob=True)
     hypothesis.settings.load_profile("slimtune")
@@ -37,7 +42,7 @@ SLOW = ("methods", "test_pipeline.py", "test_assets.py", "parity", "contract", "
 """What takes long is handed out first, and the rest evens out which worker ends when."""
 
 
-LOADED = pytest.StashKey[Any]()
+WARM, LOADED = pytest.StashKey[Any](), pytest.StashKey[Any]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,8 +64,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    if LOADED in config.stash:
-        config.stash[LOADED].close()
+    for key in (WARM, LOADED):
+        if key in config.stash:
+            config.stash[key].close()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -103,8 +109,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture(scope="session")
-def warm() -> Iterator[Any]:
+def warm(request: pytest.FixtureRequest) -> Iterator[Any]:
     """Runs scripts in processes that have torch and transformers loaded already; see ``warm.Warm``."""
+    if WARM in request.config.stash:
+        yield request.config.stash[WARM]
+        return
     from warm import Warm
 
     made = Warm()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import scale
 import torch
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from families import tiny_config
 from slimtune.errors import UserError
@@ -26,6 +27,7 @@ from slimtune.estimate.cost import windows
 from slimtune.estimate.machines import FIRST_GRAPH, GRAPH, SYMBOLIC, Machine, named, sheet_of
 from slimtune.estimate.memory import memory, with_room
 from slimtune.estimate.phases import phases
+from slimtune.models import load as load_module
 from slimtune.models.load import attach_lora, load_config, structure_of
 from slimtune.models.quantized import quantized
 from slimtune.models.weights import held
@@ -51,6 +53,22 @@ WIDE: dict[str, Any] = {
     "num_attention_heads": 8,
 }
 RANK = {"rank": 32}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _shapes_once() -> Iterator[None]:
+    """Every estimate builds the model of its config for its shapes: a third of what it takes, and most configs come again."""
+    real, known = load_module.meta_shapes, dict[tuple[type, str], dict[str, tuple[int, ...]]]()
+
+    def meta_shapes(config: PreTrainedConfig) -> dict[str, tuple[int, ...]]:
+        key = type(config), config.to_json_string(use_diff=False)
+        if key not in known:
+            known[key] = real(config)
+        return dict(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(load_module, "meta_shapes", meta_shapes)
+        yield
 
 
 def recipe_of(config: dict[str, Any], **sections: Any) -> Recipe:

@@ -32,12 +32,13 @@ class Warm:
         self._told: IO[str] = self._process.stdout
 
     def run(
-        self, command: Sequence[str], env: Mapping[str, str] | None = None, **settings: Any
+        self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None, **settings: Any
     ) -> subprocess.CompletedProcess[str]:
         """As ``subprocess.run`` of a script, with its output captured as text."""
         assert list(command[:2]) == [sys.executable, "-P"]
         with tempfile.TemporaryDirectory() as scratch:
-            asked = {"words": list(command[2:]), "env": dict(os.environ if env is None else env), "scratch": scratch}
+            asked = {"words": list(command[2:]), "env": dict(os.environ if env is None else env)}
+            asked |= {"cwd": str(cwd or Path.cwd()), "scratch": scratch}
             self._ask.write(json.dumps(asked) + "\n")
             self._ask.flush()
             child = int(self._told.readline())
@@ -82,7 +83,7 @@ class Loaded(Warm):
         self._told.close()
 
 
-def _child(words: list[str], env: dict[str, str], scratch: str) -> None:
+def _child(words: list[str], env: dict[str, str], cwd: str, scratch: str) -> None:
     from transformers import dynamic_module_utils
 
     for number, name in ((1, "out"), (2, "err")):
@@ -93,6 +94,7 @@ def _child(words: list[str], env: dict[str, str], scratch: str) -> None:
     warnings.resetwarnings()  # of tests, where each is an error
     warnings.simplefilter("ignore" if env.get("PYTHONWARNINGS") == "ignore" else "default")
     dynamic_module_utils.HF_MODULES_CACHE = env.get("HF_MODULES_CACHE", scratch)  # which is read as transformers is imported
+    os.chdir(cwd)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
 
@@ -107,10 +109,13 @@ def _serve(asks: IO[str], tells: IO[str]) -> None:
             try:
                 _child(**asked)
                 code = 0
-            except BaseException:
+            except BaseException as error:
                 import traceback
 
-                traceback.print_exc()
+                if isinstance(error, SystemExit) and not error.code:
+                    code = 0
+                else:
+                    traceback.print_exc()
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
@@ -119,9 +124,15 @@ def _serve(asks: IO[str], tells: IO[str]) -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True, file=tells)
 
 
-if __name__ == "__main__":
+def load() -> None:
+    """What a ``Warm`` has loaded."""
+    assert "slimtune" not in sys.modules
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, pipeline  # noqa: F401  (loaded once)
 
     torch.set_num_threads(1)  # threads do not survive a fork
+
+
+if __name__ == "__main__":
+    load()
     _serve(sys.stdin, sys.stdout)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ from cuts import UNEVEN, cut_model
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export.huggingface import save
+from warm import Warm
 
 run = CliRunner().invoke
 
@@ -65,7 +64,7 @@ def pruned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_plain_lm_eval_gives_the_same_figures(
-    suite: str, pruned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suite: str, pruned: Path, warm: Warm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a per-layer export, from the written folder after it was moved, and no data set is cached by either."""
     for name in ("HF_HOME", "HF_DATASETS_CACHE"):
@@ -79,9 +78,9 @@ def test_plain_lm_eval_gives_the_same_figures(
     assert sorted(path.suffix for path in (tmp_path / "b").iterdir()) == [".jsonl"] * 3 + [".md", ".py"] + [".yaml"] * 3
     written = next(line for line in (tmp_path / "b" / "README.md").read_text().splitlines() if line.startswith("lm_eval run"))
     assert written == found["lm_eval"]
-    plain = [sys.executable, "-c", PLAIN_LM_EVAL, *shlex.split(written)[1:], "--output_path", str(tmp_path / "plain")]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    process = subprocess.run(plain, cwd=tmp_path / "b", env=environment, capture_output=True, text=True, check=False)
+    (tmp_path / "plain.py").write_text(PLAIN_LM_EVAL)
+    plain = [sys.executable, "-P", str(tmp_path / "plain.py"), *shlex.split(written)[1:]]
+    process = warm.run([*plain, "--output_path", str(tmp_path / "plain")], cwd=tmp_path / "b")
     assert process.returncode == 0, process.stderr[-2000:]
     (file,) = (tmp_path / "plain").rglob("results_*.json")
     theirs = json.loads(file.read_text())["results"]

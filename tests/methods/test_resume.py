@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from bases import Bench, metrics
+from bases import Bench, kept_as_killed, killed, metrics
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
 from slimtune.recipe import Recipe
@@ -106,23 +106,11 @@ def whole(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
     def get(name: str) -> tuple[Path, dict[str, Any]]:
         if name not in done:
             out = tmp_path_factory.mktemp(name) / "out"
-            with pytest.MonkeyPatch.context() as patch:
-                keep_what_kills_leave(patch, name)
+            with kept_as_killed((stage, phase, step) for which, stage, phase, step in KILLS if which == name):
                 done[name] = out, tune(variant(bench, name, out))
         return done[name]
 
     return get
-
-
-def keep_what_kills_leave(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    real = loop._run_step
-
-    def run_step(session: Session, now: Phase, at: int) -> None:
-        real(session, now, at)
-        if (name, session.stage, now.name, at) in KILLS:
-            shutil.copytree(session.recipe.out, Path(session.recipe.out).with_name(f"{session.stage}-{now.name}-{at}"))
-
-    monkeypatch.setattr(loop, "_run_step", run_step)
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, stage: str, phase: str, step: int, error: type[BaseException] = Killed) -> None:
@@ -165,7 +153,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_been(
 ) -> None:
     """A kill leaves what stood in the folder at that step; runs that an exception ends, in place, are further down."""
     out, _ = whole(name)
-    shutil.copytree(out.with_name(f"{stage}-{phase}-{step}"), tmp_path / "out")
+    shutil.copytree(killed(out, stage, phase, step), tmp_path / "out")
     assert not (tmp_path / "out" / "model").exists()
     assert not (tmp_path / "out" / "summary.json").exists()
     assert_same(tmp_path / "out", tune(variant(bench, name, tmp_path / "out"), resume=True), whole(name))
@@ -359,9 +347,9 @@ def test_training_time_counts_what_came_before_the_interruption(bench: Bench, tm
 
 
 @pytest.fixture(scope="module")
-def killed(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def ended_early(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that is to go on."""
-    out = tmp_path_factory.mktemp("killed") / "run"
+    out = tmp_path_factory.mktemp("ended") / "run"
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, "main", "recover", 3)
         with pytest.raises(Killed):
@@ -371,10 +359,10 @@ def killed(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("content", ["{bad", "[]"])
 def test_a_damaged_record_of_stages_is_told_and_half_a_row_of_metrics_is_not_minded(
-    content: str, bench: Bench, killed: Path, tmp_path: Path
+    content: str, bench: Bench, ended_early: Path, tmp_path: Path
 ) -> None:
     recipe = bench.recipe(tmp_path / "run", train__checkpoint_every=2)
-    shutil.copytree(killed, tmp_path / "run")
+    shutil.copytree(ended_early, tmp_path / "run")
     stages, metrics = tmp_path / "run" / "stages.json", tmp_path / "run" / "metrics.jsonl"
     whole = stages.read_text()
     stages.write_text(content)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bases import Bench, losses, plan_of, session_of, stored_shapes, verify_here
+from bases import Bench, kept_as_killed, killed, losses, plan_of, session_of, stored_shapes, verify_here
 from slimtune.errors import UserError
 from slimtune.methods import twostage
 from slimtune.methods.scores import Scorer, ranked
@@ -207,30 +207,17 @@ def test_ranking_by_layer_keeps_equal_shares_and_the_others_do_not(bench: Bench,
 def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(
     bench: Bench, tmp_path: Path, scores: str, stop: str, extra: dict[str, Any]
 ) -> None:
-    class Stop(Exception):
-        pass
-
     def recipe(name: str) -> Any:
         common = {"twostage__scores": scores, "twostage__batches": 2, "generator__prior_steps": 2, "search__steps": 6}
         return bench.recipe(tmp_path / name, method="twostage", train__checkpoint_every=2, **common, **extra)
 
-    whole = tune(recipe("whole"))
+    place = ("main", stop, 2)
+    with kept_as_killed([place]):
+        whole = tune(recipe("whole"))
     out = tmp_path / "part"
-    original = twostage.run_phase
-
-    def run_phase(session: Any, phase: Any, first: int = 0) -> None:
-        if phase.name == stop:
-            original(session, replace(phase, steps=3), first)
-            raise Stop
-        original(session, phase, first)
-
-    twostage.run_phase = run_phase
-    try:
-        with pytest.raises(Stop):
-            tune(recipe("part"))
-    finally:
-        twostage.run_phase = original
+    killed(tmp_path / "whole", *place).rename(out)
     resumed = tune(recipe("part"), resume=True)
+    assert resumed["resumed"]
     assert resumed["tokens"] == whole["tokens"]
     assert losses(out) == losses(tmp_path / "whole")
     assert plan_of(out).digest == plan_of(tmp_path / "whole").digest
