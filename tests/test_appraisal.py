@@ -107,12 +107,12 @@ def expected_events(valid: list[float], bound: str, summary: dict[str, Any]) -> 
 
 def test_a_run_that_stopped_goes_on_as_the_one_that_had_no_guard(bench: Bench, plain: Path, tmp_path: Path) -> None:
     guard = {"guard": {"ppl": NEVER}, **EVERY}
-    with pytest.raises(Breach, match=r"ppl is .*, to be <= 0\.5 x dense = .*, at step 1 of search\. The run stopped"):
+    with pytest.raises(Breach, match=r"ppl is .*, to be <= 0\.5 x dense = .*, at step 2 of search\. The run stopped"):
         tune(bench.recipe(tmp_path, alarm={"then": "stop"}, **guard))
     assert breached(tmp_path) == {("search", 1): ["ppl"]}
     assert metrics(tmp_path)[-1] == {"checkpoint": ["main", "search", 2]}
     assert not (tmp_path / "summary.json").exists()
-    with pytest.raises(Breach, match=r"at step 3 of search"):
+    with pytest.raises(Breach, match=r"at step 4 of search"):
         tune(bench.recipe(tmp_path, alarm={"then": "stop"}, **guard), resume=True)
     summary = tune(bench.recipe(tmp_path, alarm={"then": "warn"}, **guard), resume=True)
     assert summary["resumed"]
@@ -373,7 +373,7 @@ def test_both_of_two_processes_stop_and_go_on(bench: Bench, loaded: Loaded, tmp_
     assert done.returncode == 0, done.stderr[-4000:]
     first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
     assert first == second
-    assert "at step 1 of search. The run stopped" in first["stopped"]
+    assert "at step 2 of search. The run stopped" in first["stopped"]
     assert "The model is written" in first["ended"]
     resumed = yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())
     assert resumed["alarm"]["begin"] == "end"

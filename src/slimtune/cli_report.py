@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -77,6 +78,9 @@ def check(
         if files["--junit"]:  # a CI server that reads it sees why, and no file of an earlier check
             write("--junit", files["--junit"], verdicts.junit_error(Path(run).name, str(error)))
         raise
+    except Exception:
+        traceback.print_exc()  # ours to mend; but 1 would say that a gate failed
+        raise typer.Exit(2) from None
     texts = {
         "--junit": verdicts.junit(found),
         "--markdown": verdicts.markdown(found),

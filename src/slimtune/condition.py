@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from slimtune.errors import UserError, nearest
@@ -44,11 +44,12 @@ class Condition:
     terms: tuple[tuple[float, str | None], ...]
 
     @classmethod
-    def of(cls, text: str | float, name: str = "condition") -> Condition:
+    def of(cls, text: str | float, name: str = "condition", known: Iterable[str] = WORDS) -> Condition:
         """Read a condition.
 
         Args:
             name: of the figure that it is for, for messages.
+            known: words, of those that there are, which an unknown one is told.
 
         Raises:
             UserError: it is none.
@@ -58,7 +59,7 @@ class Condition:
         if not found:
             raise UserError(f"{name}: {written!r} does not begin with <=, >=, < or >; {_EXAMPLE}")
         sign = {"≤": "<=", "≥": ">="}.get(found.group(1), found.group(1))
-        return cls(written, sign, tuple(_terms(found.group(2), written, name)))
+        return cls(written, sign, tuple(_terms(found.group(2), written, name, tuple(known))))
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -74,20 +75,20 @@ class Condition:
         return _OPERATORS[self.sign](value, self.limit(values))
 
 
-def _terms(text: str, whole: str, name: str) -> list[tuple[float, str | None]]:
+def _terms(text: str, whole: str, name: str, known: tuple[str, ...]) -> list[tuple[float, str | None]]:
     """The terms of a sum, with their signs. A sign behind an e is part of a number."""
     pieces = re.split(r"(?<![0-9.]e)\s*([+-])\s*", text.strip(), flags=re.IGNORECASE)
     pieces = ["+", *pieces] if pieces[0] else pieces[1:]  # nothing is before the first sign of "- 0.5"
-    return [_term(word, sign, whole, name) for sign, word in zip(pieces[::2], pieces[1::2], strict=False)]
+    return [_term(word, sign, whole, name, known) for sign, word in zip(pieces[::2], pieces[1::2], strict=False)]
 
 
-def _term(text: str, sign: str, whole: str, name: str) -> tuple[float, str | None]:
+def _term(text: str, sign: str, whole: str, name: str, known: tuple[str, ...]) -> tuple[float, str | None]:
     found = _TERM.fullmatch(text.strip())
     factor, word = (found["factor"], found["word"]) if found else (None, None)
     if not found or (factor is None and word is None) or (bool(found["times"]) != (factor is not None and word is not None)):
         raise UserError(f"{name}: {text.strip()!r} in {whole!r} is no number, word or number x word; {_EXAMPLE}")
     if word is not None and word not in WORDS:
-        raise UserError(f"{name}: {word!r} in {whole!r} is unknown.{nearest(word, WORDS)} Known words: {', '.join(WORDS)}")
+        raise UserError(f"{name}: {word!r} in {whole!r} is unknown.{nearest(word, known)} Known words: {', '.join(known)}")
     number = float(factor or 1.0) * (0.01 if found["percent"] else 1.0)
     if not math.isfinite(number):
         raise UserError(f"{name}: {text.strip()!r} in {whole!r} is too large a number; {_EXAMPLE}")

@@ -160,7 +160,7 @@ def test_stop_says_what_where_and_how_to_go_on() -> None:
     assert stop is not None
     assert stop.exit_code == 1
     assert str(stop).startswith(
-        "guard: ppl is 21, to be <= dense = 20; rqe.accuracy is 0.4, to be > 0.5, at step 5 of search. The run stopped"
+        "guard: ppl is 21, to be <= dense = 20; rqe.accuracy is 0.4, to be > 0.5, at step 6 of search. The run stopped"
     )
     assert "--resume alarm.then=warn" in str(stop)
     _, judged = judge.at_end({"ppl": 20.0, "rqe.accuracy": 0.4}, DENSE)

@@ -174,6 +174,17 @@ def test_a_summary_alone_is_a_baseline(tmp_path: Path) -> None:
     assert failed(check(run, kept)) == failed(check(run, kept / "summary.json")) == ["valid_ppl"]
 
 
+def test_a_summary_alone_is_held_to_the_guards_that_it_tells_of(tmp_path: Path) -> None:
+    run, good = write_run(tmp_path / "run"), write_run(tmp_path / "good")
+    summary = json.loads((run / "summary.json").read_text())
+    ruling = {"guard": "ppl", "figure": "ppl", "condition": "<= 0.3 x dense", "value": 16.0, "limit": 6.0, "holds": False}
+    (run / "summary.json").write_text(json.dumps({**summary, "guard": [{**ruling, "words": {"dense": 20.0}}]}))
+    (run / "recipe.yaml").unlink()
+    assert failed(check(run)) == ["ppl"]
+    assert failed(check(run, good)) == ["ppl"]
+    assert check(run, good, {"parameters": "<= baseline"}).failed == []  # what is asked for takes their place
+
+
 def test_a_run_with_an_injected_regression_fails_with_its_row(bench: Bench, tmp_path: Path) -> None:
     """Two real runs, the second with a learning rate that ruins it."""
     steps: dict[str, Any] = {"recover__steps": 60, "train__lr": 1e-2}
@@ -207,11 +218,11 @@ def test_junit_xml_markdown_and_json(tmp_path: Path) -> None:
     assert (root.tag, suite.tag, suite.get("failures"), suite.get("errors")) == ("testsuites", "testsuite", "1", "0")
     assert root.keys() == ["name", "tests", "failures", "errors", "time"]  # strict readers take no others there
     assert int(suite.get("tests", "0")) == len(suite.findall("testcase"))
-    names = [case.get("name") for case in suite]
+    names = [f"{case.get('classname')} {case.get('name')}" for case in suite]
     assert len(names) == len(set(names))
     (bad,) = (case for case in suite if case.find("failure") is not None)
     assert bad.get("name") == "valid_ppl"  # whatever its bound: a server knows a case by its name
-    assert {"ppl <= dense", "ppl <= baseline + noise"} <= set(names)
+    assert {"slimtune.a|b <c> ppl", "slimtune.a|b <c>.default ppl"} <= set(names)  # the recipe's guard, and the default gate
     assert bad.findtext("system-out", "").splitlines()[:2] == ["bound = <= 1.02 x baseline", "value = 20.0"]
     assert bad.find("failure").get("message") == "valid_ppl is 20, to be <= 1.02 x baseline = 16.83"  # type: ignore[union-attr]
     text = Path(files[1]).read_text()
@@ -284,6 +295,16 @@ def test_a_check_that_cannot_be_made_is_an_error_for_a_server_and_replaces_an_ea
     suite = ElementTree.parse(file).getroot()[0]
     assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("1", "0", "1")
     assert "Did you mean 'ppl'?" in suite[0].find("error").get("message", "")  # type: ignore[union-attr]
+
+
+def test_a_failure_of_ours_does_not_read_as_a_gate_that_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("slimtune.report.check.read_run", broken)
+    result = CliRunner().invoke(app, ["check", str(write_run(tmp_path / "run")), "--gate", "ppl=<= 3"])
+    assert result.exit_code == 2
+    assert "ZeroDivisionError" in result.stderr
 
 
 def test_gates_from_a_file(tmp_path: Path) -> None:

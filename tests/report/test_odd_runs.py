@@ -13,6 +13,7 @@ import pytest
 
 from runs import bench_of, write_run
 from slimtune.errors import UserError
+from slimtune.report.check import check
 from slimtune.report.ink import look, shortened
 from slimtune.report.page import report
 from slimtune.report.quality import telling
@@ -189,3 +190,69 @@ def test_a_run_that_cuts_nothing_has_its_own_steps_side_by_side(tmp_path: Path) 
     text = page_of(one, write_run(tmp_path / "two"))
     assert re.search(r'<th scope="row">steps</th><td class="n">77</td><td class="n">240</td>', text)
     assert re.search(r'<th scope="row">keep</th><td class="n"></td><td class="n">0.6</td>', text)
+
+
+def test_a_finished_run_without_its_plan_still_tells_which_it_was(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    digest = json.loads((run / "summary.json").read_text())["plan"]
+    (run / "plan.json").unlink()
+    assert digest in page_of(run)
+    assert f">{digest[:12]}</td>" in page_of(run, write_run(tmp_path / "other", keep=0.5))
+
+
+def test_the_score_among_the_first_numbers_is_one_that_the_sentence_is_on(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    cards = re.compile(r"<ul class=\"cards\">.*?</ul>", re.DOTALL)
+    assert "pubmedqa, accuracy" in cards.findall(page_of(run))[0]
+    change(run / "summary.json", lambda found: found["dense_lora"].update({"pubmedqa.accuracy_low": 0.1}))  # below the baseline
+    assert "pubmedqa, accuracy" not in cards.findall(page_of(run))[0]
+
+
+def test_a_run_that_a_guard_stopped_is_told_as_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", steps=1, finished=False, alarm={"then": "stop"})
+    assert verdict(read_run(run)).startswith("This run is not finished: search step 1, ")
+    rows = (run / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text(json.dumps({**json.loads(rows[0]), "breached": ["ppl"]}) + "\n")
+    assert re.fullmatch(r"Stopped by a guard \(ppl\) at search step 1, .*% kept, 1 step in all\.", verdict(read_run(run)))
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        ([1], r"is damaged \(\[1\] is no object\)"),
+        ({"result": {"ppl": "x"}}, r"is no summary of a run: result\.ppl is 'x'"),
+        ({"result": {"ppl": 3.0}, "base": [1]}, r"base is \[1\]"),
+        ({"result": {"ppl": 3.0}, "seconds": "long"}, r"seconds is 'long'"),
+        ({"result": {"ppl": 3.0}, "guard": [{"guard": "ppl"}]}, r"guard is \{'guard': 'ppl'\}"),
+        ({"result": {"ppl": 3.0}, "rows": {"train": "many"}}, r"rows\.train is 'many'"),
+    ],
+)
+def test_a_summary_with_what_no_run_writes_is_named(tmp_path: Path, found: Any, told: str) -> None:
+    run = write_run(tmp_path / "run")
+    (run / "summary.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match=rf"run/summary\.json' .*{told}.*; the run writes it anew with --resume$"):
+        report([run])
+
+
+@pytest.mark.parametrize("table", ["rows", "models", "ratios"])
+def test_what_only_looks_like_a_bench_is_none(tmp_path: Path, table: str) -> None:
+    run, good = write_run(tmp_path / "run"), write_run(tmp_path / "good")
+    change(run / "bench.json", lambda found: found[table].append({"parameters": 1}))
+    assert "speed not measured" in verdict(read_run(run))
+    assert "speed.decode_faster" in check(run, good).left_out
+    change(run / "bench.json", lambda found: found.update({table: []} if table != "ratios" else {table: 3}))
+    assert read_run(run).bench is None
+
+
+def test_rows_with_what_no_run_writes_are_passed_over(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    whole = len(read_run(run).rows)
+    odd = [{"kept": "x"}, {"closed": None}, {"phase": 3}, {"step": "x"}]
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.writelines(json.dumps({"stage": "main", "phase": "recover", "step": 1, **each}).encode() + b"\n" for each in odd)
+        file.write(b'{"stage": "main", "phase": "\xff", \xfe\n')
+    assert len(read_run(run).rows) == whole
+    change_row = {"stage": "main", "phase": "recover", "step": 999, "kept": 0.6, "valid_ppl": "x", "adapt_loss": "y"}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(change_row) + "\n")
+    assert "<h2" in page_of(run)

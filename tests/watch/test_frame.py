@@ -13,7 +13,7 @@ from rich.console import Console
 from runs import plan_of, write_run
 from slimtune.watch.follow import Watched
 from slimtune.watch.frame import frame
-from watched import RECOVERY, REFERENCE, SEARCH, Folder, closing, finished, guarded, line, text
+from watched import RECOVERY, REFERENCE, SEARCH, Folder, closing, finished, guarded, line, step, text
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_in_the_search(run: Folder) -> None:
     assert "MLP width   ███ ███ ███ ███" in shown
     assert "74% of 400, 60 to 87 a layer" in shown
     assert "62% of 16, 1 to 4 a layer" in shown
-    assert "Last step: 3.00% of all units removed, 1.00% came back; so far 4.0% came back." in shown
+    assert "Last step: 3.00% of all units removed, 1.00% came back (in all steps: 4.0%)." in shown
 
 
 def test_after_the_cut(run: Folder) -> None:
@@ -160,3 +160,9 @@ def test_without_block_characters(run: Folder, monkeypatch: pytest.MonkeyPatch) 
     console = Console(file=Old(), width=80)
     console.print(frame(run.rows(*SEARCH, closing(4, valid_ppl=9.0)).look(), console))
     console.file.getvalue().encode("ascii")  # type: ignore[attr-defined]
+
+
+def test_validation_figures_are_told_as_they_were_however_narrow_their_curve(tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run").stages()
+    run.rows(*(step("recover", number, valid_ppl=30.0 - number / 7) for number in range(70)))
+    assert line(run.shown(60), "perplexity ").split("  ")[-1].strip() == "30.00 to 20.14, least 20.14"

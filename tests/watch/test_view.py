@@ -56,6 +56,8 @@ def test_exit_codes_of_one_look(run: Folder, tmp_path: Path, capsys: pytest.Capt
         (["{out}/run", "--every", "nan"], "--every nan is no time between looks"),
         (["{out}/run", "--once", "--wait"], "--once and --wait exclude each other"),
         (["{out}/damaged"], "damaged/summary.json' cannot be read"),
+        (["{out}/damaged"], "; the run writes it anew with --resume"),
+        (["{out}/planless"], "planless/plan.json' cannot be read (this is not a plan.json"),
     ],
 )
 def test_bad_input_is_told_in_a_line(tmp_path: Path, words: list[str], told: str) -> None:
@@ -64,6 +66,7 @@ def test_bad_input_is_told_in_a_line(tmp_path: Path, words: list[str], told: str
     (tmp_path / "file").write_text("")
     (tmp_path / "run" / "recipe.yaml").write_text(parse({"out": "x"}).to_yaml())
     (write_run(tmp_path / "damaged") / "summary.json").write_text('{"result": ')
+    (write_run(tmp_path / "planless") / "plan.json").write_text("{}")
     result = CliRunner().invoke(app, ["watch", *(word.replace("{out}", str(tmp_path)) for word in words)])
     assert result.exit_code == 2
     assert told in result.stderr

@@ -130,6 +130,7 @@ class Judge:
         if when["step"] is None:
             return Breach(f"guard: {told}. The model is written; the run ends with exit code 1 (alarm.then=stop)")
         return Breach(
-            f"guard: {told}, at step {when['step']} of {when['phase']}. The run stopped (alarm.then=stop) with a checkpoint: "
-            "go on with --resume alarm.then=warn, or change the bound; to cut less, raise budget.keep and start anew"
+            f"guard: {told}, at step {when['step'] + 1} of {when['phase']}. The run stopped (alarm.then=stop) with a "
+            "checkpoint: go on with --resume alarm.then=warn, or change the bound; to cut less, raise budget.keep and start "
+            "anew"
         )

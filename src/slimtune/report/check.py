@@ -45,6 +45,7 @@ class Checked:
         values: of the baseline's figures, for those who read.
         left_out: figures that only one of both has, where the default gates were asked for.
         unknown: whether it is not known of both on which test data they were measured.
+        asked: how many rows come of what was asked for; those of the default gates follow.
     """
 
     run: str
@@ -53,6 +54,7 @@ class Checked:
     values: dict[str, float]
     left_out: list[str]
     unknown: bool = False
+    asked: int = 0
 
     @property
     def failed(self) -> list[Ruling]:
@@ -90,12 +92,13 @@ def check(
             raise UserError(f"RUN {str(each.path)!r} is not finished: it has no summary.json; go on with tune --resume")
     mine, other = read[0], read[1] if len(read) > 1 else None
     given = {**(_from_file(file) if file else {}), **(gates or {})}
-    asked = given or dict(mine.recipe.get("guard") or {})
+    asked = given or dict(mine.recipe.get("guard") or {}) or _held(mine)
     if not asked and other is None:
         raise UserError(
             f"nothing to check: the recipe of {mine.name} has no guard; give --baseline RUN2, or gates: --gate 'ppl=<= 30'"
         )
     rulings = [ruling for name, text in asked.items() for ruling in _ruled(name, text, mine, other)]
+    count = len(rulings)
     left_out: list[str] = []
     if other is not None and not given:
         extra, left_out = defaults(mine, other)
@@ -103,10 +106,16 @@ def check(
         rows = [ruling for name, text in extra.items() for ruling in _ruled(name, text, mine, other)]
         rulings += [ruling for ruling in rows if (ruling.figure, ruling.condition) not in known]
     if other is None:
-        return Checked(mine.name, "", rulings, {}, left_out)
+        return Checked(mine.name, "", rulings, {}, left_out, asked=count)
     same = _same_data(mine, other, [ruling.figure for ruling in rulings])
     unknown = not any(ruling.figure == "data.test" for ruling in same)
-    return Checked(mine.name, other.name, [*same, *rulings], figures_of(other, beside=mine), left_out, unknown)
+    values = figures_of(other, beside=mine)
+    return Checked(mine.name, other.name, [*same, *rulings], values, left_out, unknown, len(same) + count)
+
+
+def _held(run: Run) -> dict[str, str]:
+    """The guards of a summary that is alone: it says what each was."""
+    return {ruling["guard"]: ruling["condition"] for ruling in run.summary.get("guard", ())}
 
 
 def _from_file(file: str | Path) -> dict[str, str]:
@@ -233,7 +242,8 @@ def resolve(name: str, known: Sequence[str]) -> list[str]:
         if found := [f"{task}.{rest}" for task in tasks if f"{task}.{rest}" in known]:
             return found
     shown = [key for key in dict.fromkeys(known) if not key.endswith(("_se", "_low", "_high", "_majority", "_chance", ".rows"))]
-    raise UserError(f"gate {name!r}: no run has such a figure.{nearest(name, shown)} Figures: {', '.join(shown)}")
+    like = nearest(rest if suite in built_in("suites") else name, shown)
+    raise UserError(f"gate {name!r}: no run has such a figure.{like} Figures: {', '.join(shown)}")
 
 
 def _same_data(run: Run, baseline: Run, figures: Sequence[str]) -> list[Ruling]:

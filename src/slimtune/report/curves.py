@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from math import isfinite
 from typing import Any
 
 from slimtune.report.ink import FAINT, INK, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
 from slimtune.report.quality import Table
-from slimtune.report.run import Row, Run
+from slimtune.report.run import Points, Run
 from slimtune.report.words import label, number
 
-Points = list[tuple[int, float]]
 Line = tuple[str, Points]
 _POINTS = 60
 """Of a line with markers."""
@@ -24,10 +22,10 @@ def loss(runs: Sequence[Run], key: str) -> Picture | None:
     """Training loss of the adapt turns (running mean, single steps faint where one run is shown), and of dense LoRA."""
     lines: list[Line] = []
     for run in runs:
-        lines.append((run.name if len(runs) > 1 else "adapt", _of(run.main, "adapt_loss")))
+        lines.append((run.name if len(runs) > 1 else "adapt", run.line("adapt_loss")))
         if len(runs) == 1:
-            lines.append(("decide (held-out rows)", _of(run.main, "decide_loss")))
-            lines.append(("dense LoRA", _of(run.reference, "adapt_loss")))
+            lines.append(("decide (held-out rows)", run.line("decide_loss")))
+            lines.append(("dense LoRA", run.line("adapt_loss", "dense_lora")))
     if not _any(lines):
         return None
     figure, axis = _sheet(runs)
@@ -52,10 +50,10 @@ def kept(runs: Sequence[Run], key: str) -> Picture | None:
     short = 0 < shown < max(len(run.main) for run in runs) / 4  # drawn whole, its search would be a line at the edge
     for run in runs:
         name = run.name if len(runs) > 1 else "kept"
-        lines.append((name, [(step, 100 * value) for step, value in _of(run.main, "kept")]))
-    if len(runs) == 1 and (target := _of(runs[0].main, "decide_target")):
+        lines.append((name, [(step, 100 * value) for step, value in run.line("kept")]))
+    if len(runs) == 1 and (target := runs[0].line("decide_target")):
         lines.append(("target", [(step, 100 * value) for step, value in target]))
-        lines.append(("sampled", [(step, 100 * value) for step, value in _of(runs[0].main, "decide_sampled")]))
+        lines.append(("sampled", [(step, 100 * value) for step, value in runs[0].line("decide_sampled")]))
     lines = [(name, points[:shown] if short else points) for name, points in lines]
     if not _any(lines):
         return None
@@ -83,9 +81,9 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
     """A validation figure at the steps at which it was taken, with the level of the base where it is known."""
     lines: list[Line] = []
     for run in runs:
-        lines.append((run.name if len(runs) > 1 else "this run", _of(run.main, f"valid_{figure_name}")))
+        lines.append((run.name if len(runs) > 1 else "this run", run.line(f"valid_{figure_name}")))
         if len(runs) == 1:
-            lines.append(("dense LoRA", _of(run.reference, f"valid_{figure_name}")))
+            lines.append(("dense LoRA", run.line(f"valid_{figure_name}", "dense_lora")))
     if not _any(lines):
         return None
     figure, axis = _sheet(runs)
@@ -118,7 +116,7 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
 
 def followed(runs: Iterable[Run]) -> list[str]:
     """Validation figures of tasks that any run has, in their order."""
-    every = dict.fromkeys(chain.from_iterable(row for run in runs for row in run.main))
+    every = dict.fromkeys(chain.from_iterable(run.lines["main"] for run in runs))
     keys = [key for key in every if key.startswith("valid_") and "." in key]
     return [key.removeprefix("valid_") for key in keys if not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))]
 
@@ -151,16 +149,6 @@ def _levels(runs: Sequence[Run], figure: str) -> list[float]:
             return []
         found.append(float(value))
     return found[:1] if max(found) - min(found) <= 1e-3 * abs(max(found)) else []
-
-
-def _of(rows: Sequence[Row], key: str) -> Points:
-    """Finite values with their steps, counted from one over all phases."""
-    # in one go: of many rows this takes as long as all drawing
-    return [
-        (step, float(value))
-        for step, row in enumerate(rows, 1)
-        if (value := row.get(key)) is not None and isinstance(value, (float, int)) and isfinite(value)
-    ]
 
 
 def _any(lines: Sequence[Line]) -> bool:

@@ -21,7 +21,7 @@ def facts(run: Run, key: str) -> Table:
     summary = run.summary
     data = summary.get("data") or {}
     rows = [
-        ["Plan (SHA-256)", run.plan.digest if run.plan else "none yet"],
+        ["Plan (SHA-256)", run.plan_digest or ("none" if run.finished else "none yet")],
         ["weights of the base", str(summary.get("weights") or run.stages.get("weights") or "not recorded")],
         *([f"data, {split}", digest] for split, digest in data.items()),
         *([f"rows of {task}", digest] for task, digest in (summary.get("task_rows") or {}).items()),
@@ -62,7 +62,8 @@ def command(run: Run) -> str:
     count = run.summary.get("processes", 1)
     start = f"torchrun --nproc-per-node {count} -m slimtune" if count > 1 else "slimtune"
     there = f"cd {shlex.quote(run.stages['cwd'])}\n" if run.stages.get("cwd") else ""
-    recipe, again = shlex.quote(f"{out}/recipe.yaml"), shlex.quote(f"out={out}-again")
+    file = f"{out}/recipe.yaml" if there else str(run.path / "recipe.yaml")  # a copy of a run's files is where it is
+    recipe, again = shlex.quote(file), shlex.quote(f"out={out}-again")
     return f"{there}{start} tune {recipe} {again}"
 
 

@@ -12,7 +12,7 @@ from slimtune.report.ink import Picture, styled
 from slimtune.report.quality import Table
 from slimtune.report.run import Run, read_runs
 from slimtune.report.table import cautions
-from slimtune.report.verdict import decode_ratio, verdict
+from slimtune.report.verdict import decode_ratio, scores_kept, verdict
 from slimtune.report.words import label, number
 from slimtune.runtime import no_full_collections
 from slimtune.text_file import named, write
@@ -109,9 +109,10 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         if result.get(figure) is not None:
             against = f"{name} {number(figure, beside[figure])}" if beside.get(figure) is not None else ""
             found.append((number(figure, result[figure]), label(figure), against))
-    for figure in quality.task_figures(run)[:1]:
-        against = f"{called} {number(figure, other[figure])}" if figure in other else ""
-        found.append((number(figure, result[figure]), label(figure), against))
+    kept, _ = scores_kept(run, "dense_lora" if run.of("dense_lora") else "base")
+    if kept:  # one of the tasks that the sentence is on
+        task = next(iter(kept))
+        found.append((number(task, result[task]), label(task), f"{called} {number(task, other[task])}"))
     ratio = decode_ratio(run.bench["ratios"]) if run.bench else None
     if ratio:
         spread = f"{ratio['low']:.2f} to {ratio['high']:.2f}"

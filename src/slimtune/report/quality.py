@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from slimtune.report.files import MODELS
 from slimtune.report.ink import INK, MARKERS, SERIES, Picture, labels, mark, sheet, svg
-from slimtune.report.run import MODELS, Run
+from slimtune.report.run import Run
 from slimtune.report.verdict import general_tasks
 from slimtune.report.words import finite, label, metric_name, number
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,15 +12,22 @@ from typing import Any
 import yaml
 
 from slimtune.errors import UserError
+from slimtune.report.files import (
+    MODELS,
+    Row,
+    is_bench,
+    is_evaluation,
+    read_object,
+    read_plan,
+    read_rows,
+    read_summary,
+)
 from slimtune.structure.plan import Plan
 from slimtune.train.task_figures import better
 
-Row = dict[str, Any]
 Figures = Mapping[str, Any]
-MODELS = {"base": "base", "dense_lora": "dense LoRA", "result": "result"}
-"""Models that a summary has figures of, and what to call them."""
-_TEXTS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
-"""Numbers that metrics.jsonl has as text, for JSON has no others."""
+Points = list[tuple[int, float]]
+"""Steps, counted from one over all phases, and values."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,22 @@ class Run:
         """Rows of dense LoRA, where the run tuned it as a reference."""
         return [row for row in self.rows if row.get("stage") == "dense_lora"]
 
+    @cached_property
+    def lines(self) -> dict[str, dict[str, Points]]:
+        """{stage: {figure: points}} of finite numbers, of stages ``main`` and ``dense_lora``."""
+        found: dict[str, dict[str, Points]] = {}
+        for stage, rows in (("main", self.main), ("dense_lora", self.reference)):
+            lines = found[stage] = {}
+            for step, row in enumerate(rows, 1):  # once over all: of many rows this takes as long as some pictures
+                for key, value in row.items():
+                    if (type(value) is float or type(value) is int) and math.isfinite(value):
+                        lines.setdefault(key, []).append((step, value))
+        return found
+
+    def line(self, figure: str, stage: str = "main") -> Points:
+        """Of one figure; empty where there is none."""
+        return self.lines[stage].get(figure, [])
+
     def of(self, model: str) -> Figures:
         """Figures of ``base``, ``dense_lora`` or ``result`` on test rows, as far as they were taken."""
         found: Figures = self.summary.get(model) or (self.stages.get(model) if model != "result" else None) or {}
@@ -76,6 +97,11 @@ class Run:
         if figure.startswith("speed.") or figure in ("parameters", "bytes", "memory", "seconds", "block_ratio"):
             return "lower"
         return better(figure, self.summary.get("lower_is_better", ()))
+
+    @property
+    def plan_digest(self) -> str:
+        """SHA-256 of the Plan, which a summary tells without its file too; empty where there is none."""
+        return self.plan.digest if self.plan else str(self.summary.get("plan") or "")
 
     @property
     def cut(self) -> int | None:
@@ -95,9 +121,9 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
     if not folder.is_dir():
         why = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"RUN {str(path)!r} {why}; give the folder of a run (its recipe's out)")
-    summary = _json(folder / "summary.json")
-    recipe = _yaml(folder / "recipe.yaml")
-    if not isinstance(summary.get("result", {}), dict) or not (summary.get("result") or {"method", "model"} <= recipe.keys()):
+    summary = read_summary(folder / "summary.json")
+    recipe = read_object(folder / "recipe.yaml", yaml.safe_load)
+    if not (summary.get("result") or {"method", "model"} <= recipe.keys()):
         remedy = "give the folder of a run (its recipe's out), or one that holds a run's summary.json"
         if folder.name == "model" and (folder.parent / "recipe.yaml").is_file():
             remedy = f"that is a run's model: give {str(folder.parent)!r}"
@@ -108,9 +134,9 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         path=folder,
         recipe=recipe,
         summary=summary,
-        stages=_json(folder / "stages.json"),
+        stages=read_object(folder / "stages.json"),
         rows=read_rows(folder / "metrics.jsonl"),
-        plan=_plan(folder / "plan.json"),
+        plan=read_plan(folder / "plan.json"),
         bench=bench,
         evaluations=evaluations,
     )
@@ -135,34 +161,6 @@ def _fields(run: Run) -> dict[str, Any]:
     return {name: getattr(run, name) for name in Run.__dataclass_fields__}
 
 
-def read_rows(file: Path) -> list[Row]:
-    """Rows of steps; half of one at the end, which is being written, is passed over."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-    rows = _parsed(lines)
-    if any('"nan"' in line or 'inf"' in line for line in lines):
-        rows = [{key: _read(value) for key, value in row.items()} if isinstance(row, dict) else row for row in rows]
-    return [row for row in rows if isinstance(row, dict) and "step" in row and "phase" in row]
-
-
-def _parsed(lines: Sequence[str]) -> list[Any]:
-    try:  # all at once, in two thirds of the time
-        found: list[Any] = json.loads(f"[{','.join(lines)}]")
-        return found
-    except ValueError:
-        found = []
-    for line in lines:
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-
-def _read(value: Any) -> Any:
-    return _TEXTS.get(value, value) if isinstance(value, str) else value
-
-
 def _measured(folder: Path, summary: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, dict[str, Any]]]:
     """Of the JSON files there, known by what is in them: the newest bench of the result, and all evaluations of its models."""
     sizes = {figures["parameters"] for name in MODELS if "parameters" in (figures := summary.get(name) or {})}
@@ -170,37 +168,9 @@ def _measured(folder: Path, summary: dict[str, Any]) -> tuple[dict[str, Any] | N
     benches: list[tuple[float, dict[str, Any]]] = []
     evaluations: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.glob("*.json")):
-        found = _json(file) if file.stem not in ("summary", "stages", "plan", "windows") else {}
-        if {"rows", "models", "ratios"} <= found.keys() and found["models"] and found["models"][0].get("parameters") == result:
+        found = read_object(file) if file.stem not in ("summary", "stages", "plan", "windows") else {}
+        if is_bench(found) and found["models"][0]["parameters"] == result:
             benches.append((file.stat().st_mtime, found))
-        elif {"tasks", "suites", "parameters"} <= found.keys() and found["parameters"] in sizes:
+        elif is_evaluation(found) and found["parameters"] in sizes:
             evaluations[file.name] = found
     return max(benches, key=lambda item: item[0])[1] if benches else None, evaluations
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """An object in a file; empty where there is none. Raises UserError where it is damaged."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        if file.name == "summary.json":
-            raise UserError(f"{str(file)!r} is damaged ({error}); the run writes it anew with --resume") from error
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _yaml(file: Path) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _plan(file: Path) -> Plan | None:
-    try:
-        return Plan.from_json(file.read_text(encoding="utf-8")) if file.is_file() else None
-    except (UserError, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(file)!r} cannot be used: {error}") from error

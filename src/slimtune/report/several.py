@@ -97,7 +97,7 @@ def beside(runs: Sequence[Run], key: str) -> Table:
     rows = [
         *told,
         *(row for row in rows if any(row[1:])),
-        ["Plan", *(run.plan.digest[:12] if run.plan else "" for run in runs)],
+        ["Plan", *(run.plan_digest[:12] for run in runs)],
     ]
     rows.append(["test data", *(str(run.summary.get("data", {}).get("test", ""))[:12] for run in runs)])
     note = ""

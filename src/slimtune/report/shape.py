@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from slimtune.report.files import Row
 from slimtune.report.ink import FAINT, HATCHES, INK, SERIES, Picture, grey, look, mark, scale, sheet, svg, thin
-from slimtune.report.run import Row, Run
+from slimtune.report.run import Run
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
 
@@ -107,7 +108,7 @@ def changing(run: Run, key: str) -> Picture | None:
     whole(axis.xaxis, 7)
     back = sum(row["reopened"] for _, row in rows)
     last = rows[-1][1]["reopened"]
-    note = f"Units that came back, over the search: {back:.1%} of all; at its last step {last:.2%}."
+    note = f"Returns, summed over the steps of the search: {back:.1%} of all units; at the last step {last:.2%}."
     title = "How much it still changes"
     table = [[str(step), f"{100 * row['closed']:.2f}", f"{100 * row['reopened']:.2f}"] for step, row in _some(rows)]
     return Picture(key, title, svg(figure, key, title), note, ["step", "removed, % of units", "came back, %"], table)

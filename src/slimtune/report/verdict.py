@@ -33,11 +33,12 @@ def verdict(run: Run) -> str:
 def _unfinished(run: Run) -> str:
     if not run.main:
         return "This run is not finished, and has no step yet."
-    last = run.main[-1]
-    return (
-        f"This run is not finished: {last['phase']} step {last['step'] + 1}, {last.get('kept', 1.0):.1%} kept, "
-        f"{len(run.main):,} steps in all."
-    )
+    last, steps = run.main[-1], f"{len(run.main):,} step{'s' if len(run.main) > 1 else ''} in all"
+    where = f"{last['phase']} step {last['step'] + 1}, {last.get('kept', 1.0):.1%} kept, {steps}"
+    breached = ", ".join(last.get("breached", ()))
+    if breached and run.recipe.get("alarm", {}).get("then") == "stop":
+        return f"Stopped by a guard ({breached}) at {where}."
+    return f"This run is not finished: {where}."
 
 
 def _smaller(run: Run) -> str:

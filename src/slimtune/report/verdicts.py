@@ -58,7 +58,8 @@ def _closing(found: Checked) -> list[str]:
         lines.append("noise: half the 95% interval of the difference of both runs.")
     failed = found.failed
     if failed:
-        lines.append(f"FAILED: {len(failed)} of {len(found.rulings)} gates: {', '.join(ruling.figure for ruling in failed)}")
+        names = dict.fromkeys(ruling.figure for ruling in failed)
+        lines.append(f"FAILED: {len(failed)} of {len(found.rulings)} gates: {', '.join(names)}")
     else:
         lines.append(f"passed: {len(found.rulings)} gates")
     return lines
@@ -89,12 +90,12 @@ def _plain(text: str) -> str:
 def junit(found: Checked) -> str:
     """JUnit XML: a test case for each row, which fails where its figure is out of its bound.
 
-    A case is named as its gate, whatever the bound: CI servers know a case from one build to the next by its name.
+    A case is named as its gate, whatever the bound: CI servers know a case from one build to the next by class and name.
     """
     suite = _suite(_title(found), tests=len(found.rulings), failures=len(found.failed))
-    names = [each.guard if each.guard == each.figure else f"{each.guard} ({each.figure})" for each in found.rulings]
-    for name, ruling in zip(names, found.rulings, strict=True):
-        case = _case(suite, found.run, f"{name} {ruling.condition}" if names.count(name) > 1 else name)
+    for place, ruling in enumerate(found.rulings):
+        name = ruling.guard if ruling.guard == ruling.figure else f"{ruling.guard} ({ruling.figure})"
+        case = _case(suite, found.run if place < found.asked else f"{found.run}.default", name)
         values = {"bound": ruling.condition, "value": ruling.value, "limit": ruling.limit, **ruling.words}
         told = "\n".join(f"{key} = {value}" for key, value in values.items() if value is not None)
         if not ruling.holds:

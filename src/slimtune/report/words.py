@@ -49,7 +49,7 @@ def metric_name(metric: str) -> str:
 
 def number(figure: str, value: float | None) -> str:
     """A figure's value with its unit; nothing of None."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+    if value is None or not finite(value):
         return "" if value is None else str(value)
     if figure in BYTES:
         return size(value)

@@ -34,7 +34,7 @@ def _text(value: Any) -> Any:
 
 def _checked(value: dict[str, str]) -> dict[str, str]:
     for name, text in value.items():
-        for word in Condition.of(text, f"guard.{name}").words:
+        for word in Condition.of(text, f"guard.{name}", known=("dense", "base", "dense_lora")).words:
             if word in ("baseline", "noise"):
                 raise UserError(f"guard.{name}: a run does not know {word!r}; it knows dense (its base) and dense_lora")
     return value

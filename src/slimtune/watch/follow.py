@@ -17,7 +17,7 @@ import yaml
 
 from slimtune.errors import UserError
 from slimtune.recipe import Recipe, parse
-from slimtune.report.run import Row
+from slimtune.report.files import Row
 from slimtune.structure.axes import AXES
 from slimtune.structure.plan import Plan
 from slimtune.train.claim import is_held, place
@@ -245,8 +245,9 @@ class Watched:
                 found = read((self.folder / name).read_text(encoding="utf-8"))
             except (FileNotFoundError, NotADirectoryError):
                 found = None
-            except (OSError, ValueError) as error:
-                raise UserError(f"{str(self.folder / name)!r} cannot be read ({error})") from error
+            except (OSError, ValueError, UserError) as error:
+                remedy = "; the run writes it anew with --resume" if name == "summary.json" else ""
+                raise UserError(f"{str(self.folder / name)!r} cannot be read ({error}){remedy}") from error
             self._files[name] = mark, found
         return self._files[name][1]
 

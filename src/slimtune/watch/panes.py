@@ -97,7 +97,8 @@ def curves(watched: Watched, room: Room) -> RenderableType | None:
         if values := lines.get(key):
             points = glyphs.means(values, width)
             figure = "loss" if key == loss else "ppl"
-            ends = [told(figure, value) for value in (points[0], points[-1], min(points))]
+            few = values if key == "valid_ppl" else points  # of noisy ones means are told, as they are drawn
+            ends = [told(figure, value) for value in (few[0], few[-1], min(few))]
             grid.add_row(name, Text(glyphs.spark(points, room.ascii_only), "cyan"), f"{ends[0]} to {ends[1]}, least {ends[2]}")
     kept = lines.get("kept")
     if kept and watched.recipe and watched.recipe.prunes and stage == "main":
@@ -234,7 +235,7 @@ def _moving(watched: Watched) -> list[Text]:
     if not row or row is not watched.seen.last:
         return []
     closed, back = number(row, "closed") or 0.0, number(row, "reopened") or 0.0
-    told = f"Last step: {closed:.2%} of all units removed, {back:.2%} came back; so far {watched.seen.reopened:.1%} came back."
+    told = f"Last step: {closed:.2%} of all units removed, {back:.2%} came back (in all steps: {watched.seen.reopened:.1%})."
     return [Text(told)]
 
 
