@@ -57,7 +57,7 @@ class _Page(HTMLParser):
         if self._caption:
             self._name += data
         elif self._cell:
-            self._rows[-1][-1] += data
+            self._rows[-1][-1] += data.replace("\N{NO-BREAK SPACE}", " ")
 
 
 def page_of(*runs: Path, out: Path) -> tuple[str, _Page]:
@@ -182,9 +182,13 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     for name in ("size0", "shapes", "shape2", "agreement", "plan1", "loss", "kept", "ppl"):
         assert name in page.ids
     beside = {row[0]: row[1:] for row in page.tables["Side by side"]}
-    assert beside["parameters"] == ["600,000", "600,000", "800,000"]
-    assert beside["seed"] == ["0", "1", "2"]
-    assert beside["decodes, times as fast as its base"] == ["1.50 (1.40 to 1.60)"] * 3
+    assert beside[""] == ["a", "b", "c", "base", "dense LoRA"]  # of which all three have the same
+    assert beside["parameters"] == ["600,000", "600,000", "800,000", "1,000,000", "1,000,000"]
+    assert beside["perplexity, test"] == [*["16.00 ± 0.20"] * 3, "40.00 ± 0.20", "15.00 ± 0.20"]
+    assert beside["seed"] == ["0", "1", "2", "", ""]
+    for what in ("reads prompts", "first token", "decodes"):
+        assert beside[f"{what}, times as fast as its base"] == [*["1.50 (1.40 to 1.60)"] * 3, "", ""]
+    assert "guards" not in beside
     one, two = (read_run(run).plan for run in runs[:2])
     assert one is not None
     assert two is not None
@@ -194,13 +198,54 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
     assert "Test data differ" not in text
 
 
+def test_what_runs_were_cut_from_and_how_guards_stand_is_beside_them(tmp_path: Path) -> None:
+    rulings = [{"guard": name, "figure": name, "condition": "<= 1", "value": 2.0, "limit": 1.0, "words": {}} for name in "xy"]
+    one, two, three = (write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two", "three")))
+    for run, holds in ((one, [False, True]), (two, [True, True])):
+        found = json.loads((run / "summary.json").read_text())
+        found["guard"] = [{**ruling, "holds": each} for ruling, each in zip(rulings, holds, strict=True)]
+        found["base"] |= {"ppl": 41.0} if run == two else {}
+        found["dense_lora"] = found["dense_lora"] if run == one else None
+        (run / "summary.json").write_text(json.dumps(found))
+    _, page = page_of(one, two, three, out=tmp_path / "page.html")
+    beside = {row[0]: row[1:] for row in page.tables["Side by side"]}
+    assert beside[""] == ["one", "two", "three", "base of one", "base of two", "dense LoRA"]
+    assert beside["perplexity, test"][3:] == ["40.00 ± 0.20", "41.00 ± 0.20", "15.00 ± 0.20"]
+    assert beside["guards"] == ["out: x", "all hold", "", "", "", ""]
+
+
+def test_a_run_without_dense_lora_is_held_to_that_of_a_run_of_the_same_base_and_rows(tmp_path: Path) -> None:
+    one, two = write_run(tmp_path / "one"), write_run(tmp_path / "two", seed=1)
+    found = json.loads((two / "summary.json").read_text())
+    del found["dense_lora"]
+    (two / "summary.json").write_text(json.dumps(found))
+    text, _ = page_of(one, two, out=tmp_path / "page.html")
+    assert "perplexity 16.00 for dense LoRA&#39;s (one) 15.00, keeps 97% of dense LoRA&#39;s (one) accuracy on pubmedqa" in text
+    assert "perplexity 16.00 for the untuned base&#39;s 40.00, on none of 1 tasks did" in page_of(two, out=tmp_path / "page.html")[0]
+    for change in ({"data": {"test": "ee" * 32}}, {"weights": "ee" * 32}):
+        (two / "summary.json").write_text(json.dumps({**found, **change}))
+        assert "dense LoRA&#39;s (one)" not in page_of(one, two, out=tmp_path / "page.html")[0]
+
+
+def test_a_loss_that_went_astray_does_not_flatten_the_others(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("a", "b", "c"))]
+    assert "Beyond the picture" not in page_of(*runs, out=tmp_path / "page.html")[0]
+    rows = [json.loads(line) for line in (runs[2] / "metrics.jsonl").read_text().splitlines()]
+    rows = [{**row, **({"adapt_loss": 60.0} if "adapt_loss" in row else {})} for row in rows]
+    (runs[2] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "Beyond the picture: c, to 60.00." in page_of(*runs, out=tmp_path / "page.html")[0]
+
+
 def test_runs_of_other_bases_and_data_are_told_apart(tmp_path: Path) -> None:
     one, two = write_run(tmp_path / "x" / "run"), write_run(tmp_path / "y" / "run", layers=6)
     summary = json.loads((two / "summary.json").read_text())
     (two / "summary.json").write_text(json.dumps({**summary, "data": {"test": "ee" * 32}}))
     text, page = page_of(one, two, out=tmp_path / "page.html")
-    assert page.tables["Side by side"][0] == ["", "x/run", "y/run"]
+    assert page.tables["Side by side"][0] == ["", "x/run", "y/run", "base", "dense LoRA"]
     assert "Test data differ between these runs" in text
+    assert "Not held against size, for the test rows of these runs differ: perplexity, test." in text
+    assert '<figure id="size0">' in text  # tasks' rows are the same
+    assert "Quality against size: perplexity" not in text
     assert "No Plan, or one of another base than that of x/run, and left out: y/run." in text
 
 

@@ -71,6 +71,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "one-run": report([runs[0]], root / "one-run.html"),
         "several-runs": report(runs, root / "several-runs.html"),
     }
+    examples = Path(__file__).parents[2] / "docs" / "reports"
+    alone |= {name: report([examples / name], root / f"{name}.html") for name in ("health", "legal")}
     return {**alone, "going-on": report([write_run(root / "going", finished=False)], root / "going-on.html")}
 
 
@@ -82,6 +84,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("several-runs", "dark-375"),
         ("going-on", "light-375"),
         ("twelve-runs", "light-375"),
+        ("health", "light-1280"),
+        ("legal", "dark-375"),
     ],
 )
 def test_the_page(browser: Any, pages: dict[str, Path], name: str, view: str) -> None:
@@ -96,7 +100,7 @@ def test_the_page(browser: Any, pages: dict[str, Path], name: str, view: str) ->
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= VIEWS[view]["viewport"]["width"]  # type: ignore[index]
     figures = page.evaluate(MARKS)
-    assert len(figures) >= {"one-run": 9, "several-runs": 13, "going-on": 4, "twelve-runs": 10}[name]
+    assert len(figures) >= {"one-run": 9, "several-runs": 13, "going-on": 4, "twelve-runs": 10}.get(name, 12)
     for figure in figures:
         assert figure["marks"] > 0, figure
         assert figure["drawn"] == figure["marks"], figure
@@ -159,6 +163,19 @@ def test_a_link_to_a_folded_section_opens_it(browser: Any, pages: dict[str, Path
     page.get_by_role("link", name="Validation figures as a table").click()
     page.locator("details.section[open]").wait_for(timeout=5000)
     page.get_by_role("table", name="Validation figures").wait_for(timeout=5000)
+    page.close()
+
+
+def test_names_of_rows_stay_where_a_wide_table_is_scrolled(browser: Any, pages: dict[str, Path]) -> None:
+    page = browser.new_page(**VIEWS["light-375"])
+    page.goto(pages["several-runs"].as_uri())
+    place = """() => { const box = document.querySelector('[aria-label="Side by side"]'); box.scrollLeft = 400;
+    const name = box.querySelector('tbody th').getBoundingClientRect(); const all = box.getBoundingClientRect();
+    return [box.scrollLeft, name.left - all.left, name.width / all.width] }"""
+    scrolled, left, part = page.evaluate(place)
+    assert scrolled > 100
+    assert abs(left) < 1
+    assert part < 0.5
     page.close()
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
+from statistics import median
 from typing import Any
 
-from slimtune.report.ink import FAINT, INK, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
+from slimtune.report.ink import FAINT, LEVEL, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
 from slimtune.report.quality import Table
 from slimtune.report.run import Points, Run
 from slimtune.report.words import label, number
@@ -36,11 +37,22 @@ def loss(runs: Sequence[Run], key: str) -> Picture | None:
             axis.plot(*thin(steps, values), color=SERIES[index % len(SERIES)], alpha=0.25, linewidth=0.8)
         (line,) = axis.plot(*thin(steps, smooth(values, window), 200), **look(index, len(steps) == 1), label=name)
         mark(line, f"loss-{index}")
+    note = "Running mean; single steps faint." if len(runs) == 1 else f"Running means of the adapt turns.{_within(axis)}"
     _finish(figure, axis, "loss, nats a token", runs)
     _cuts(axis, runs)
     title = "Training loss"
-    note = "Running mean; single steps faint." if len(runs) == 1 else "Running means of the adapt turns."
     return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: f"{value:.3f}"))
+
+
+def _within(axis: Any) -> str:
+    """Cut off what lies far above where most lines are, and tell of what: a run that went astray would flatten the others."""
+    tops = {str(line.get_label()): float(max(line.get_ydata())) for line in axis.get_lines()}
+    top = 1.5 * median(tops.values())
+    out = {name: most for name, most in tops.items() if most > top}
+    if not out:
+        return ""
+    axis.set_ylim(top=top)
+    return f" Beyond the picture: {', '.join(f'{name}, to {most:.2f}' for name, most in out.items())}."
 
 
 def kept(runs: Sequence[Run], key: str) -> Picture | None:
@@ -67,7 +79,7 @@ def kept(runs: Sequence[Run], key: str) -> Picture | None:
     what = "all parameters" if of == {"total"} else "the blocks" if of == {"block"} else "the budget"
     goals = {100 * run.recipe["budget"]["keep"] for run in runs if run.recipe and run.recipe.get("method") != "finetune"}
     for goal in goals:
-        axis.axhline(goal, color=INK, linewidth=0.8, linestyle=":")
+        axis.axhline(goal, **LEVEL)
     _finish(figure, axis, f"% of {what}", runs)
     _cuts(axis, runs)
     note = f"Dotted: the budget, {', '.join(f'{goal:g}%' for goal in sorted(goals))}." if goals else ""
@@ -99,7 +111,7 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
         mark(line, f"valid-{index}")
     levels = _levels(runs, figure_name)
     for level in levels:
-        axis.axhline(factor * level, color=INK, linewidth=0.8, linestyle=":")
+        axis.axhline(factor * level, **LEVEL)
     values = [value for _, points in lines for _, value in points] + levels
     if figure_name in ("ppl",) and min(values) > 0 and max(values) / min(values) > 8:
         axis.set_yscale("log")
@@ -107,9 +119,9 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
     name = label(figure_name).removesuffix(", test")
     _finish(figure, axis, f"{name}, %" if factor == 100 else name, runs)
     _cuts(axis, runs)
-    note = "On validation rows, present hard masks." + (
-        f" Dotted: the base, {number(figure_name, levels[0])}." if levels else ""
-    )
+    own = {(run.summary.get("data") or {}).get("valid") for run in runs}
+    rows = "validation rows" if "." in figure_name or len(own) < 2 else "each run's own validation rows, which differ"
+    note = f"On {rows}, present hard masks." + (f" Dotted: the base, {number(figure_name, levels[0])}." if levels else "")
     title = f"{name[0].upper() + name[1:]} through the run" if figure_name == "ppl" else name
     return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: number(figure_name, value)))
 

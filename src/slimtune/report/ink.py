@@ -30,6 +30,8 @@ STYLES: tuple[Any, ...] = (
 """Lines, and with ``MARKERS`` points, that do without colour."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 HATCHES = ("", "////", "....", "xxxx", "\\\\\\\\")
+LEVEL: dict[str, Any] = {"color": INK, "linewidth": 1.0, "linestyle": (0, (1.5, 2.5))}
+"""Of a line that a figure is held to: dots that are seen as such."""
 _VARIABLES = {INK: "--ink", FAINT: "--faint", **{name: f"--s{n}" for n, name in enumerate(SERIES, 1)}}
 _STYLE: Any = {
     "svg.fonttype": "none",  # text that can be searched, and read aloud

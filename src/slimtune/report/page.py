@@ -12,7 +12,7 @@ from slimtune.report.ink import Picture, styled
 from slimtune.report.quality import Table
 from slimtune.report.run import Run, read_runs
 from slimtune.report.table import cautions
-from slimtune.report.verdict import decode_ratio, scores_kept, verdict
+from slimtune.report.verdict import decode_ratio, same_rows, scores_kept, verdict
 from slimtune.report.words import label, number
 from slimtune.runtime import no_full_collections
 from slimtune.text_file import named, write
@@ -75,7 +75,7 @@ def build(runs: Sequence[Run]) -> str:
     with styled():
         sections = _one(runs[0]) if len(runs) == 1 else _many(runs)
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
-    verdicts = [(run.name if len(runs) > 1 else "", verdict(run)) for run in runs]
+    verdicts = [(run.name if len(runs) > 1 else "", verdict(run, runs)) for run in runs]
     warned = [(run.name if len(runs) > 1 else "", line) for run in runs for line in _cautions(run)]
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -109,7 +109,7 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
         if result.get(figure) is not None:
             against = f"{name} {number(figure, beside[figure])}" if beside.get(figure) is not None else ""
             found.append((number(figure, result[figure]), label(figure), against))
-    kept, _ = scores_kept(run, "dense_lora" if run.of("dense_lora") else "base")
+    kept, _ = scores_kept(run, other)
     if kept:  # one of the tasks that the sentence is on
         task = next(iter(kept))
         found.append((number(task, result[task]), label(task), f"{called} {number(task, other[task])}"))
@@ -178,7 +178,10 @@ def _evaluations(run: Run) -> Iterable[Table]:
 
 def _many(runs: Sequence[Run]) -> list[Section]:
     figures = ["ppl", *quality.telling(dict.fromkeys(figure for run in runs for figure in quality.task_figures(run)))]
-    sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(figures)]
+    alike = [figure for figure in figures if same_rows([run for run in runs if figure in run.of("result")], figure)]
+    sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(alike)]
+    unlike = ", ".join(label(figure) for figure in figures if figure not in alike)
+    told = [f"Not held against size, for the test rows of these runs differ: {unlike}."] if unlike else []
     drawn = quality.telling(curves.followed(runs))
     tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(drawn)]
     level = curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl")
@@ -186,7 +189,7 @@ def _many(runs: Sequence[Run]) -> list[Section]:
     named = [replace(picture, title=run.name) for run, picture in zip(runs, shapes, strict=False) if picture]
     apart, tables = _differences(runs)
     return [
-        Section("sizes", "Quality against size", pictures=_kept(*sizes), tables=[several.beside(runs, "beside")]),
+        Section("sizes", "Quality against size", told, _kept(*sizes), [several.beside(runs, "beside")]),
         Section("shapes", "Shapes", pictures=[*_kept(several.shapes(runs, "shapes")), *named]),
         apart,
         Section("tables", "Plans as tables", tables=tables, folded=True),

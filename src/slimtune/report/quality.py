@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from slimtune.report.files import MODELS
-from slimtune.report.ink import INK, MARKERS, SERIES, Picture, labels, mark, sheet, svg
+from slimtune.report.ink import LEVEL, MARKERS, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.run import Run
 from slimtune.report.verdict import general_tasks
 from slimtune.report.words import finite, label, metric_name, number
@@ -141,7 +141,7 @@ def dots(run: Run, key: str) -> Picture | None:
         mark(drawn.lines[0], f"dots-{model}")
     for place, name in enumerate(figures):
         if (baseline := _baseline(run, name)) is not None:
-            axis.plot([100 * baseline] * 2, [place - 0.4, place + 0.4], color=INK, linewidth=1, linestyle=":")
+            axis.plot([100 * baseline] * 2, [place - 0.4, place + 0.4], **LEVEL)
     axis.set_yticks(range(len(figures)), names)
     axis.set_ylim(len(figures) - 0.4, -0.6 - 0.5)
     axis.grid(visible=False, axis="y")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from slimtune.report.ink import HATCHES, INK, SERIES, Picture, labels, mark, sheet, svg
+from slimtune.report.ink import HATCHES, INK, LEVEL, SERIES, Picture, labels, mark, sheet, svg
 from slimtune.report.quality import Table
 from slimtune.report.run import Run
 from slimtune.report.verdict import beside
@@ -65,7 +65,7 @@ def picture(run: Run, key: str) -> Picture | None:
         mark(bar, "faster")
     axis.errorbar(values, places, xerr=errors, fmt="none", ecolor=INK, elinewidth=1)
     axis.plot([ratio["by_size"] for ratio in ratios], places, "|", color=SERIES[1], markersize=11, markeredgewidth=2)
-    axis.axvline(1, color=INK, linewidth=0.8, linestyle=":")
+    axis.axvline(1, **LEVEL)
     axis.set_yticks(places, names)
     axis.invert_yaxis()
     axis.grid(visible=False, axis="y")

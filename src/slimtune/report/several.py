@@ -9,7 +9,6 @@ from typing import Any
 from slimtune.report.ink import (
     HATCHES,
     INK,
-    MARKERS,
     SERIES,
     Picture,
     grey,
@@ -23,14 +22,22 @@ from slimtune.report.ink import (
     svg,
 )
 from slimtune.report.quality import Table, interval, task_figures
-from slimtune.report.run import Run
+from slimtune.report.run import Figures, Run
 from slimtune.report.shape import NAMES, whole
-from slimtune.report.verdict import decode_ratio
+from slimtune.report.verdict import fastest, same_rows
 from slimtune.report.words import finite, label, millions, number
+
+_COSTS = ("seconds", "memory")
+"""What two runs of the same model differ in."""
+_MOST = 3
+"""Models of a kind without a run of their own that have a column."""
+_SPEEDS = {"prefill": "reads prompts", "first token": "first token", "decode": "decodes"}
+_OPEN = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.6}
+"""Points that do not hide one another."""
 
 
 def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | None:
-    """A quality figure of every run against its parameters; bases and dense LoRA as open marks."""
+    """A quality figure of every run against its parameters; bases and dense LoRA as crosses."""
     points: dict[str, tuple[Any, Any]] = {
         run.name: (run.of("result").get("parameters"), run.of("result").get(figure_name)) for run in runs
     }
@@ -56,7 +63,9 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
     lines = [line for line in axis.get_lines() if line.get_gid()]
     legend(figure, lines, [line.get_label() for line in lines])
     title = f"Quality against size: {label(figure_name)}"
-    rows = [[run.name, f"{points[run.name][0]:,}", interval(run.of("result"), figure_name)] for run in known]
+    models = [*((run.name, run.of("result")) for run in known), *((name, run.of(model)) for name, model, run in uncut(known))]
+    rows = [[name, number("parameters", each.get("parameters")), interval(each, figure_name)] for name, each in models]
+    rows = [row for row in rows if all(row)]
     note = f"Better: {'lower' if lower else 'higher'}."
     return Picture(key, title, svg(figure, key, title), note, ["run", "parameters", label(figure_name)], rows)
 
@@ -67,53 +76,70 @@ def _point(axis: Any, run: Run, figure: str, place: tuple[float, float], factor:
     if all(map(finite, ends)):
         heights = [factor * float(end) for end in ends if end is not None]
         axis.plot([place[0]] * 2, heights, color=SERIES[index % len(SERIES)], linewidth=1)
-    (drawn,) = axis.plot(
-        *([part] for part in place), label=run.name, markersize=7, **{**look(index, points=True), "linestyle": ""}
-    )
+    (drawn,) = axis.plot(*([part] for part in place), label=run.name, **{**look(index, points=True), "linestyle": "", **_OPEN})
     mark(drawn, f"size-{index}")
 
 
+def uncut(runs: Sequence[Run]) -> list[tuple[str, str, Run]]:
+    """Bases and dense LoRA, each once: what to call it, the model, a run that has it. Of many dense LoRA the first ones."""
+    found: list[tuple[str, str, Run]] = []
+    for model, called in (("base", "base"), ("dense_lora", "dense LoRA")):
+        seen: dict[tuple[Any, ...], Run] = {}
+        for run in runs:
+            figures = {name: value for name, value in run.of(model).items() if name not in _COSTS and "speed." not in name}
+            if figures:
+                seen.setdefault(tuple(sorted(figures.items())), run)
+        some = list(seen.values())[:_MOST]
+        found += [(called if len(seen) == 1 else f"{called} of {run.name}", model, run) for run in some]
+    return found
+
+
 def _uncut(axis: Any, runs: Sequence[Run], figure: str, factor: int, limit: float) -> None:
-    """Bases and dense LoRA as open marks; an untuned base beyond ``limit`` would flatten the rest."""
-    models = (("base", "base"), ("dense_lora", "dense LoRA"))
-    points: set[tuple[str, Any, Any]] = {
-        (name, run.of(model).get("parameters"), run.of(model).get(figure)) for run in runs for model, name in models
-    }
-    for name, size, value in sorted(point for point in points if all(map(finite, point[1:]))):
-        if value <= limit:
-            axis.plot([size], [factor * value], MARKERS[name != "base"], markerfacecolor="none", color=INK)
+    """Bases and dense LoRA as crosses; an untuned base beyond ``limit`` would flatten the rest."""
+    for name, model, run in uncut(runs):
+        size, value = run.of(model).get("parameters"), run.of(model).get(figure)
+        if size is not None and value is not None and finite(size) and finite(value) and value <= limit:
+            axis.plot([size], [factor * value], "+" if model == "base" else "x", color=INK)
             axis.annotate(name, (size, factor * value), xytext=(-6, 5), textcoords="offset points", ha="right")
 
 
 def beside(runs: Sequence[Run], key: str) -> Table:
-    """A row for each figure, a column for each run; with those of speed that a bench took."""
+    """A row for each figure, a column for each run and for what they were cut from; with speeds that a bench took."""
     own = ["parameters", "block_ratio", "bytes", "ppl", "valid_ppl", "accuracy", "seconds", "memory"]
     figures = [*own, *dict.fromkeys(figure for run in runs for figure in task_figures(run))]
-    rows = [[label(figure), *(_cell(run, figure) for run in runs)] for figure in figures]
-    rows = [row for row in rows if any(row[1:])]
-    rows.append(["decodes, times as fast as its base", *map(_decodes, runs)])
+    others = uncut(runs)
+    models = [*((run, "result") for run in runs), *((run, model) for _, model, run in others)]
+    rows = [[label(figure), *(_cell(run.of(model), figure) for run, model in models)] for figure in figures]
+    blank = [""] * len(others)
     settings = [("method", "method"), ("keep", "budget.keep"), ("seed", "seed"), ("steps", "recover.steps")]
-    told = [[name, *(_setting(run, path) for run in runs)] for name, path in settings]
+    speeds = [[f"{name}, times as fast as its base", *(_faster(run, what) for run in runs)] for what, name in _SPEEDS.items()]
+    told = [[name, *(_setting(run, path) for run in runs), *blank] for name, path in settings]
     rows = [
         *told,
-        *(row for row in rows if any(row[1:])),
-        ["Plan", *(run.plan_digest[:12] for run in runs)],
+        *rows,
+        *([*row, *blank] for row in speeds),
+        ["guards", *map(_guards, runs), *blank],
+        ["Plan", *(run.plan_digest[:12] for run in runs), *blank],
+        ["test data", *(str(run.summary.get("data", {}).get("test", ""))[:12] for run in runs), *blank],
     ]
-    rows.append(["test data", *(str(run.summary.get("data", {}).get("test", ""))[:12] for run in runs)])
-    note = ""
-    if len({row for row in rows[-1][1:] if row}) > 1:
-        note = "Test data differ between these runs: their figures on test rows do not compare."
-    return Table(key, "Side by side", ["", *(run.name for run in runs)], rows, note)
+    note = "" if same_rows(runs) else "Test data differ between these runs: their figures on test rows do not compare."
+    head = ["", *(run.name for run in runs), *(name for name, _, _ in others)]
+    return Table(key, "Side by side", head, [row for row in rows if any(row[1:])], note)
 
 
-def _cell(run: Run, figure: str) -> str:
-    error = run.of("result").get(f"{figure}_se")
-    told = interval(run.of("result"), figure)
+def _guards(run: Run) -> str:
+    out = dict.fromkeys(ruling["guard"] for ruling in run.summary.get("guard", ()) if not ruling["holds"])
+    return f"out: {', '.join(out)}" if out else "all hold" if run.summary.get("guard") else ""
+
+
+def _cell(figures: Figures, figure: str) -> str:
+    error = figures.get(f"{figure}_se")
+    told = interval(figures, figure)
     return f"{told} ± {number(figure, error)}" if told and error else told
 
 
-def _decodes(run: Run) -> str:
-    found = decode_ratio(run.bench["ratios"]) if run.bench else None
+def _faster(run: Run, what: str) -> str:
+    found = fastest([ratio for ratio in run.bench["ratios"] if ratio["what"] == what]) if run.bench else None
     return f"{found['faster']:.2f} ({found['low']:.2f} to {found['high']:.2f})" if found else ""
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 from slimtune.evaluate.tasks import find_suites
-from slimtune.report.run import Run
+from slimtune.report.run import Figures, Run
 from slimtune.report.words import metric_name, millions, number
 
 _MAIN = ("accuracy", "rougeL", "rouge1")
@@ -21,11 +22,47 @@ def general_tasks() -> tuple[str, ...]:
     return tuple(task.name for task in find_suites(["general"])["general"])
 
 
-def verdict(run: Run) -> str:
-    """One sentence on a run: what is not measured is said to be so."""
+@dataclass(frozen=True)
+class Reference:
+    """What a run's quality is held to.
+
+    Attributes:
+        model: ``dense_lora`` or ``base``.
+        called: its name in a sentence; ``of`` it: what is its own.
+    """
+
+    model: str
+    figures: Figures
+    called: str
+    of: str
+
+
+def reference(run: Run, others: Sequence[Run] = ()) -> Reference:
+    """Dense LoRA: the run's own, or that of a run beside it with the same base and test rows; else the untuned base."""
+    if run.of("dense_lora"):
+        return Reference("dense_lora", run.of("dense_lora"), "dense LoRA", "dense LoRA's")
+    for other in others:
+        if other.of("dense_lora") and same_rows([run, other]) and run.summary.get("weights") == other.summary.get("weights"):
+            return Reference("dense_lora", other.of("dense_lora"), "dense LoRA", f"dense LoRA's ({other.name})")
+    return Reference("base", run.of("base"), "the untuned base", "the untuned base's")
+
+
+def same_rows(runs: Iterable[Run], figure: str = "") -> bool:
+    """Whether runs that say on which test rows they were measured name the same ones: of a task's figure those of the task."""
+    task = figure.partition(".")[0] if "." in figure else ""
+    told = [(run.summary.get("task_rows") or {}) if task else (run.summary.get("data") or {}) for run in runs]
+    return len({each[task or "test"] for each in told if each.get(task or "test")}) < 2
+
+
+def verdict(run: Run, others: Sequence[Run] = ()) -> str:
+    """One sentence on a run: what is not measured is said to be so.
+
+    Args:
+        others: runs beside it, of which one may have the dense LoRA that this one went without.
+    """
     if not run.finished:
         return _unfinished(run)
-    parts = [_smaller(run), _faster(run), _keeps(run), _general(run)]
+    parts = [_smaller(run), _faster(run), _keeps(run, reference(run, others)), _general(run)]
     told = [part for part in parts if part]
     return f"{told[0][0].upper()}{told[0][1:]}{''.join(f'; {part}' for part in told[1:])}."
 
@@ -86,20 +123,18 @@ def fastest(ratios: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return min(some, key=lambda ratio: order.get(ratio["how"], 2), default=None)
 
 
-def _keeps(run: Run) -> str:
-    result = run.of("result")
-    against = "dense_lora" if run.of("dense_lora") else "base"
-    other, called = run.of(against), {"dense_lora": "dense LoRA's", "base": "the untuned base's"}[against]
+def _keeps(run: Run, held_to: Reference) -> str:
+    result, other = run.of("result"), held_to.figures
     parts = []
     if result.get("ppl") and other.get("ppl"):
-        parts.append(f"perplexity {number('ppl', result['ppl'])} for {called} {number('ppl', other['ppl'])}")
-    scores, tasks = scores_kept(run, against)
+        parts.append(f"perplexity {number('ppl', result['ppl'])} for {held_to.of} {number('ppl', other['ppl'])}")
+    scores, tasks = scores_kept(run, other)
     if scores:
         names = sorted({metric_name(key.rpartition(".")[2]) for key in scores})
-        mean, keeps = statistics.fmean(scores.values()), "keeps " if against == "dense_lora" else ""
-        parts.append(f"{keeps}{mean:.0%} of {called} {' and '.join(names)} on {_on(list(scores), tasks)}")
+        mean, keeps = statistics.fmean(scores.values()), "keeps " if held_to.model == "dense_lora" else ""
+        parts.append(f"{keeps}{mean:.0%} of {held_to.of} {' and '.join(names)} on {_on(list(scores), tasks)}")
     elif tasks:
-        parts.append(f"on none of {tasks} tasks did {called.removesuffix(chr(39) + 's')} do better than the baseline")
+        parts.append(f"on none of {tasks} tasks did {held_to.called} do better than the baseline")
     return ", ".join(parts)
 
 
@@ -109,13 +144,13 @@ def _on(figures: Sequence[str], tasks: int) -> str:
     return f"{tasks} tasks" if tasks > 1 else figures[0].partition(".")[0]
 
 
-def scores_kept(run: Run, against: str) -> tuple[dict[str, float], int]:
+def scores_kept(run: Run, other: Figures) -> tuple[dict[str, float], int]:
     """{figure: the result's over the other's} for the main figure of each task of scores, and how many such tasks there are.
 
     Left out is a task in which the other's interval does not lie above what an answer gets that knows nothing: who keeps all of
     that has kept nothing.
     """
-    result, other = run.of("result"), run.of(against)
+    result = run.of("result")
     found: dict[str, float] = {}
     names = dict.fromkeys(key.partition(".")[0] for key in result if "." in key and not key.startswith("speed."))
     mains = [next((f"{task}.{name}" for name in _MAIN if f"{task}.{name}" in result), None) for task in names]
