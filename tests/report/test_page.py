@@ -204,7 +204,7 @@ def test_what_runs_were_cut_from_and_how_guards_stand_is_beside_them(tmp_path: P
     for run, holds in ((one, [False, True]), (two, [True, True])):
         found = json.loads((run / "summary.json").read_text())
         found["guard"] = [{**ruling, "holds": each} for ruling, each in zip(rulings, holds, strict=True)]
-        found["base"] |= {"ppl": 41.0} if run == two else {}
+        found |= {"base": {**found["base"], "ppl": 41.0}, "weights": "ee" * 32} if run == two else {}
         found["dense_lora"] = found["dense_lora"] if run == one else None
         (run / "summary.json").write_text(json.dumps(found))
     _, page = page_of(one, two, three, out=tmp_path / "page.html")
@@ -221,7 +221,10 @@ def test_a_run_without_dense_lora_is_held_to_that_of_a_run_of_the_same_base_and_
     (two / "summary.json").write_text(json.dumps(found))
     text, _ = page_of(one, two, out=tmp_path / "page.html")
     assert "perplexity 16.00 for dense LoRA&#39;s (one) 15.00, keeps 97% of dense LoRA&#39;s (one) accuracy on pubmedqa" in text
-    assert "perplexity 16.00 for the untuned base&#39;s 40.00, on none of 1 tasks did" in page_of(two, out=tmp_path / "page.html")[0]
+    assert (
+        "perplexity 16.00 for the untuned base&#39;s 40.00, on none of 1 tasks did"
+        in page_of(two, out=tmp_path / "page.html")[0]
+    )
     for change in ({"data": {"test": "ee" * 32}}, {"weights": "ee" * 32}):
         (two / "summary.json").write_text(json.dumps({**found, **change}))
         assert "dense LoRA&#39;s (one)" not in page_of(one, two, out=tmp_path / "page.html")[0]
@@ -241,7 +244,8 @@ def test_runs_of_other_bases_and_data_are_told_apart(tmp_path: Path) -> None:
     summary = json.loads((two / "summary.json").read_text())
     (two / "summary.json").write_text(json.dumps({**summary, "data": {"test": "ee" * 32}}))
     text, page = page_of(one, two, out=tmp_path / "page.html")
-    assert page.tables["Side by side"][0] == ["", "x/run", "y/run", "base", "dense LoRA"]
+    both = [f"{model} of {run}" for model in ("base", "dense LoRA") for run in ("x/run", "y/run")]
+    assert page.tables["Side by side"][0] == ["", "x/run", "y/run", *both]  # each of its own rows
     assert "Test data differ between these runs" in text
     assert "Not held against size, for the test rows of these runs differ: perplexity, test." in text
     assert '<figure id="size0">' in text  # tasks' rows are the same

@@ -171,8 +171,10 @@ def test_names_of_rows_stay_where_a_wide_table_is_scrolled(browser: Any, pages: 
     page.goto(pages["several-runs"].as_uri())
     place = """() => { const box = document.querySelector('[aria-label="Side by side"]'); box.scrollLeft = 400;
     const name = box.querySelector('tbody th').getBoundingClientRect(); const all = box.getBoundingClientRect();
-    return [box.scrollLeft, name.left - all.left, name.width / all.width] }"""
-    scrolled, left, part = page.evaluate(place)
+    const heights = [...box.querySelectorAll('tbody tr')].map(row => row.getBoundingClientRect().height);
+    return [box.scrollLeft, name.left - all.left, name.width / all.width, Math.max(...heights)] }"""
+    scrolled, left, part, highest = page.evaluate(place)
+    assert highest < 120  # a name or an interval in a few lines, not a letter a line
     assert scrolled > 100
     assert abs(left) < 1
     assert part < 0.5

@@ -84,14 +84,22 @@ def uncut(runs: Sequence[Run]) -> list[tuple[str, str, Run]]:
     """Bases and dense LoRA, each once: what to call it, the model, a run that has it. Of many dense LoRA the first ones."""
     found: list[tuple[str, str, Run]] = []
     for model, called in (("base", "base"), ("dense_lora", "dense LoRA")):
-        seen: dict[tuple[Any, ...], Run] = {}
+        seen: dict[Any, Run] = {}
         for run in runs:
-            figures = {name: value for name, value in run.of(model).items() if name not in _COSTS and "speed." not in name}
-            if figures:
-                seen.setdefault(tuple(sorted(figures.items())), run)
+            if run.of(model):
+                seen.setdefault(_identity(run, model), run)
         some = list(seen.values())[:_MOST]
         found += [(called if len(seen) == 1 else f"{called} of {run.name}", model, run) for run in some]
     return found
+
+
+def _identity(run: Run, model: str) -> Any:
+    """What tells it from others: of a base its weights and rows; else its figures, which machines round in their own ways."""
+    told = run.summary.get("weights"), (run.summary.get("data") or {}).get("test")
+    if model == "base" and all(told):
+        return told
+    figures = {name: value for name, value in run.of(model).items() if name not in _COSTS and "speed." not in name}
+    return told[1], *((name, f"{value:.3g}") for name, value in sorted(figures.items()) if finite(value))
 
 
 def _uncut(axis: Any, runs: Sequence[Run], figure: str, factor: int, limit: float) -> None:
