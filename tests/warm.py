@@ -78,6 +78,7 @@ class Loaded(Warm):
 
     def close(self) -> None:
         """End the process."""
+        os.kill(self._child, signal.SIGKILL)  # later forks have the ends of its pipes as well, so it would not see them closed
         self._ask.close()
         os.waitpid(self._child, 0)
         self._told.close()
