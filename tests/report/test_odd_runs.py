@@ -247,12 +247,14 @@ def test_what_only_looks_like_a_bench_is_none(tmp_path: Path, table: str) -> Non
 def test_rows_with_what_no_run_writes_are_passed_over(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
     whole = len(read_run(run).rows)
-    odd = [{"kept": "x"}, {"closed": None}, {"phase": 3}, {"step": "x"}]
+    odd: list[dict[str, Any]] = [{"phase": 3}, {"step": "x"}]
     with (run / "metrics.jsonl").open("ab") as file:
         file.writelines(json.dumps({"stage": "main", "phase": "recover", "step": 1, **each}).encode() + b"\n" for each in odd)
         file.write(b'{"stage": "main", "phase": "\xff", \xfe\n')
     assert len(read_run(run).rows) == whole
-    change_row = {"stage": "main", "phase": "recover", "step": 999, "kept": 0.6, "valid_ppl": "x", "adapt_loss": "y"}
+    foreign: dict[str, Any] = {"kept": "x", "valid_ppl": "x", "adapt_loss": "y", "closed": "z", "reopened": None}
+    foreign |= {"widths_ffn": [1, "x"], "widths_kv_group": 3}
     with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(change_row) + "\n")
+        for more in ({}, {"widths_ffn": [1] * 12, "widths_kv_group": ["x"] * 12}):
+            file.write(json.dumps({"stage": "main", "phase": "recover", "step": 999, **foreign, **more}) + "\n")
     assert "<h2" in page_of(run)

@@ -10,7 +10,7 @@ from typing import Any
 from slimtune.report.ink import FAINT, LEVEL, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
 from slimtune.report.quality import Table
 from slimtune.report.run import Points, Run
-from slimtune.report.words import label, number
+from slimtune.report.words import label, number, share
 
 Line = tuple[str, Points]
 _POINTS = 60
@@ -128,7 +128,7 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
 
 def followed(runs: Iterable[Run]) -> list[str]:
     """Validation figures of tasks that any run has, in their order."""
-    every = dict.fromkeys(chain.from_iterable(run.lines["main"] for run in runs))
+    every = dict.fromkeys(chain.from_iterable(run.keys for run in runs))
     keys = [key for key in every if key.startswith("valid_") and "." in key]
     return [key.removeprefix("valid_") for key in keys if not key.endswith((".rows", "_low", "_high", "_majority", "_chance"))]
 
@@ -140,7 +140,7 @@ def evaluations(run: Run, key: str) -> Table | None:
         [
             f"{step:,}",
             row["phase"],
-            f"{row.get('kept', 1.0):.1%}",
+            share(row.get("kept")),
             *(number(figure, row.get(f"valid_{figure}")) for figure in figures),
         ]
         for step, row in enumerate(run.main, 1)

@@ -39,29 +39,26 @@ def _of_kind(value: Any, kind: type) -> bool:
 def read_rows(file: Path) -> list[Row]:
     """Rows of steps; half of one at the end, which is being written, is passed over, and so is what is none."""
     try:
-        lines = file.read_bytes().decode(errors="replace").splitlines()
+        content = file.read_bytes()
     except OSError:
         return []
-    rows = _parsed(lines)
-    if any('"nan"' in line or 'inf"' in line for line in lines):
+    rows = _parsed(content.splitlines())
+    if b'"nan"' in content or b'inf"' in content:
         rows = [{key: _read(value) for key, value in row.items()} if isinstance(row, dict) else row for row in rows]
-    return [row for row in rows if isinstance(row, dict) and _is_step(row)]
+    return [row for row in rows if type(row) is dict and type(row.get("step")) is int and type(row.get("phase")) is str]
 
 
-def _is_step(row: Row) -> bool:
-    whole = isinstance(row.get("step"), int) and isinstance(row.get("phase"), str)
-    return whole and _number(row.get("kept", 1.0)) and _number(row.get("closed", 0.0)) and _number(row.get("reopened", 0.0))
+def _parsed(lines: Sequence[bytes]) -> list[Any]:
+    import orjson
 
-
-def _parsed(lines: Sequence[str]) -> list[Any]:
-    try:  # all at once, in two thirds of the time
-        found: list[Any] = json.loads(f"[{','.join(lines)}]")
+    try:  # all at once; json takes three times as long
+        found: list[Any] = orjson.loads(b"[" + b",".join(lines) + b"]")
         return found
     except ValueError:
         found = []
     for line in lines:
         with suppress(ValueError):
-            found.append(json.loads(line))
+            found.append(json.loads(line.decode(errors="replace")))
     return found
 
 

@@ -72,20 +72,16 @@ class Run:
         return [row for row in self.rows if row.get("stage") == "dense_lora"]
 
     @cached_property
-    def lines(self) -> dict[str, dict[str, Points]]:
-        """{stage: {figure: points}} of finite numbers, of stages ``main`` and ``dense_lora``."""
-        found: dict[str, dict[str, Points]] = {}
-        for stage, rows in (("main", self.main), ("dense_lora", self.reference)):
-            lines = found[stage] = {}
-            for step, row in enumerate(rows, 1):  # once over all: of many rows this takes as long as some pictures
-                for key, value in row.items():
-                    if (type(value) is float or type(value) is int) and math.isfinite(value):
-                        lines.setdefault(key, []).append((step, value))
-        return found
+    def keys(self) -> list[str]:
+        """Of all rows of the run itself, in their order."""
+        kinds = dict.fromkeys(map(tuple, self.main))  # few: most rows have the same keys
+        return list(dict.fromkeys(key for kind in kinds for key in kind))
 
     def line(self, figure: str, stage: str = "main") -> Points:
-        """Of one figure; empty where there is none."""
-        return self.lines[stage].get(figure, [])
+        """Finite values of one figure of the rows of a stage, ``main`` or ``dense_lora``; empty where there is none."""
+        rows = self.main if stage == "main" else self.reference
+        values = ((step, row.get(figure)) for step, row in enumerate(rows, 1))
+        return [(step, value) for step, value in values if isinstance(value, (float, int)) and math.isfinite(value)]
 
     def of(self, model: str) -> Figures:
         """Figures of ``base``, ``dense_lora`` or ``result`` on test rows, as far as they were taken."""
@@ -122,7 +118,7 @@ def read_run(path: str | Path, name: str | None = None) -> Run:
         why = "is a file" if folder.is_file() else "does not exist"
         raise UserError(f"RUN {str(path)!r} {why}; give the folder of a run (its recipe's out)")
     summary = read_summary(folder / "summary.json")
-    recipe = read_object(folder / "recipe.yaml", yaml.safe_load)
+    recipe = read_object(folder / "recipe.yaml", _yaml)
     if not (summary.get("result") or {"method", "model"} <= recipe.keys()):
         remedy = "give the folder of a run (its recipe's out), or one that holds a run's summary.json"
         if folder.name == "model" and (folder.parent / "recipe.yaml").is_file():
@@ -174,3 +170,8 @@ def _measured(folder: Path, summary: dict[str, Any]) -> tuple[dict[str, Any] | N
         elif is_evaluation(found) and found["parameters"] in sizes:
             evaluations[file.name] = found
     return max(benches, key=lambda item: item[0])[1] if benches else None, evaluations
+
+
+def _yaml(text: str) -> Any:
+    """By libyaml where it is there: in a tenth of the time."""
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from slimtune.report.files import Row
 from slimtune.report.ink import FAINT, HATCHES, INK, SERIES, Picture, grey, look, mark, scale, sheet, svg, thin
 from slimtune.report.run import Run
+from slimtune.report.words import finite
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import Plan
 
@@ -54,8 +56,9 @@ def whole(axis: Any, most: int) -> None:
 
 def moving(run: Run, key: str) -> Picture | None:
     """The kept part of every layer through the steps of the search; None where no rows tell of it."""
-    rows = [(step, row) for step, row in enumerate(run.main) if row.get(f"widths_{FFN}")]
-    if len(rows) < 2 or not (units := _full(run)):
+    units = _full(run)
+    rows = [(step, row) for step, row in enumerate(run.main) if units and _tells(row, units)]
+    if len(rows) < 2:
         return None
     rows = rows[:: -(-len(rows) // _COLUMNS)]
     figure, axes = sheet(250, rows=2, sharex=True, hspace=24, right=14)
@@ -85,6 +88,15 @@ def moving(run: Run, key: str) -> Picture | None:
     )
 
 
+def _tells(row: Row, units: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a row has widths of all layers."""
+    told = {name: row.get(f"widths_{name}") for name in NAMES}
+    return all(
+        isinstance(widths, list) and len(widths) == len(units[name]) and all(map(finite, widths))
+        for name, widths in told.items()
+    )
+
+
 def _full(run: Run) -> dict[str, list[int]]:
     """Units of the base's layers by axis: of the Plan, or before there is one of what the run wrote when it began."""
     if run.plan is None:
@@ -94,7 +106,7 @@ def _full(run: Run) -> dict[str, list[int]]:
 
 def changing(run: Run, key: str) -> Picture | None:
     """Units that were removed and that came back, step by step: how much the decision still changes."""
-    rows = [(step + 1, row) for step, row in enumerate(run.main) if "reopened" in row]
+    rows = [(step + 1, row) for step, row in enumerate(run.main) if finite(row.get("reopened")) and finite(row.get("closed"))]
     if len(rows) < 2:
         return None
     figure, axis = sheet(190)

@@ -10,7 +10,7 @@ from typing import Any
 
 from slimtune.evaluate.tasks import find_suites
 from slimtune.report.run import Figures, Run
-from slimtune.report.words import metric_name, millions, number
+from slimtune.report.words import metric_name, millions, number, share
 
 _MAIN = ("accuracy", "rougeL", "rouge1")
 """Of a task's figures the one that stands for it, the first that it has."""
@@ -71,7 +71,7 @@ def _unfinished(run: Run) -> str:
     if not run.main:
         return "This run is not finished, and has no step yet."
     last, steps = run.main[-1], f"{len(run.main):,} step{'s' if len(run.main) > 1 else ''} in all"
-    where = f"{last['phase']} step {last['step'] + 1}, {last.get('kept', 1.0):.1%} kept, {steps}"
+    where = f"{last['phase']} step {last['step'] + 1}, {share(last.get('kept'))} kept, {steps}"
     breached = ", ".join(last.get("breached", ()))
     if breached and run.recipe.get("alarm", {}).get("then") == "stop":
         return f"Stopped by a guard ({breached}) at {where}."

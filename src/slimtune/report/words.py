@@ -72,6 +72,11 @@ def finite(value: Any) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
+def share(value: Any) -> str:
+    """The kept part, which is all where nothing is told."""
+    return f"{value if isinstance(value, (int, float)) else 1.0:.1%}"
+
+
 def size(count: float) -> str:
     """Bytes in words."""
     if count >= 1e8:
