@@ -38,7 +38,10 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("slimtune")
 
 
-SLOW = ("methods", "test_pipeline.py", "test_assets.py", "parity", "contract", "models", "evaluate", "comparison", "e2e")
+SLOW = (
+    *("methods", "test_appraisal.py", "test_pipeline.py", "test_assets.py", "parity", "export", "report", "e2e", "models"),
+    *("test_benchmarks.py", "test_estimate.py", "watch", "contract", "evaluate", "comparison"),
+)
 """What takes long is handed out first, and the rest evens out which worker ends when."""
 
 
