@@ -29,8 +29,8 @@ def plan_of(layers: int, keep: float, seed: int = 0) -> Plan:
     return Plan("llama", 4, tuple({KV_GROUP: GROUPS, FFN: WIDTH} for _ in range(layers)), tuple(kept))
 
 
-def rows_of(steps: int, search: int, layers: int, keep: float, every: int, seed: int) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl: a search, then recovery; validation figures every so many steps."""
+def rows_of(steps: int, search: int, layers: int, keep: float, every: int, seed: int, tasks: int = 0) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl: a search, then recovery; validation figures every so many steps, of ``tasks`` tasks more."""
     rng, rows = random.Random(seed), []
     for index in range(steps):
         closing = min(1.0, (index + 1) / max(1, search))
@@ -52,8 +52,15 @@ def rows_of(steps: int, search: int, layers: int, keep: float, every: int, seed:
         if (index + 1) % every == 0:
             row |= {"valid_ppl": 15 + 20 * math.exp(-index / 300), "valid_loss": 2.7}
             row |= {"valid_pubmedqa.accuracy": min(0.7, 0.4 + index / 5000), "valid_wikitext2.bits_per_byte": 1.4}
+            for name in (f"valid_{name}.{metric}" for name in more_tasks(tasks) for metric in ("accuracy", "macro_f1")):
+                row |= {name: rng.random(), f"{name}_majority": 0.5}
         rows.append(row)
     return rows
+
+
+def more_tasks(count: int) -> list[str]:
+    """Names of tasks beside the two that every run has."""
+    return [f"task{number}" for number in range(count)]
 
 
 def task(value: float, half: float, baseline: float | None = None) -> dict[str, float]:
@@ -98,12 +105,14 @@ def write_run(
     finished: bool = True,
     bench: bool = True,
     changes: dict[str, Any] | None = None,
+    tasks: int = 0,
     **recipe: Any,
 ) -> Path:
     """The folder of a run.
 
     Args:
         changes: of the result's figures.
+        tasks: beside the two that every run has.
         recipe: keys of the recipe besides method, budget and steps.
     """
     folder.mkdir(parents=True)
@@ -123,12 +132,14 @@ def write_run(
     base, small = 1_000_000, round(1_000_000 * keep)
     valid = {"ppl": 36.0, "wikitext2.bits_per_byte": 1.2}
     (folder / "stages.json").write_text(json.dumps({"cwd": "/home/me/work", "valid": {"dense": valid}}))
-    lines = [json.dumps(row) for row in rows_of(steps, search, layers, keep, every, seed)]
+    lines = [json.dumps(row) for row in rows_of(steps, search, layers, keep, every, seed, tasks)]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps({"checkpoint": ["main", "recover", 3]})]) + "\n")
     if not finished:
         return folder
     (folder / "plan.json").write_text(plan.to_json())
     result = {**figures(16.0, 0.68, 1.3, small, keep - 0.1), "seconds": 120.0, "class": "LlamaForCausalLM", **(changes or {})}
+    for name in more_tasks(tasks):
+        result |= {f"{name}.accuracy{end}": number for end, number in task(0.6, 0.03, 0.5).items()}
     summary = {
         "version": "0.1.0",
         "method": "atp",

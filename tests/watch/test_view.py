@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -107,9 +108,16 @@ def on_terminal(folder: Path, *words: str, rows: int = 40) -> tuple[subprocess.P
     ours, theirs = pty.openpty()
     environment = {**os.environ, "COLUMNS": "80", "LINES": str(rows), "TERM": "xterm-256color"}
     command = [sys.executable, "-m", "slimtune", "watch", str(folder), "--every", "0.1", *words]
-    child = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, close_fds=True)
+    how: dict[str, Any] = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "env": environment, "preexec_fn": _listening}
+    child = subprocess.Popen(command, **how)
     os.close(theirs)
     return child, ours
+
+
+def _listening() -> None:
+    """As a shell starts what it runs in the foreground: where these tests run in the background they ignore some signals."""
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(name, signal.SIG_DFL)
 
 
 def until(terminal: int, wanted: bytes | None, seconds: float = 20.0) -> bytes:
@@ -147,6 +155,7 @@ def test_on_a_terminal_it_follows_the_run_to_its_end(tmp_path: Path) -> None:
         assert b"BREACHED" in left
     finally:
         child.kill()
+        child.wait()
         os.close(terminal)
 
 
@@ -163,6 +172,7 @@ def test_ctrl_c_and_other_signals_end_it_without_a_word(run: Folder, name: str, 
             assert rest.rpartition(b"\x1b[?25h")[2] == b"\x1b[?1049l"  # cursor and screen are as before; no word follows
         finally:
             child.kill()
+            child.wait()
             os.close(terminal)
 
 

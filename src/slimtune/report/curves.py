@@ -14,7 +14,7 @@ from slimtune.report.words import label, number, share
 
 Line = tuple[str, Points]
 _POINTS = 60
-"""Of a line with markers."""
+"""Of a line with markers; of many lines fewer, so that they can be told apart."""
 _ROWS = 100
 """Of a table, at most."""
 
@@ -99,9 +99,10 @@ def validation(runs: Sequence[Run], figure_name: str, key: str) -> Picture | Non
     if not _any(lines):
         return None
     figure, axis = _sheet(runs)
+    most = max(20, _POINTS // len(runs))
     factor = 100 if number(figure_name, 0.5).endswith("%") else 1
     for index, name, points in _drawn(lines):
-        some = points[:: -(-len(points) // _POINTS)] + points[-1:] if len(points) > _POINTS else points
+        some = points[:: -(-len(points) // most)] + points[-1:] if len(points) > most else points
         (line,) = axis.plot(
             [step for step, _ in some],
             [factor * value for _, value in some],

@@ -145,10 +145,22 @@ def room(count: int) -> int:
 
 
 def legend(figure: Any, handles: Sequence[Any], names: Sequence[str]) -> None:
-    """Names of runs below a picture, in two columns: within it they would cover what is drawn."""
-    told = [f" {name}" if name.startswith("_") else name for name in shortened(names, 22)]  # matplotlib leaves out _names
-    how = {"borderaxespad": 0.2, "columnspacing": 1.0, "handletextpad": 0.5}
-    figure.legend(handles, told, loc="lower left", bbox_to_anchor=(0, 0), ncols=2, **how)
+    """Names of runs below a picture, in two columns: within it they would cover what is drawn.
+
+    Laid out here: of ten runs matplotlib's own takes a fifth of all drawing.
+    """
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import IdentityTransform
+
+    for place, (handle, name) in enumerate(zip(handles, shortened(names, 22), strict=True)):
+        left, height = 6 + place % 2 * WIDTH // 2, room(len(names)) - 12 - 15 * (place // 2)
+        line = Line2D([], [])
+        line.update_from(handle)
+        line.set(data=([left, left + 12, left + 24], [height] * 3), drawstyle="default", markevery=[1], gid=None, clip_on=False)
+        line.set_transform(IdentityTransform())  # pixels: a figure has 72 an inch
+        line.set_clip_path(None)
+        figure.add_artist(line)
+        figure.text(left + 30, height, name, transform=None, fontsize=9.5, va="center_baseline")
 
 
 def svg(figure: Any, key: str, title: str) -> str:

@@ -77,7 +77,8 @@ def recipe(run: Run) -> str:
         alarm["command"] = [alarm["command"][0], "..."]
     if alarm:
         shown["alarm"] = alarm
-    text = yaml.safe_dump(shown, sort_keys=False, allow_unicode=True) if shown else ""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)  # libyaml where it is there: in a tenth of the time
+    text = yaml.dump(shown, Dumper=dumper, sort_keys=False, allow_unicode=True) if shown else ""
     return re.sub(r"://[^/@\s]+@", "://...@", text)  # whom an address of data or a model is asked as
 
 

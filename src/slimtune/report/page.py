@@ -12,6 +12,7 @@ from slimtune.report.ink import Picture, styled
 from slimtune.report.quality import Table
 from slimtune.report.run import Run, read_runs
 from slimtune.report.table import cautions
+from slimtune.report.twice import both
 from slimtune.report.verdict import decode_ratio, same_rows, scores_kept, verdict
 from slimtune.report.words import label, number
 from slimtune.runtime import no_full_collections
@@ -177,14 +178,16 @@ def _evaluations(run: Run) -> Iterable[Table]:
 
 
 def _many(runs: Sequence[Run]) -> list[Section]:
+    compared, trained = both(lambda: _compared(runs), lambda: _trained(runs))
+    return [*compared, *trained]
+
+
+def _compared(runs: Sequence[Run]) -> list[Section]:
     figures = ["ppl", *quality.telling(dict.fromkeys(figure for run in runs for figure in quality.task_figures(run)))]
     alike = [figure for figure in figures if same_rows([run for run in runs if figure in run.of("result")], figure)]
     sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(alike)]
     unlike = ", ".join(label(figure) for figure in figures if figure not in alike)
     told = [f"Not held against size, for the test rows of these runs differ: {unlike}."] if unlike else []
-    drawn = quality.telling(curves.followed(runs))
-    tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(drawn)]
-    level = curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl")
     shapes = [shape.final(run, f"shape{index}") for index, run in enumerate(runs)] if len(runs) <= _FEW else []
     named = [replace(picture, title=run.name) for run, picture in zip(runs, shapes, strict=False) if picture]
     apart, tables = _differences(runs)
@@ -193,6 +196,14 @@ def _many(runs: Sequence[Run]) -> list[Section]:
         Section("shapes", "Shapes", pictures=[*_kept(several.shapes(runs, "shapes")), *named]),
         apart,
         Section("tables", "Plans as tables", tables=tables, folded=True),
+    ]
+
+
+def _trained(runs: Sequence[Run]) -> list[Section]:
+    drawn = quality.telling(curves.followed(runs))
+    tasks = [curves.validation(runs, figure, f"task{index}") for index, figure in enumerate(drawn)]
+    level = curves.loss(runs, "loss"), curves.kept(runs, "kept"), curves.validation(runs, "ppl", "ppl")
+    return [
         Section("training", "Training", pictures=_kept(*level, *tasks)),
         *(_how(run, f"made{index}", f"How {run.name} was made", folded=True) for index, run in enumerate(runs)),
     ]
