@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from slimtune.errors import UserError
-from slimtune.evaluate.tasks import Task, built_in, find_suites, find_task
+from slimtune.evaluate.shipped import built_in
+from slimtune.evaluate.tasks import Task, find_suites, find_task
 
 FOLDER = Path(__file__).parents[2] / "src" / "slimtune" / "assets"
 

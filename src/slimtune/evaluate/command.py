@@ -16,7 +16,8 @@ from slimtune.errors import UserError, nearest
 from slimtune.evaluate import folder, harness, protection
 from slimtune.evaluate.intervals import DRAWS
 from slimtune.evaluate.rows import Prepared, Unread, prepare, window_of
-from slimtune.evaluate.tasks import Split, Task, built_in, find_suites, find_task
+from slimtune.evaluate.shipped import built_in
+from slimtune.evaluate.tasks import Split, Task, find_suites, find_task
 from slimtune.models.load import load_config, load_tokenizer, locate, pretrained, straight_to
 from slimtune.runtime import pick_device, pick_dtype, seed_everything
 from slimtune.sections import ModelConfig

@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, cast
 
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from slimtune.errors import UserError, nearest
+from slimtune.evaluate.shipped import built_in, where
 from slimtune.sections import Source
 
 Split = Literal["test", "valid"]
@@ -159,11 +159,6 @@ def _expanded(path: str, task: str) -> str:
     return _VARIABLE.sub(lambda match: os.environ[match.group(1)], path)
 
 
-def built_in(kind: Literal["tasks", "suites"]) -> list[str]:
-    """Names of the tasks or suites that are shipped."""
-    return sorted(file.stem for file in (Path(str(files("slimtune"))) / "assets" / kind).glob("*.yaml"))
-
-
 def find_suites(names: Sequence[str]) -> dict[str, list[Task]]:
     """The tasks of suites, by the suite that names them itself: those of a suite inside another stand under its name.
 
@@ -248,7 +243,7 @@ def _file(name: str, folder: Path, kind: Literal["tasks", "suites"]) -> Path:
         if name in built_in(other):
             hint = f" It is a {other[:-1]}: --{'suite' if other == 'suites' else 'tasks'} {name}."
         raise UserError(f"{word} {name!r} is unknown.{hint} Known: {', '.join(shipped)}; or give a YAML file")
-    return Path(str(files("slimtune"))) / "assets" / kind / f"{name}.yaml"
+    return where(kind) / f"{name}.yaml"
 
 
 def _parsed(file: Path, model: type[_F], word: str) -> _F:

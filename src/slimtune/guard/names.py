@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 from slimtune.condition import Condition
 from slimtune.errors import UserError, nearest
-from slimtune.evaluate.tasks import Task, built_in, find_suites, find_task
+from slimtune.evaluate.shipped import built_in
+from slimtune.evaluate.tasks import Task, find_suites, find_task
 from slimtune.recipe import Recipe
 
 OWN = {

@@ -13,7 +13,8 @@ from typing import Any
 from slimtune.bench.named import speeds
 from slimtune.condition import Condition
 from slimtune.errors import UserError, nearest
-from slimtune.evaluate.tasks import built_in, find_suites
+from slimtune.evaluate.shipped import built_in
+from slimtune.evaluate.tasks import find_suites
 from slimtune.guard.names import SPEED
 from slimtune.guard.ruling import Ruling, rule
 from slimtune.report.quality import task_figures, telling

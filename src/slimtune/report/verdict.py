@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from slimtune.evaluate.tasks import find_suites
+from slimtune.evaluate.shipped import tasks_of
 from slimtune.report.run import Figures, Run
 from slimtune.report.words import metric_name, millions, number, share
 
@@ -19,7 +19,7 @@ _MAIN = ("accuracy", "rougeL", "rouge1")
 @cache
 def general_tasks() -> tuple[str, ...]:
     """Of the suite ``general``: what a model of a domain should still know."""
-    return tuple(task.name for task in find_suites(["general"])["general"])
+    return tuple(tasks_of("general"))
 
 
 @dataclass(frozen=True)
