@@ -74,11 +74,11 @@ def check(
 
     try:
         found = hold(run, baseline, _gates(gate or ()), gates)
-    except UserError as error:
+    except Exception as error:
         if files["--junit"]:  # a CI server that reads it sees why, and no file of an earlier check
-            write("--junit", files["--junit"], verdicts.junit_error(Path(run).name, str(error)))
-        raise
-    except Exception:
+            write("--junit", files["--junit"], verdicts.junit_error(Path(run).name, str(error) or repr(error)))
+        if isinstance(error, UserError):
+            raise
         traceback.print_exc()  # ours to mend; but 1 would say that a gate failed
         raise typer.Exit(2) from None
     texts = {

@@ -302,9 +302,13 @@ def test_a_failure_of_ours_does_not_read_as_a_gate_that_failed(tmp_path: Path, m
         raise ZeroDivisionError
 
     monkeypatch.setattr("slimtune.report.check.read_run", broken)
-    result = CliRunner().invoke(app, ["check", str(write_run(tmp_path / "run")), "--gate", "ppl=<= 3"])
+    file = tmp_path / "check.xml"
+    file.write_text("of an earlier check")
+    words = ["check", str(write_run(tmp_path / "run")), "--gate", "ppl=<= 3", "--junit", str(file)]
+    result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert "ZeroDivisionError" in result.stderr
+    assert ElementTree.parse(file).getroot()[0].get("errors") == "1"
 
 
 def test_gates_from_a_file(tmp_path: Path) -> None:
