@@ -77,6 +77,12 @@ def figures(ppl: float, accuracy: float, bits: float, parameters: int, ratio: fl
     return {**found, "parameters": parameters, "block_ratio": ratio, "bytes": 2 * parameters}
 
 
+def ruling(figure: str = "ppl", **changes: Any) -> dict[str, Any]:
+    """What a summary says of a guard, which holds."""
+    about = {"guard": figure, "figure": figure, "condition": "<= 1.2 x dense", "value": 20.0, "limit": 24.0, "holds": True}
+    return {**about, "words": {"dense": 20.0}, **changes}
+
+
 def bench_of(parameters: int, base: int, faster: float = 1.5) -> dict[str, Any]:
     """What ``slimtune bench --json`` writes."""
     ways = [("prefill", "eager", 1), ("first token", "eager", 1), ("decode", "eager", 1), ("decode", "graph", 1)]

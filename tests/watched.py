@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from runs import write_run
+from runs import ruling, write_run
 from slimtune.recipe import parse
 from slimtune.runtime import RunFolder
 from slimtune.train.claim import place
@@ -116,14 +116,6 @@ def finished(path: Path, holds: bool = True) -> Path:
     """A run with a guard that holds, or does not."""
     folder = write_run(path, guard={"ppl": "<= 1.2 x dense"})
     summary = json.loads((folder / "summary.json").read_text())
-    ruling = {
-        "guard": "ppl",
-        "figure": "ppl",
-        "condition": "<= 1.2 x dense",
-        "value": 20.0,
-        "limit": 24.0,
-        "words": {"dense": 20.0},
-    }
-    summary["guard"] = [{**ruling, "holds": holds}]
+    summary["guard"] = [ruling(holds=holds)]
     (folder / "summary.json").write_text(json.dumps(summary))
     return folder

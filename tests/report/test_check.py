@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from bases import Bench
-from runs import bench_of, write_run
+from runs import bench_of, ruling, write_run
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
@@ -177,8 +177,8 @@ def test_a_summary_alone_is_a_baseline(tmp_path: Path) -> None:
 def test_a_summary_alone_is_held_to_the_guards_that_it_tells_of(tmp_path: Path) -> None:
     run, good = write_run(tmp_path / "run"), write_run(tmp_path / "good")
     summary = json.loads((run / "summary.json").read_text())
-    ruling = {"guard": "ppl", "figure": "ppl", "condition": "<= 0.3 x dense", "value": 16.0, "limit": 6.0, "holds": False}
-    (run / "summary.json").write_text(json.dumps({**summary, "guard": [{**ruling, "words": {"dense": 20.0}}]}))
+    broken = ruling(condition="<= 0.3 x dense", value=16.0, limit=6.0, holds=False)
+    (run / "summary.json").write_text(json.dumps({**summary, "guard": [broken]}))
     (run / "recipe.yaml").unlink()
     assert failed(check(run)) == ["ppl"]
     assert failed(check(run, good)) == ["ppl"]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from runs import bench_of, write_run
+from runs import bench_of, ruling, write_run
 from slimtune.errors import UserError
 from slimtune.report.check import check
 from slimtune.report.ink import look, shortened
@@ -162,16 +162,8 @@ def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
 
 def test_bounds_that_are_missed_by_little_are_told_apart(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run")
-    ruling = {
-        "guard": "x",
-        "figure": "x",
-        "condition": "<= 1.7756",
-        "value": 1.77564,
-        "limit": 1.7756,
-        "holds": False,
-        "words": {},
-    }
-    change(run / "summary.json", lambda found: found.update(guard=[{**ruling, "limit": 1.77561}]))
+    missed = ruling("x", condition="<= 1.7756", value=1.77564, limit=1.77561, holds=False, words={})
+    change(run / "summary.json", lambda found: found.update(guard=[missed]))
     text = page_of(run)
     assert "<td>1.77564</td><td>&lt;= 1.7756</td><td>1.77561</td>" in text
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from bases import Bench
-from runs import write_run
+from runs import ruling, write_run
 from slimtune.errors import UserError
 from slimtune.pipeline import tune
 from slimtune.report.page import report
@@ -124,16 +124,8 @@ def test_the_page_of_a_run_that_goes_on_and_of_one_without_a_step(tmp_path: Path
 def test_what_is_worth_a_caution_is_told(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mine", changes={"ppl": 50.0})
     summary = json.loads((run / "summary.json").read_text())
-    ruling = {
-        "guard": "ppl",
-        "figure": "ppl",
-        "condition": "<= dense",
-        "value": 50.0,
-        "limit": 40.0,
-        "holds": False,
-        "words": {},
-    }
-    (run / "summary.json").write_text(json.dumps({**summary, "guard": [{**ruling, "holds": False}]}))
+    broken = ruling(condition="<= dense", value=50.0, limit=40.0, holds=False, words={})
+    (run / "summary.json").write_text(json.dumps({**summary, "guard": [broken]}))
     text, page = page_of(run, out=tmp_path / "page.html")
     cautions = re.findall(r'class="caution"><b>Caution:</b> ([^<]*)<', text)
     assert cautions[0].startswith("perplexity is above the base&#39;s, 50.00 for 40.00")
@@ -199,11 +191,10 @@ def test_several_runs_side_by_side(tmp_path: Path) -> None:
 
 
 def test_what_runs_were_cut_from_and_how_guards_stand_is_beside_them(tmp_path: Path) -> None:
-    rulings = [{"guard": name, "figure": name, "condition": "<= 1", "value": 2.0, "limit": 1.0, "words": {}} for name in "xy"]
     one, two, three = (write_run(tmp_path / name, seed=seed) for seed, name in enumerate(("one", "two", "three")))
     for run, holds in ((one, [False, True]), (two, [True, True])):
         found = json.loads((run / "summary.json").read_text())
-        found["guard"] = [{**ruling, "holds": each} for ruling, each in zip(rulings, holds, strict=True)]
+        found["guard"] = [ruling(name, holds=each) for name, each in zip("xy", holds, strict=True)]
         found |= {"base": {**found["base"], "ppl": 41.0}, "weights": "ee" * 32} if run == two else {}
         found["dense_lora"] = found["dense_lora"] if run == one else None
         (run / "summary.json").write_text(json.dumps(found))
@@ -225,7 +216,8 @@ def test_a_run_without_dense_lora_is_held_to_that_of_a_run_of_the_same_base_and_
         "perplexity 16.00 for the untuned base&#39;s 40.00, on none of 1 tasks did"
         in page_of(two, out=tmp_path / "page.html")[0]
     )
-    for change in ({"data": {"test": "ee" * 32}}, {"weights": "ee" * 32}):
+    unlike = ({"data": {"test": "ee" * 32}}, {"weights": "ee" * 32}, {"data": {}}, {"task_rows": {"pubmedqa": "ee" * 32}})
+    for change in unlike:  # of what is not known, nothing is said either
         (two / "summary.json").write_text(json.dumps({**found, **change}))
         assert "dense LoRA&#39;s (one)" not in page_of(one, two, out=tmp_path / "page.html")[0]
 

@@ -42,9 +42,15 @@ def reference(run: Run, others: Sequence[Run] = ()) -> Reference:
     if run.of("dense_lora"):
         return Reference("dense_lora", run.of("dense_lora"), "dense LoRA", "dense LoRA's")
     for other in others:
-        if other.of("dense_lora") and same_rows([run, other]) and run.summary.get("weights") == other.summary.get("weights"):
+        if other.of("dense_lora") and _alike(run, other):
             return Reference("dense_lora", other.of("dense_lora"), "dense LoRA", f"dense LoRA's ({other.name})")
     return Reference("base", run.of("base"), "the untuned base", "the untuned base's")
+
+
+def _alike(run: Run, other: Run) -> bool:
+    """Whether two runs are known to be of the same base, and were measured on the same rows."""
+    told = [(each.summary.get("weights"), (each.summary.get("data") or {}).get("test")) for each in (run, other)]
+    return all(told[0]) and told[0] == told[1] and all(same_rows([run, other], name) for name in run.of("result"))
 
 
 def same_rows(runs: Iterable[Run], figure: str = "") -> bool:
