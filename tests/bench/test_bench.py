@@ -12,6 +12,7 @@ from transformers import StaticCache
 from typer.testing import CliRunner
 
 from cuts import UNEVEN, cut_model, write_folder
+from mixtral import write_mixtral
 from slimtune.bench.measure import Rates, Settings, compared, figures, measures
 from slimtune.bench.torch_runs import Runs, Step
 from slimtune.bench.work import cache_of
@@ -144,6 +145,20 @@ def test_files_in_llama_cpp(two: Path) -> None:
     assert all(each is None or each < 200e6 for each in memory), "the parent, with torch in it, takes more"
     assert small["step_bytes"] < small["weight_bytes"] < dense["weight_bytes"]
     assert [ratio["by_size"] > 1 for ratio in found["ratios"]] == [True, True]
+
+
+def test_of_experts_in_a_file_those_that_are_chosen(tmp_path: Path) -> None:
+    write_mixtral(tmp_path / "model")
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf")
+    done = run([str(tmp_path / "model.gguf"), "--repeats", "1", "--prompt", "16", "--steps", "4", "--json", "-"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    (model,), (prompt, step) = found["models"], found["rows"]
+    one = 4 * 2 * 3 * 64 * 96  # bytes of one expert in both layers
+    assert prompt["bytes"] == model["weight_bytes"] - 4 * 6144 * 64  # of all but the embedding
+    assert prompt["bytes"] - step["bytes"] == 3 * one
+    norms = 5 * 64
+    assert step["flops"] == 2 * (step["bytes"] // 4 - norms)
 
 
 BAD = {

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cuts import UNEVEN, cut_model
+from mixtral import tiny_mixtral
 from slimtune.bench.work import Work
 
 HIDDEN, HEAD, WORDS = 64, 16, 97
@@ -42,9 +43,21 @@ def test_windows_are_not_looked_beyond() -> None:
     assert work.prefill_flops(1, 10) - 10 * work.block_flops - work.head_flops == 3 * work.pair_flops[0] * 55
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi"])
+def test_of_experts_those_that_are_chosen() -> None:
+    """Two of five a word: a step of one row reads two, of two rows on the average 3.2, of many all."""
+    model = tiny_mixtral()
+    work = Work.of(model)
+    one = 3 * 64 * 96
+    assert work.expert_bytes == 4 * 2 * 5 * one
+    assert work.block_flops == 2 * 2 * (64 * 24 * (4 + 2 + 2 + 4) + 5 * 64 + 2 * one)
+    whole = sum(work.kv_bytes) * 50
+    read = [work.step_bytes + rows * whole - work.decode_bytes(rows, 50) for rows in (1, 2, 40)]
+    assert read == [4 * 2 * 3 * one, round(4 * 2 * (5 - 3.2) * one), 0]
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "mixtral"])
 def test_operations_are_those_that_torch_counts(name: str) -> None:
-    model, _ = cut_model(name, UNEVEN)
+    model = tiny_mixtral(experts_implementation="eager") if name == "mixtral" else cut_model(name, UNEVEN)[0]
     model.set_attn_implementation("eager")
     work, tokens = Work.of(model), 10
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -30,12 +30,14 @@ class FileWork:
     Attributes:
         parameters: elements of all tensors.
         weight_bytes: of all tensors, as they are stored.
-        step_bytes: of those that one token reads: all but an untied embedding.
-        token_flops: of a token: 2 an element of every matrix.
+        read_bytes: of those that a prompt reads: all but an untied embedding.
+        step_bytes: of those that one token reads: of experts those alone that are chosen.
+        token_flops: of a token: 2 an element of every matrix, of experts of the chosen ones.
     """
 
     parameters: int
     weight_bytes: int
+    read_bytes: int
     step_bytes: int
     token_flops: int
 
@@ -45,20 +47,30 @@ class FileWork:
         import gguf  # type: ignore[import-untyped, import-not-found, unused-ignore]
 
         try:
-            tensors = gguf.GGUFReader(file).tensors
+            reader = gguf.GGUFReader(file)
         except (ValueError, OSError, KeyError, IndexError) as error:
             raise UserError(
                 f"{str(file)!r} is no whole GGUF file ({error}); write it again: slimtune export --to gguf"
             ) from error
+        tensors, part = reader.tensors, _chosen(reader)
         tied = not any(each.name == "output.weight" for each in tensors)
         read = [each for each in tensors if tied or each.name != "token_embd.weight"]
         matrices = [each for each in read if len(each.shape) > 1]
         return cls(
             parameters=sum(int(each.n_elements) for each in tensors),
             weight_bytes=sum(int(each.n_bytes) for each in tensors),
-            step_bytes=sum(int(each.n_bytes) for each in read),
-            token_flops=2 * sum(int(each.n_elements) for each in matrices),
+            read_bytes=sum(int(each.n_bytes) for each in read),
+            step_bytes=sum(round(int(each.n_bytes) * part(each)) for each in read),
+            token_flops=2 * sum(round(int(each.n_elements) * part(each)) for each in matrices),
         )
+
+
+def _chosen(reader: Any) -> Callable[[Any], float]:
+    """Which part of a tensor one token goes through: of experts, which lie in three dimensions, the chosen ones."""
+    arch = reader.get_field("general.architecture")
+    count, used = (reader.get_field(f"{arch and arch.contents()}.expert_{name}") for name in ("count", "used_count"))
+    part = used.contents() / count.contents() if count and used else 1.0
+    return lambda tensor: part if len(tensor.shape) == 3 else 1.0
 
 
 def check(settings: Settings, device: str, dtype: str, random: bool) -> None:
@@ -114,16 +126,16 @@ def _told(name: str, file: Path, work: FileWork, times: Sequence[Mapping[str, fl
 
 
 def _rows(name: str, work: FileWork, times: Sequence[Mapping[str, float]], settings: Settings) -> list[dict[str, Any]]:
-    def of(what: str, key: str, tokens: int, flops: int) -> dict[str, Any]:
+    def of(what: str, key: str, tokens: int, flops: int, count_bytes: int) -> dict[str, Any]:
         head = {"model": name, "what": what, "how": "llama.cpp", "batch": 1}
         memory = max((int(each["memory_bytes"]) for each in times if each["memory_bytes"]), default=None)
         seconds = [each[key] for each in times]
-        return {**head, **figures(seconds, tokens, flops, work.step_bytes), "memory_bytes": memory, "seconds": seconds}
+        return {**head, **figures(seconds, tokens, flops, count_bytes), "memory_bytes": memory, "seconds": seconds}
 
     prompt = settings.prompt
     return [
-        of("prefill", "prompt_s", prompt, prompt * work.token_flops),
-        of("decode", "step_s", 1, work.token_flops),
+        of("prefill", "prompt_s", prompt, prompt * work.token_flops, work.read_bytes),
+        of("decode", "step_s", 1, work.token_flops, work.step_bytes),
     ]
 
 
