@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import slimtune
 from cuts import UNEVEN, Kept, cut_model, even, logits_of, reference_logits, sample_ids, write_folder
 from families import FAMILY_NAMES
+from mixtral import write_mixtral
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import record, rewrite
@@ -77,6 +78,19 @@ def test_zeros_make_widths_equal_and_change_no_logit(name: str, tmp_path: Path) 
         int((each == 0).sum()) for each in model.parameters()
     )
     assert zeros == found["parameters"] - found["parameters_before"]
+
+
+@pytest.mark.parametrize(("to", "kind"), [("hf", "bf16"), ("vllm", "f32"), ("hf-uniform", "")])
+def test_experts_are_written_as_published_files_name_them(to: str, kind: str, tmp_path: Path, in_here: None) -> None:
+    """One by one, and not as transformers has them in memory: other readers, vLLM and ours for GGUF, know no other names."""
+    model = write_mixtral(tmp_path / "model")
+    found = slimtune.export_model(tmp_path / "model", to, quantize=kind)
+    count = sum(each.numel() for each in model.parameters())
+    assert (found["class"], found["parameters"], found["parameters_before"]) == ("MixtralForCausalLM", count, count)
+    given, there = (load_file(folder / "model.safetensors") for folder in (tmp_path / "model", Path(found["file"])))
+    assert "model.layers.1.block_sparse_moe.experts.4.w3.weight" in there
+    assert there.keys() == given.keys()
+    assert all(tensor.equal(given[name].to(rewrite.KINDS[found["kind"]])) for name, tensor in there.items())
 
 
 # 64 is no multiple of six heads, which some stock configs refuse

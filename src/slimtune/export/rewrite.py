@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedConfig
+from transformers.core_model_loading import revert_weight_conversion
 
 from slimtune.errors import UserError, nearest
 from slimtune.export import card_again, deci, huggingface, record, tokenizer
@@ -176,7 +177,7 @@ def _family(config: PreTrainedConfig) -> str:
 
 
 def _laid(model: Any, to: str, form: str) -> _Laid:
-    weights = dict(model.named_parameters())  # tied ones once
+    weights = _as_published(model)
     count = sum(map(Tensor.numel, weights.values()))
     if form == "deci":
         widths = widths_of(model.config)
@@ -186,6 +187,21 @@ def _laid(model: Any, to: str, form: str) -> _Laid:
     else:
         config, wide = _for_transformers(model.config, weights, to == "hf-uniform")
     return _Laid(config, wide, {"parameters": sum(map(Tensor.numel, wide.values())), "parameters_before": count})
+
+
+def _as_published(model: Any) -> dict[str, Tensor]:
+    """Parameters by the names of published files, tied ones once: experts one by one, and not, as in memory, in one tensor.
+
+    Others than transformers read these names alone. A part of a tensor is copied, for files hold tensors whole.
+    """
+    weights = dict(model.named_parameters())
+    if not any(tensor.ndim == 3 for tensor in weights.values()):
+        return weights
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():  # one by one: what is made on the way is in memory once
+        parts = revert_weight_conversion(model, {name: tensor})
+        found |= {key: part if part is tensor else part.clone() for key, part in parts.items()}
+    return found
 
 
 def _for_transformers(
