@@ -22,7 +22,7 @@ from slimtune.errors import UserError
 from slimtune.export import record
 from slimtune.export.folder import replacing
 from slimtune.export.greedy import continued, same
-from slimtune.models.load import TOKENIZER_FILES, pretrained
+from slimtune.models.load import TOKENIZER_FILES, load_config, pretrained
 from slimtune.sections import ModelConfig
 
 FILE = "model.onnx"
@@ -59,10 +59,11 @@ def write(folder: Path, target: Path, check: Check = lambda written: None) -> di
         ``bytes`` of the graph and its weights.
 
     Raises:
-        UserError: packages are not installed, the disk is full, or ``target`` may not be replaced.
+        UserError: packages are not installed, the model has experts, the disk is full, or ``target`` may not be replaced.
     """
     if missing := [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]:
         raise UserError(f"ONNX needs the package{'s' * (len(missing) > 1)} {', '.join(missing)}; pip install 'slimtune[onnx]'")
+    _check_experts(load_config(ModelConfig(path=str(folder)), "RUN"))
     model = _loaded(folder)
     with replacing(target, 4 * sum(each.numel() for each in model.parameters()) + _SPARE_BYTES) as partial:
         _graph(model).save(partial / FILE)
@@ -75,6 +76,14 @@ def write(folder: Path, target: Path, check: Check = lambda written: None) -> di
 def size_of(target: Path) -> int:
     """Bytes of graph and weights."""
     return sum(file.stat().st_size for file in target.glob(f"{FILE}*"))
+
+
+def _check_experts(config: Any) -> None:
+    if getattr(config, "num_local_experts", 0) or getattr(config, "num_experts", 0):
+        raise UserError(
+            f"--to onnx: a model of {config.model_type!r} chooses experts word by word, for which ONNX has no operator; use "
+            "--to gguf, or the model's folder as it is"
+        )
 
 
 def _loaded(folder: Path) -> Any:
