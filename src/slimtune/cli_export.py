@@ -77,9 +77,9 @@ def export(
     hf: all families; the folder anew for transformers, with weights of another type.
     hf-uniform: all families, a stock class, which needs no code: layers are filled up with zeros to the widest one
     (a run with budget.layout=uniform needs none).
-    gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings),
-    for llama.cpp and what is built on it.
-    onnx: all families; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
+    gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings), and
+    Mixtral; for llama.cpp and what is built on it.
+    onnx: all families, none with experts; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
     vllm: all families; a folder for vLLM's Transformers backend, checked in transformers, not run in vLLM.
     vllm, --form deci: Llama, Mistral without windows and Qwen2; for vLLM's own kernels, with zeros for removed heads.
     """

@@ -85,7 +85,11 @@ REFUSED = {
         {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}},
         r"rope_type 'yarn' is not written to GGUF yet \(default, linear and llama3 are\)",
     ),
-    "gemma": ("gemma", {}, r"GGUF is not written for model_type 'gemma' yet \(for llama, mistral, qwen2, qwen3 it is\)"),
+    "gemma": (
+        "gemma",
+        {},
+        r"GGUF is not written for model_type 'gemma' yet \(for llama, mistral, mixtral, qwen2, qwen3 it is\)",
+    ),
 }
 
 

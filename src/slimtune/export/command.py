@@ -10,7 +10,8 @@ from typing import Any
 from slimtune.errors import UserError, nearest
 from slimtune.export import gguf, gguf_compared, onnx, rewrite
 from slimtune.export.folder import check_target
-from slimtune.models.load import BUILTIN, locate
+from slimtune.models.load import BUILTIN, load_config, locate
+from slimtune.sections import ModelConfig
 
 TARGETS = ("hf", "hf-uniform", "gguf", "onnx", "vllm")
 Say = Callable[[str], None]
@@ -127,10 +128,20 @@ def _checked(compared: dict[str, Any], kind: str, folder: Path) -> dict[str, Any
         raise UserError(
             f"llama.cpp computes other figures than torch from {str(folder)!r} (log-probabilities differ by "
             f"{compared['logprob_difference']:.3g}, in the mean by {compared['logprob_mean']:.3g}); no file was written: use "
-            "the model's folder as it is"
+            f"the model's folder as it is{_tipped(folder, kind)}"
         )
     figures = {key: value for key, value in compared.items() if key != "texts"}
     return {**figures, "limit": judged["limit"], "limit_of": judged["limit_of"]}
+
+
+def _tipped(folder: Path, kind: str) -> str:
+    """What else it may be, of a model with experts: an honest file whose figures are far off where one word went elsewhere."""
+    if kind == "f32" or not getattr(load_config(ModelConfig(path=str(folder))), "num_local_experts", 0):
+        return ""
+    return (
+        f", or -q f32: rounded to {kind} a word that lies between two experts may go to the other one, which is told apart by "
+        "f32 alone (--no-check keeps the file)"
+    )
 
 
 def folder_of(given: str | Path, what: str = "RUN") -> Path:

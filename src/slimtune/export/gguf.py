@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig
 
 from slimtune.errors import UserError, nearest
 from slimtune.export import gguf_vocab
-from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, layout_of, padded, tensors
+from slimtune.export.gguf_layout import ELSEWHERE, ROUTER, Layout, Widths, layout_of, padded, tensors
 from slimtune.models.load import check_weights, load_config
 from slimtune.sections import ModelConfig
 
@@ -91,13 +91,17 @@ def _check_arithmetic(config: Any, layout: Layout) -> None:
     share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if share != 1:
         raise UserError(f"partial_rotary_factor={share}: llama.cpp turns whole heads in these blocks; {ELSEWHERE}")
+    experts, used = getattr(config, "num_local_experts", 1), getattr(config, "num_experts_per_tok", 1)
+    if not 1 <= used <= experts:
+        raise UserError(f"num_experts_per_tok={used} of num_local_experts={experts}: no model runs so; correct config.json")
 
 
 def widths_of(config: PreTrainedConfig) -> list[Widths]:
     """Of every layer."""
     layers = getattr(config, "per_layer_config", None)
     own = [layers[index] if layers else config for index in range(config.num_hidden_layers)]
-    return [Widths(each.num_attention_heads, each.num_key_value_heads, each.intermediate_size) for each in own]
+    experts = getattr(config, "num_local_experts", 0)
+    return [Widths(each.num_attention_heads, each.num_key_value_heads, each.intermediate_size, experts) for each in own]
 
 
 def kind_in(file: Path) -> str:
@@ -189,6 +193,9 @@ def _describe(writer: Any, config: Any, layout: Layout, widths: Sequence[Widths]
     writer.add_feed_forward_length(mlp)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
+    if widths[0].experts:
+        writer.add_expert_count(widths[0].experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
@@ -242,7 +249,7 @@ def _write(writer: Any, file: Path, every: Any, kind: str) -> dict[str, str]:
     gguf, kept = _package(), dict[str, str]()
     for name, tensor in every():
         own = kind_of(name, tuple(tensor.shape), kind)
-        if own != kind and tensor.ndim > 1 and name not in _ENDS:
+        if own not in (kind, "f32") and name not in _ENDS:
             kept[name] = own
         shape, raw = tuple(tensor.shape), gguf.GGMLQuantizationType[own.upper()]
         count = gguf.quant_shape_to_byte_shape(shape, raw)
@@ -259,8 +266,11 @@ def _write(writer: Any, file: Path, every: Any, kind: str) -> dict[str, str]:
 
 
 def kind_of(name: str, shape: tuple[int, ...], kind: str) -> str:
-    """What a tensor is written as: norms and biases whole, rows that no block of 32 fits in 16 bits."""
-    if len(shape) == 1 or name == "rope_freqs.weight":
+    """What a tensor is written as: norms, biases and routers whole, rows that no block of 32 fits in 16 bits.
+
+    A router is small, and rounded it would send words to other experts.
+    """
+    if len(shape) == 1 or name == "rope_freqs.weight" or name.endswith(ROUTER):
         return "f32"
     if not kind.startswith("q"):
         return kind

@@ -3,7 +3,10 @@
 Most architectures of llama.cpp read one width for all layers. Two read every layer's own: ``deci`` (a Llama block with optional
 biases, rotary pairs side by side) and ``openelm`` (norms on queries and keys, rotary halves, q/k/v in one matrix, tied output).
 
-Shape legend: D hidden size, H query heads, K KV heads, d head size, F MLP width.
+A Mixtral is a ``llama`` whose layers have experts: both take the softmax over all of them and let the weights of those chosen
+add up to one.
+
+Shape legend: D hidden size, H query heads, K KV heads, d head size, F MLP width, E experts.
 """
 
 from __future__ import annotations
@@ -23,11 +26,17 @@ Get = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Widths:
-    """Of one layer."""
+    """Of one layer.
+
+    Attributes:
+        mlp: of each expert where there are such.
+        experts: MLPs to choose from; 0: one MLP, and no choice.
+    """
 
     heads: int
     kv_heads: int
     mlp: int
+    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +63,7 @@ class Layout:
 _UNIFORM = {
     "llama": Layout("llama", paired=True),
     "mistral": Layout("llama", paired=True),
+    "mixtral": Layout("llama", paired=True),
     "qwen2": Layout("qwen2", any_heads=False),
     "qwen3": Layout("qwen3", biases=False),
 }
@@ -133,6 +143,8 @@ _NORMS = {
     "attn_k_norm.weight": "self_attn.k_norm.weight",
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_EXPERTS = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
+ROUTER = "ffn_gate_inp.weight"
 
 
 @dataclass(frozen=True)
@@ -166,6 +178,18 @@ def _block(layer: _Layer, layout: Layout) -> Iterator[tuple[str, Tensor]]:
             if layer.width.heads or name != "attn_norm.weight":  # without heads llama.cpp has no place for their norm
                 yield name, norm
     yield from _attention(layer, layout)
+    yield from (_experts if layer.given.experts else _mlp)(layer)
+
+
+def _experts(layer: _Layer) -> Iterator[tuple[str, Tensor]]:
+    """The router, [E, D], and the experts' matrices, [E, F, D] and [E, D, F]: of one layer one of the three is in memory."""
+    yield ROUTER, layer.tensor("block_sparse_moe.gate.weight")
+    for name, source in _EXPERTS.items():
+        own = (f"block_sparse_moe.experts.{expert}.{source}.weight" for expert in range(layer.given.experts))
+        yield f"{name}.weight", torch.stack([layer.tensor(each) for each in own])
+
+
+def _mlp(layer: _Layer) -> Iterator[tuple[str, Tensor]]:
     hidden = layer.tensor("input_layernorm.weight").shape[0]
     for name, source in _MLP.items():
         if layer.given.mlp:

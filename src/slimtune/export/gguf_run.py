@@ -16,6 +16,7 @@ from slimtune.errors import UserError
 _CHILD = Path(__file__).with_name("gguf_child.py")
 _TAIL = 600
 _REASON = "error loading model: "
+_HELD = "GGML_ASSERT("
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def run(file: Path, prompts: Sequence[Sequence[int] | str], tokens: int, top: in
 
 
 def _reason(text: str) -> str:
-    """Why a model does not load, in its words; else the end of all."""
-    told = [line.partition(_REASON)[2] for line in text.splitlines() if _REASON in line]
-    return told[-1] if told else " ".join(text.split())[-_TAIL:]
+    """Why a model does not load, in its words; else what it holds to and ends for; else the end of all."""
+    lines = text.splitlines()
+    told = [line.partition(_REASON)[2] for line in lines if _REASON in line][-1:]
+    held = [line.strip() for line in lines if _HELD in line]  # a trace follows
+    return next(iter([*told, *held]), " ".join(text.split())[-_TAIL:])
