@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from slimtune.evaluate.figures import Measure
 from slimtune.evaluate.perplexity import Influences
 from slimtune.export import adapter, card, card_facts, huggingface
 from slimtune.export.verify import sample, verify
+from slimtune.methods.experts import routed
 from slimtune.methods.outcome import Outcome
+from slimtune.models import moe
 from slimtune.models.identity import weight_bytes
 from slimtune.models.load import attention_of, straight_to, without_flash
 from slimtune.models.piecewise import in_fp32
@@ -72,7 +75,7 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
         unquantized(outcome.model)
     model, differences = gathered(outcome.model), list[float]()
     if model is not None:
-        differences += _written(run, model, plan, total)
+        differences += _written(run, model, replace(outcome, plan=plan), total)
     run.folder.write_text("plan.json", plan.to_json())
     del model
     if not is_sharded(outcome.model):
@@ -87,17 +90,21 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
     return result, difference
 
 
-def _written(run: Made, model: Any, plan: Plan, total: int) -> list[float]:
+def _written(run: Made, model: Any, outcome: Outcome, total: int) -> list[float]:
     """What rank 0 alone does with the whole model; by how much it differs after a reload, if that is asked for."""
-    recipe, target, dtype = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config)
-    tuned = recipe.export.adapter and isinstance(model, PeftModel)
+    recipe, target, dtype, plan = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config), outcome.plan
+    tuned = recipe.export.adapter and isinstance(model, PeftModel) and not plan.experts
     bound = adapter.taken(model, recipe.model, run.structure, plan) if tuned else None
     model = merge_lora(model, dtype)
     differences = list[float]()
     run.progress.say(f"writing {escape(str(target))} ...")
     model = without_flash(model.cpu()).eval()
-    check = (lambda written: differences.append(_verify(run, model, written))) if recipe.export.verify else None
-    huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say)
+    laid, router = None, outcome.router
+    if router:
+        weights = moe.tensors_of(model, run.structure, plan, list(router.cpu().rounded(dtype).weights))
+        laid = moe.config_of(run.config, run.structure, moe.Layout.of(plan)), weights
+    check = (lambda written: differences.append(_verify(run, model, written, outcome))) if recipe.export.verify else None
+    huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say, laid)
     if not recipe.export.adapter:  # one of before would be of other weights
         shutil.rmtree(run.folder / adapter.FOLDER, ignore_errors=True)
     if bound:
@@ -131,12 +138,14 @@ def _measured(run: Made, plan: Plan, target: Path) -> tuple[Figures, Influences]
             f"[yellow]no stock class takes these equal widths, so the model is a {kind}, which the folder carries; "
             "another budget.keep or a wider budget.tolerance may give head counts that one takes[/yellow]"
         )
+    active = count(run.structure, plan, active=True)
     figures = {
         "class": kind,
         **run.figures.test(loaded, influences),
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
         "block_ratio": count(run.structure, plan).block_ratio,
         "bytes": weight_bytes(target),
+        **({"active_parameters": active.total, "active_ratio": active.block_ratio} if plan.experts else {}),
     }
     return figures, influences
 
@@ -162,9 +171,10 @@ def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: 
 
 
 @torch.no_grad()
-def _verify(run: Made, model: nn.Module, target: Path) -> float:
+def _verify(run: Made, model: nn.Module, target: Path, outcome: Outcome) -> float:
     ids = sample(run.splits.test.collate([0])["input_ids"][:, :64], run.config.vocab_size)
-    with run.figures.eager(), in_fp32(model):
+    own = routed(model, run.structure, outcome.plan, outcome.router) if outcome.router else nullcontext()
+    with run.figures.eager(), in_fp32(model), own:
         expected = model(input_ids=ids, use_cache=False).logits
     difference = verify(target, ids, expected)
     if difference > RELOAD_LIMIT * float(expected.abs().max()):

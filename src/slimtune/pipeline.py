@@ -18,7 +18,7 @@ from slimtune.delivery import Made, deliver
 from slimtune.errors import UserError
 from slimtune.evaluate.figures import Measure
 from slimtune.export.folder import check_target
-from slimtune.methods import atp, finetune, twostage
+from slimtune.methods import atp, finetune, tomoe, twostage
 from slimtune.methods.outcome import Method, Outcome
 from slimtune.methods.start import untuned_model
 from slimtune.models.compiled import compiling, decided
@@ -55,7 +55,7 @@ from slimtune.train.session import Figures, Session, check_launcher, make_accele
 from slimtune.train.trackers import Trackers
 from slimtune.version import __version__, versions
 
-METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run, "twostage": twostage.run}
+METHODS: dict[str, Method] = {"atp": atp.run, "finetune": finetune.run, "tomoe": tomoe.run, "twostage": twostage.run}
 
 Summary = dict[str, Any]
 
@@ -128,7 +128,7 @@ class Run:
         recipe = self.recipe
         check_target(self.folder / "model", of_run=True)
         check_model(self.folder, recipe)
-        preflight.check_method(recipe, self.structure)
+        preflight.check_method(recipe, self.config, self.structure)
         self.appraisal = Appraisal(recipe, self.config, self.folder, self.stages, self.progress.say)
         preflight.check_teacher(recipe, self.config.vocab_size)
         check_attention(recipe.model, str(self.accelerator.device))
@@ -220,6 +220,7 @@ class Run:
             "compiled": self.resolved.train.compile,
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
+            **({"shares": outcome.notes["shares"]} if "shares" in outcome.notes else {}),
             "tokens": outcome.tokens,
             "data": self.splits.fingerprints,
             "weights": self.stages["weights"],

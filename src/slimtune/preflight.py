@@ -13,9 +13,11 @@ from slimtune.errors import UserError
 from slimtune.estimate import job_of, phases, present, with_compiling, with_room
 from slimtune.evaluate.rows import held_out
 from slimtune.evaluate.tasks import find_task
+from slimtune.models import moe
 from slimtune.models.load import check_weights, load_config, locate
 from slimtune.models.quantized import check_bitsandbytes, check_quantizable
 from slimtune.prune.depth import drop_layers
+from slimtune.prune.shape import shape_of
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
 from slimtune.runtime import pick_precision
@@ -56,7 +58,7 @@ def guarded(recipe: Recipe) -> DataConfig:
     return recipe.data.model_copy(update={"protect": (*recipe.data.protect, *held_out(tasks))})
 
 
-def check_method(recipe: Recipe, structure: Structure) -> None:
+def check_method(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> None:
     """Raise UserError where no Plan meets the budget, the family cannot carry what the method adds, or a rank adds nothing."""
     if recipe.model.init == "pretrained" and recipe.lora.rank > structure.hidden:
         raise UserError(
@@ -67,6 +69,9 @@ def check_method(recipe: Recipe, structure: Structure) -> None:
     if scores == "layer_drop":
         level = {site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}
         drop_layers([0.0] * len(structure.layers), level, structure, recipe.budget)
+    elif recipe.method == "tomoe":
+        shape = shape_of(structure, recipe.budget, recipe.moe)
+        moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares))
     elif recipe.prunes:
         check_budget(structure, recipe.budget)
     if scores == "flap" and recipe.twostage.compensate:

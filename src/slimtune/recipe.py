@@ -28,6 +28,7 @@ from slimtune.sections import (
     Guard,
     LoraConfig,
     ModelConfig,
+    MoeConfig,
     Names,
     RecoverConfig,
     SearchConfig,
@@ -44,9 +45,9 @@ class Recipe(Section):
 
     literal: ClassVar[frozenset[str]] = frozenset({"alarm"})
 
-    method: Literal["atp", "finetune", "twostage"] = "atp"
-    """``atp``: tune and prune in one stage; ``twostage``: prune, then tune (the rivals, see ``twostage.scores``);
-    ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
+    method: Literal["atp", "tomoe", "finetune", "twostage"] = "atp"
+    """``atp``: tune and prune in one stage; ``tomoe``: tune, and make experts of the MLPs (``moe``); ``twostage``: prune, then
+    tune (the rivals, see ``twostage.scores``); ``finetune``: tune only (LoRA, or all weights with ``init: config``)."""
     out: Annotated[str, Field(min_length=1)] = "runs/run"
     """Output folder."""
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
@@ -64,6 +65,7 @@ class Recipe(Section):
     compensate: CompensateConfig = CompensateConfig()
     recover: RecoverConfig = RecoverConfig()
     distill: DistillConfig = DistillConfig()
+    moe: MoeConfig = MoeConfig()
     twostage: TwoStageConfig = TwoStageConfig()
     train: TrainConfig = TrainConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

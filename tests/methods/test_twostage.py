@@ -245,20 +245,22 @@ def test_flaps_biases_and_least_squares_exclude_each_other(bench: Bench, tmp_pat
 
 
 def test_a_rank_beyond_the_models_width_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:
-    structure = structure_of(load_config(bench.recipe(tmp_path).model))
-    check_method(bench.recipe(tmp_path, lora__rank=structure.hidden), structure)
+    config = load_config(bench.recipe(tmp_path).model)
+    structure = structure_of(config)
+    check_method(bench.recipe(tmp_path, lora__rank=structure.hidden), config, structure)
     with pytest.raises(
         UserError, match=rf"lora\.rank={structure.hidden + 1} is more than the model's width of {structure.hidden}"
     ):
-        check_method(bench.recipe(tmp_path, lora__rank=structure.hidden + 1), structure)
+        check_method(bench.recipe(tmp_path, lora__rank=structure.hidden + 1), config, structure)
 
 
 def test_a_family_without_bias_keys_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:
     recipe = bench.recipe(tmp_path, method="twostage", twostage={"scores": "flap"})
-    structure = structure_of(load_config(recipe.model))
-    check_method(recipe, structure)
+    config = load_config(recipe.model)
+    structure = structure_of(config)
+    check_method(recipe, config, structure)
     with pytest.raises(UserError, match="compensate=false"):
-        check_method(recipe, replace(structure, family=family_of("mistral")))
+        check_method(recipe, config, replace(structure, family=family_of("mistral")))
 
 
 def test_layer_drop_meets_a_budget_between_two_layers() -> None:

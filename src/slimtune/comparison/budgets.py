@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from slimtune.comparison.jobs import Job
 from slimtune.comparison.needs import starts_from
@@ -31,20 +31,20 @@ def check_budgets(work: Iterable[Job], absent: bool = False) -> None:
         return
     from slimtune.preflight import check_method  # seconds of imports, which a table does without
 
-    structures = dict[str, "Structure | None"]()
+    described = dict[str, "tuple[Any, Structure] | None"]()
     for job in cutting.values():
         try:
             model = job.recipe.model.model_dump_json()
-            if model not in structures:
-                structures[model] = _structure(job, absent)
-            structure = structures[model]
-            if structure is not None:
-                check_method(job.recipe, structure)
+            if model not in described:
+                described[model] = _described(job, absent)
+            if (base := described[model]) is not None:
+                check_method(job.recipe, *base)
         except UserError as error:
             raise UserError(f"{job.label}: {error}") from error
 
 
-def _structure(job: Job, absent: bool) -> Structure | None:
+def _described(job: Job, absent: bool) -> tuple[Any, Structure] | None:
+    """Config and structure of a job's base."""
     from slimtune.models.load import load_config, structure_of
 
     try:
@@ -53,4 +53,4 @@ def _structure(job: Job, absent: bool) -> Structure | None:
         if absent:
             return None
         raise
-    return structure_of(config)
+    return config, structure_of(config)

@@ -65,6 +65,7 @@ def save(
     facts: Mapping[str, Any],
     check: Callable[[Path], None] | None = None,
     say: Callable[[str], None] = log.warning,
+    laid: tuple[PreTrainedConfig, Mapping[str, Tensor]] | None = None,
 ) -> Path:
     """Write ``model`` to ``folder``, whole or not at all; an earlier model there is replaced at the very end.
 
@@ -79,6 +80,7 @@ def save(
         facts: for the model card, see ``card.render``.
         check: called with the written folder before it takes the place of ``folder``; what it raises stops that.
         say: takes a line about a tokenizer that is not the base's here.
+        laid: config and weights of the class that the model is written as, where that is another one (``models.moe``).
 
     Raises:
         UserError: the model does not fit the plan, the disk is full, or the folder may not be replaced.
@@ -87,8 +89,11 @@ def save(
     sources = [Path(path).expanduser().resolve() for path in ((origin.path, origin.tokenizer) if origin else ()) if path]
     if Path(folder).resolve() in sources:
         raise UserError(f"the export would replace its own base {str(folder)!r}; choose another folder")
-    weights = dict(model.named_parameters())  # tied ones once
-    config = config_for(model.config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    weights: Mapping[str, Tensor] = dict(model.named_parameters())  # tied ones once
+    if laid:
+        config, weights = laid
+    else:
+        config = config_for(model.config, plan, {name: tuple(tensor.shape) for name, tensor in weights.items()})
     config.dtype = dtype or model.dtype
 
     def finish(partial: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from slimtune.prune.router import Router
 from slimtune.structure.plan import Plan
 from slimtune.train.session import Session
 
@@ -21,12 +22,14 @@ class Outcome:
         plan: what stayed; ``Plan.uncut`` when nothing was removed.
         tokens: non-padding tokens that went through forward and backward, by turn.
         notes: figures of the method (leak, kept ratios).
+        router: which experts a token uses, where the plan has some.
     """
 
     model: nn.Module
     plan: Plan
     tokens: dict[str, int]
     notes: dict[str, Any] = field(default_factory=dict)
+    router: Router | None = None
 
 
 Method = Callable[[Session], Outcome]

@@ -23,7 +23,7 @@ from slimtune.train.session import Session
 def gated_model(session: Session) -> tuple[nn.Module, MaskBank, list[Any]]:
     """The model with LoRA attached, the bank that its gates read (open), and the handles that take the gates out."""
     model, bank = base_model(session, pick_dtype(session.recipe.model.dtype, str(session.device))), MaskBank()
-    return model, bank, place_gates(model, session.structure, bank.consumer, bank.base, bank.innovation)
+    return model, bank, place_gates(model, session.structure, bank.consumer, bank.base, bank.innovation, bank.follow)
 
 
 def base_model(session: Session, dtype: torch.dtype, lora: bool = True) -> nn.Module:

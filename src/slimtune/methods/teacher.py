@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.models.load import load_config, load_model, structure_of
@@ -23,13 +24,15 @@ class Teacher:
         session: the run.
         student: the gated model, LoRA attached.
         bank: what its gates read.
+        untuned: the student teaches without LoRA. One that learns under its gates would else draw its teacher along, to where
+            gates make no difference.
 
     Attributes:
         model: another model than the student, where there is one; None: the student itself, gates open.
     """
 
-    def __init__(self, session: Session, student: nn.Module, bank: MaskBank):
-        self.session, self.student, self.bank = session, student, bank
+    def __init__(self, session: Session, student: nn.Module, bank: MaskBank, untuned: bool = False):
+        self.session, self.student, self.bank, self.untuned = session, student, bank, untuned
         self.config = session.recipe.distill
         self.outside = bool(self.config.teacher)
         self.model: nn.Module | None = self._load() if self.outside else None
@@ -46,6 +49,9 @@ class Teacher:
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V]; opens the gates."""
         self.bank.open()
+        if self.model is None and self.untuned and isinstance(self.student, PeftModel):
+            with self.student.disable_adapter():
+                return forward(self.student, batch)
         return forward(self.model or self.student, batch)
 
     def capture(self) -> dict[str, Tensor] | None:

@@ -3,19 +3,21 @@
 A mask sits in front of the consumer of each axis (``o_proj``: one number per KV group; ``down_proj``: one per channel).
 Zeroing a consumer's input equals deleting the producers' rows and the consumer's columns, biases included, so the masked
 model and the cut one agree to float error for any mask.
-Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F], or [B, K] or [B, F] for one mask a sample.
+Shapes: B batch, T tokens, K KV groups, F mlp channels; a mask is [K] or [F], or [B, K] or [B, F] for one mask a sample, or
+[B, T, K] or [B, T, F] for one a token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from slimtune.models.surgery import linears_of
+from slimtune.models.surgery import linears_of, producers_of
 from slimtune.structure.axes import Side, Structure
 
 ReadMask = Callable[[int, str], Tensor | None]
@@ -37,7 +39,12 @@ ReadInnovation = Callable[[int, str], Innovation | None]
 
 
 def place_gates(
-    model: nn.Module, structure: Structure, consumer: ReadMask, base: ReadMask, innovation: ReadInnovation | None = None
+    model: nn.Module,
+    structure: Structure,
+    consumer: ReadMask,
+    base: ReadMask,
+    innovation: ReadInnovation | None = None,
+    follow: Callable[[int, str, Tensor], None] | None = None,
 ) -> list[Any]:
     """Hang gates into a model; call after LoRA is attached (hooks set before land inside the wrapper).
 
@@ -45,6 +52,7 @@ def place_gates(
         consumer: masks the input of each axis's consumer: covers base and LoRA alike (``hard``).
         base: masks the *base* output of each axis's producers and leaves their LoRA branch free (``lora_aware``).
         innovation: by which part of its input a consumer mask's gradient is taken; None: by all of it.
+        follow: told of (layer, axis, what the axis's producers read) before ``consumer`` is asked: masks may depend on it.
 
     Returns:
         Handles; ``handle.remove()`` takes a gate out.
@@ -56,6 +64,9 @@ def place_gates(
         if row.out:
             inner = module.base_layer if isinstance(module, LoraLayer) else module
             handles.append(inner.register_forward_hook(_gate_output(structure, layer, row.out, base)))
+    for layer, axis, module in producers_of(model, structure) if follow else ():
+        see = partial(cast(Any, follow), layer, axis)
+        handles.append(module.register_forward_pre_hook(lambda _, args, see=see: see(args[0])))
     return handles
 
 
@@ -101,4 +112,4 @@ def _gate_output(structure: Structure, layer: int, side: Side, read: ReadMask) -
 
 def _spread(mask: Tensor, rows: int, like: Tensor) -> Tensor:
     mask = mask if rows == 1 else mask.repeat_interleave(rows, dim=-1)
-    return (mask if mask.ndim == 1 else mask[:, None, :]).to(like.dtype)
+    return (mask[:, None, :] if mask.ndim == 2 else mask).to(like.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from slimtune.errors import UserError
 from slimtune.models.weights import dense, like
-from slimtune.structure.axes import Linear, Structure
+from slimtune.structure.axes import AXES, Linear, Structure
 from slimtune.structure.families import check_biases
 from slimtune.structure.plan import Plan
 
@@ -41,6 +41,14 @@ def linears_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, Li
     for index, block in enumerate(blocks_of(model, structure)):
         for row in structure.family.linears:
             yield index, row, block.get_submodule(row.path)
+
+
+def producers_of(model: nn.Module, structure: Structure) -> Iterator[tuple[int, str, nn.Module]]:
+    """(layer, axis, the first of its producers): they all read the same input, before any consumer of it runs."""
+    first = {axis: structure.family.producers(axis)[0].path for axis in AXES}
+    for layer, row, module in linears_of(model, structure):
+        if row.out and row.path == first[row.out.axis]:
+            yield layer, row.out.axis, module
 
 
 @torch.no_grad()

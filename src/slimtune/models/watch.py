@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
-from slimtune.models.surgery import blocks_of, linears_of
+from slimtune.models.surgery import blocks_of, linears_of, producers_of
 from slimtune.structure.axes import Structure
 
 
@@ -16,9 +16,10 @@ def watch(
     model: nn.Module,
     structure: Structure,
     consumers: Callable[[int, str, Tensor], None] | None = None,
+    producers: Callable[[int, str, Tensor], None] | None = None,
     blocks: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> list[Any]:
-    """Look on in a forward pass: each axis's consumer's input (before its gate), each block's input and output.
+    """Look on in a forward pass: what an axis's producers and its consumer (before its gate) read, a block's in- and output.
 
     Returns:
         Handles to remove.
@@ -29,6 +30,9 @@ def watch(
             if row.into:
                 see = partial(consumers, layer, row.into.axis)
                 handles.append(module.register_forward_pre_hook(lambda _, args, see=see: see(args[0]), prepend=True))
+    for layer, axis, module in producers_of(model, structure) if producers else ():
+        see = partial(cast(Any, producers), layer, axis)
+        handles.append(module.register_forward_pre_hook(lambda _, args, see=see: see(args[0])))
     if blocks:
         for layer, block in enumerate(blocks_of(model, structure)):
             look = partial(blocks, layer)

@@ -51,11 +51,24 @@ class Follower(Protocol):
         """By which gradients of sampled masks are taken, if not by the whole input."""
 
 
+class Routed(Protocol):
+    """What makes one mask a token of the masks of experts: see ``router.Router``."""
+
+    axis: str
+
+    def follow(self, layer: int, x: Tensor) -> None:
+        """Take what the producers of the axis read in ``layer``, [B, T, D]."""
+
+    def mask(self, layer: int, experts: Tensor) -> Tensor:
+        """[B, T, units] for that input; ``experts`` [1 + E, units]."""
+
+
 class MaskBank:
     """Holds the masks the hooks read: one for ``consumer`` gates (hard), one for ``base`` gates (LoRA-aware).
 
     Attributes:
         follower: is told of every change, where there is one.
+        router: masks of its axis are of experts [1 + E, units], and it says which a token uses.
     """
 
     def __init__(self) -> None:
@@ -63,6 +76,7 @@ class MaskBank:
         self._where: Literal["open", "consumer", "base"] = "open"
         self._sampled = False
         self.follower: Follower | None = None
+        self.router: Routed | None = None
 
     def open(self) -> None:
         """All gates open: the untouched model, bit for bit."""
@@ -88,8 +102,16 @@ class MaskBank:
         """For sampled masks: what their gradients are taken by; None: by the whole input."""
         return self.follower.innovation((layer, axis)) if self.follower and self._sampled else None
 
+    def follow(self, layer: int, axis: str, x: Tensor) -> None:
+        """What the producers of ``axis`` are about to read [B, T, D]."""
+        if self.router and axis == self.router.axis and (layer, axis) in self._masks:
+            self.router.follow(layer, x)
+
     def consumer(self, layer: int, axis: str) -> Tensor | None:
-        return self._masks.get((layer, axis)) if self._where == "consumer" else None
+        mask = self._masks.get((layer, axis)) if self._where == "consumer" else None
+        if mask is None or self.router is None or axis != self.router.axis:
+            return mask
+        return self.router.mask(layer, mask)
 
     def base(self, layer: int, axis: str) -> Tensor | None:
         return self._masks.get((layer, axis)) if self._where == "base" else None

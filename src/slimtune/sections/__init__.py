@@ -3,6 +3,7 @@
 from slimtune.sections.bounds import Names
 from slimtune.sections.data import DataConfig, Source, Sources
 from slimtune.sections.guard import AlarmConfig, Guard, SpeedConfig
+from slimtune.sections.moe import MoeConfig
 from slimtune.sections.run import (
     BudgetConfig,
     CompensateConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "Guard",
     "LoraConfig",
     "ModelConfig",
+    "MoeConfig",
     "Names",
     "RecoverConfig",
     "SearchConfig",

@@ -63,6 +63,9 @@ class Family:
     too, but another stock class stands in for it unless there are biases (see ``export.huggingface``)."""
     llama_block: bool = False
     """A block computes what Llama's does, apart from biases and windows: two RMS norms, SiLU, nothing scaled."""
+    experts: tuple[str, str] | None = None
+    """``model_type`` of the stock classes whose blocks are this family's with experts for an MLP (``structure.experts``): with
+    routed ones alone, and with a shared one beside them."""
 
     def consumer(self, axis: str) -> Linear:
         """The linear whose *input* lies on ``axis``: the gate is placed before it."""

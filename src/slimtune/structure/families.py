@@ -32,10 +32,10 @@ _BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES, llama_block=True),
-        Family("mistral", _GATED, note="sliding window kept", llama_block=True),
-        Family("qwen2", _GATED, note="q/k/v biases", llama_block=True),
-        Family("qwen3", _GATED, note="per-head q/k norm"),
+        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES, llama_block=True, experts=("mixtral", "glm4_moe")),
+        Family("mistral", _GATED, note="sliding window kept", llama_block=True, experts=("mixtral", "glm4_moe")),
+        Family("qwen2", _GATED, note="q/k/v biases", llama_block=True, experts=("qwen2_moe", "glm4_moe")),
+        Family("qwen3", _GATED, note="per-head q/k norm", experts=("qwen3_moe", "dots1")),
         Family("phi", _PLAIN, note="parallel block, LayerNorm, biases, partial rotary"),
         Family("gemma", _GATED, note="tied head; one KV head in 2B: only the MLP is cut there"),
         Family("gemma2", _GATED, note="post-norms, soft caps (eager attention)", whole_heads=True),

@@ -9,11 +9,12 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from slimtune.errors import UserError
 from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
+from slimtune.structure.experts import Division, host_of
 
 Keep = Mapping[str, tuple[int, ...]]
 _LISTED = 512
@@ -30,6 +31,8 @@ class Plan:
         full: units of every layer and axis before the cut.
         kept: kept indices of every layer and axis.
         notes: free facts (base, seed, ratios); not part of the digest.
+        experts: how the kept channels of every layer are divided, where they are; none: every token uses all that is kept.
+        top_k: routed experts that a token uses.
     """
 
     model_type: str
@@ -37,6 +40,8 @@ class Plan:
     full: tuple[Mapping[str, int], ...]
     kept: tuple[Keep, ...]
     notes: Mapping[str, Any] = field(default_factory=dict)
+    experts: tuple[Division, ...] = ()
+    top_k: int = 0
 
     @classmethod
     def of(cls, structure: Structure, kept: Sequence[Mapping[str, Sequence[int]]], **notes: Any) -> Plan:
@@ -56,6 +61,17 @@ class Plan:
         """Everything stays."""
         return cls.of(structure, [{axis: range(layer.units[axis]) for axis in AXES} for layer in structure.layers])
 
+    @classmethod
+    def divided(cls, structure: Structure, experts: Sequence[Division], top_k: int) -> Plan:
+        """A checked Plan that divides channels among experts and leaves attention as it is."""
+        kept = [
+            {KV_GROUP: range(layer.units[KV_GROUP]), FFN: each.union}
+            for layer, each in zip(structure.layers, experts, strict=True)
+        ]
+        plan = replace(cls.of(structure, kept), experts=tuple(experts), top_k=top_k)
+        plan.check(structure)
+        return plan
+
     def check(self, structure: Structure) -> None:
         """Raise UserError unless this Plan fits ``structure``, and every layer keeps both axes or neither, one layer both."""
         widths = tuple(dict(layer.units) for layer in structure.layers)
@@ -71,6 +87,19 @@ class Plan:
                 units = layer[axis]
                 if not units or list(units) != sorted(set(units)) or units[0] < 0 or units[-1] >= full[axis]:
                     raise UserError(f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}")
+        if self.experts:
+            self._check_experts()
+
+    def _check_experts(self) -> None:
+        for index, (layer, division) in enumerate(zip(self.kept, self.experts, strict=True)):
+            if not 1 <= self.top_k <= len(division.routed) or len(division.routed) != len(self.experts[0].routed):
+                raise UserError(
+                    f"the plan's layer {index} has {len(division.routed)} experts, of which {self.top_k} are to be chosen"
+                )
+            if any(len(set(each)) != len(each) for each in (division.shared, *division.routed)) or not division.width:
+                raise UserError(f"the plan's layer {index} has an expert that repeats channels, or none with any")
+            if layer[FFN] != division.union:
+                raise UserError(f"the plan's layer {index} keeps other channels than its experts have")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -97,12 +126,15 @@ class Plan:
         return hashlib.sha256(self._body().encode()).hexdigest()
 
     def _body(self) -> str:
-        body = {
+        body: dict[str, Any] = {
             "model_type": self.model_type,
             "group": self.group,
             "full": [dict(layer) for layer in self.full],
             "kept": [{axis: list(layer[axis]) for axis in AXES} for layer in self.kept],
         }
+        if self.experts:
+            body["top_k"] = self.top_k
+            body["experts"] = [{"shared": list(each.shared), "routed": list(map(list, each.routed))} for each in self.experts]
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def to_json(self) -> str:
@@ -113,7 +145,12 @@ class Plan:
         body = json.loads(self._body())
         for layer, full in zip(body["kept"], self.full, strict=True):
             layer.update({axis: _bits(layer[axis], full[axis]) for axis in AXES if full[axis] > _LISTED})
-        return json.dumps({"version": 2, "digest": self.digest, "notes": dict(self.notes), "plan": body})
+        for division, full in zip(body.get("experts", ()), self.full, strict=bool(self.experts)):
+            if full[FFN] > _LISTED:
+                division["shared"] = _bits(division["shared"], full[FFN])
+                division["routed"] = [_bits(each, full[FFN]) for each in division["routed"]]
+        version = 3 if self.experts else 2
+        return json.dumps({"version": version, "digest": self.digest, "notes": dict(self.notes), "plan": body})
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -123,7 +160,11 @@ class Plan:
             body = raw["plan"]
             kept = tuple({axis: _indices(layer[axis]) for axis in AXES} for layer in body["kept"])
             full = tuple(dict(layer) for layer in body["full"])
-            plan = cls(body["model_type"], body["group"], full, kept, raw.get("notes", {}))
+            experts = tuple(
+                Division(_indices(each["shared"]), tuple(map(_indices, each["routed"]))) for each in body.get("experts", ())
+            )
+            known = (body["model_type"], body["group"], full, kept, raw.get("notes", {}))
+            plan = cls(*known, experts=experts, top_k=body.get("top_k", 0))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
         if raw.get("digest") != plan.digest:
@@ -133,7 +174,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Counts:
-    """Parameters under a Plan. ``total`` counts tied embeddings once; ``block`` counts what units own."""
+    """Parameters under a Plan. ``total`` counts tied embeddings once; ``block`` counts what units own, and routers."""
 
     total: int
     block: int
@@ -141,13 +182,21 @@ class Counts:
     block_ratio: float
 
 
-def count(structure: Structure, plan: Plan) -> Counts:
-    """Exact parameter counts of ``plan`` on ``structure``."""
-    block = sum(
-        len(kept[axis]) * layer.unit_params[axis]
-        for kept, layer in zip(plan.kept, structure.layers, strict=True)
-        for axis in AXES
-    )
+def count(structure: Structure, plan: Plan, active: bool = False) -> Counts:
+    """Exact parameter counts of ``plan`` on ``structure``: of what is stored, or with ``active`` of what a token uses of it.
+
+    Both are the same without experts. A channel in several experts is stored as often; of experts of different widths every
+    one counts as much as the widest, which is what stock classes store and compute.
+    """
+    block = 0
+    for index, (kept, layer) in enumerate(zip(plan.kept, structure.layers, strict=True)):
+        units = {axis: len(kept[axis]) for axis in AXES}
+        if plan.experts:
+            division = plan.experts[index]
+            number = len(division.routed)
+            units[FFN] = division.used(plan.top_k if active else number)
+            block += host_of(structure.family, bool(division.shared)).extra(structure.hidden, number)
+        block += sum(units[axis] * layer.unit_params[axis] for axis in AXES)
     gone = sum(layer.fixed_params for index, layer in enumerate(structure.layers) if index not in plan.layers)
     total = structure.constant_params + block - gone
     return Counts(total, block, total / structure.total_params, block / structure.prunable_params)

@@ -1,0 +1,89 @@
+"""Passes over tokens for experts: what a split and its routers begin from, and which experts the tokens go to in the end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from slimtune.methods.experts import Experts
+from slimtune.methods.passes import Passes
+from slimtune.models.surgery import linears_of
+from slimtune.models.weights import dense
+from slimtune.prune.gates import MaskBank, Site
+from slimtune.prune.split import split
+from slimtune.structure.axes import FFN
+from slimtune.train.loop import hash_seed
+from slimtune.train.session import Batches, Session
+
+
+@torch.no_grad()
+def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batches, experts: Experts) -> int:
+    """Split the channels and fit the routers on decision batches of the base; the tokens read."""
+    config, shape = session.recipe.moe, experts.shape
+    session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
+    bank.open()
+    passes = Passes(session, model, batches, config.prior_steps)
+    energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps))
+    sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
+    scores, weights = [], {}
+    for layer in range(len(session.structure.layers)):
+        seed = hash_seed(session.recipe.seed, "split", layer) % 2**31
+        found = split(energies.pop(layer), inputs.pop(layer), sizes, shape.top_k, seed, shape.overlap)
+        scores.append(found.scores)
+        weights[layer] = found.weight
+    experts.start(torch.stack(scores), weights)
+    return passes.tokens
+
+
+def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Of every layer what each channel adds for each token, squared [T, F], and the input of the MLP [T, D].
+
+    Args:
+        most: tokens of a batch, evenly spread over it.
+    """
+    norms = dict[int, Tensor]()
+    for layer, row, module in linears_of(model, session.structure):
+        if row.into and row.into.axis == FFN:
+            weight: Any = getattr(module, "base_layer", module).weight
+            norms[layer] = dense(weight).float().square().sum(0)
+    energies: dict[int, list[Tensor]] = {}
+    inputs: dict[int, list[Tensor]] = {}
+
+    def watchers(real: Tensor) -> dict[str, Any]:
+        at = real.flatten().nonzero().flatten()
+        at = at[torch.linspace(0, len(at) - 1, min(most, len(at)), device=at.device).long()]
+
+        def see(layer: int, axis: str, values: Tensor) -> None:
+            if axis == FFN:
+                found = values.flatten(0, 1)[at].float().square() * norms[layer]
+                energies.setdefault(layer, []).append(found.to(torch.bfloat16))
+
+        def read(layer: int, axis: str, x: Tensor) -> None:
+            if axis == FFN:
+                inputs.setdefault(layer, []).append(x.flatten(0, 1)[at])
+
+        return {"consumers": see, "producers": read}
+
+    passes.run(watchers)
+    return {layer: torch.cat(each) for layer, each in energies.items()}, {
+        layer: torch.cat(each) for layer, each in inputs.items()
+    }
+
+
+@torch.no_grad()
+def shares_of(
+    session: Session, model: nn.Module, bank: MaskBank, experts: Experts, masks: dict[Site, Tensor]
+) -> list[list[float]]:
+    """The part of a layer's choices that each expert gets on validation rows: [L][E], each layer adds up to one."""
+    router = experts.router
+    bank.close(masks)
+    router.eval()
+    router.counts = torch.zeros(len(router.weights), router.number, device=session.device, dtype=torch.long)
+    session.valid_figures(model)
+    counts = session.accelerator.reduce(router.counts)
+    router.counts = None
+    router.forget()
+    found: list[list[float]] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
+    return found

@@ -1,0 +1,179 @@
+"""ToMoE: a dense model becomes a mixture of experts (arXiv 2501.15316; partition, routing and prior are ours: docs/method.md).
+
+search   ``adapt`` turns teach generator, routers and, with ``moe.tune``, LoRA; or ``decide`` turns those without LoRA
+recover  the experts are fixed; ``adapt`` turns teach LoRA and routers
+
+Nothing is cut on the way: the gates let a token see its experts' channels alone, which is what the written model computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slimtune.methods.experts import Experts, masks_of
+from slimtune.methods.outcome import Outcome
+from slimtune.methods.routes import prior_of, shares_of
+from slimtune.methods.start import gated_model
+from slimtune.methods.teacher import Teacher
+from slimtune.models.surgery import quiet
+from slimtune.prune.gates import Site
+from slimtune.structure.plan import Plan, count
+from slimtune.train.loop import Phase, Turn, resumed, run_phase
+from slimtune.train.objective import Batch, accumulate, distillation_sum, forward, loss_sum
+from slimtune.train.session import Figures, Session
+from slimtune.train.tuner import Tuner
+
+
+def run(session: Session) -> Outcome:
+    """Search, freeze, recover."""
+    return _ToMoE(session).run()
+
+
+class _ToMoE:
+    def __init__(self, session: Session):
+        self.session, self.recipe, self.structure = session, session.recipe, session.structure
+        recipe = self.recipe
+        self.search, self.recover = recipe.search.steps, recipe.recover.steps
+        self.model, self.bank, self.handles = gated_model(session)
+        # LoRA's schedule runs over the steps in which it learns
+        self.before = 0 if recipe.moe.tune else self.search
+        self.tuner = Tuner(session, self.model, self.search + self.recover - self.before)
+        self.experts = Experts(session, self.bank, self.search, self.search + self.recover)
+        windows = session.splits.train if recipe.search.decide_on == "train" else session.splits.decision
+        self.decision = session.batches(windows, "decision", recipe.search.batch or recipe.train.batch)
+        self.teacher = Teacher(session, self.model, self.bank, untuned=True)
+        self.masks: dict[Site, Tensor] = {}
+        self.plan: Plan | None = None
+        self.tokens = {"prior": 0, "decide": 0}
+
+    def run(self) -> Outcome:
+        """All phases, from wherever the checkpoint left off."""
+        saved = resumed(self.session)
+        name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
+        if saved:
+            self._restore(saved)
+        elif self.recipe.moe.prior != "none":
+            self.tokens["prior"] += prior_of(self.session, self.model, self.bank, self.decision, self.experts)
+        if name == "search":
+            turn = Turn("adapt", self._adapt_both) if self.recipe.moe.tune else Turn("decide", self._decide)
+            self._phase("search", [turn], self.search, step)
+            self._freeze()
+            step = 0
+        self._phase("recover", [Turn("adapt", self._recover)], self.recover, step)
+        assert self.plan is not None
+        shares = shares_of(self.session, self.model, self.bank, self.experts, self.masks)
+        tokens = {**self.tokens, "adapt": self.tuner.tokens}
+        for handle in self.handles:
+            handle.remove()
+        return Outcome(self.model.eval(), self.plan, tokens, {"shares": shares}, router=self.experts.router)
+
+    # --- turns -------------------------------------------------------------------------------------------------------
+
+    def _adapt_both(self, step: int) -> dict[str, Any]:
+        """One backward pass for generator, routers and LoRA, on training data."""
+        sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
+        figures = self.tuner.update(step, self._loss(leaves, sampled))
+        return figures | self._learned(step, sampled, leaves)
+
+    def _decide(self, step: int) -> dict[str, Any]:
+        """The same without LoRA: the base stays as it is."""
+        sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
+        with quiet(self.model):
+            loss = self._loss(leaves, sampled)
+            value = accumulate(self.tuner.wrapped, self.decision.at(step), self.session.accelerator, loss, sync=False)
+        self.tokens["decide"] += self.decision.tokens(step)
+        return {"loss": value, **self._learned(step, sampled, leaves)}
+
+    def _learned(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
+        learned = self.experts.learn(step, sampled, leaves)
+        learned["router_grad_norm"] = self.experts.learn_router(step)
+        self.masks = self.experts.masks(step)
+        return {f"generator_{name}": value for name, value in learned.items()}
+
+    def _recover(self, step: int) -> dict[str, Any]:
+        self.experts.router.train()
+        figures = self.tuner.update(self.search - self.before + step, self._loss([], None))
+        return figures | {"router_grad_norm": self.experts.learn_router(self.search + step)}
+
+    def _loss(self, leaves: list[dict[Site, Tensor]], sampled: dict[Site, Tensor] | None) -> Callable[[Batch], Tensor]:
+        """Summed loss of a batch; ``leaves`` gains what collects the gradients of ``sampled`` masks, where there are some."""
+        kd, ce = self.recipe.moe.factors if sampled is not None else (self.recipe.distill.weight, 1.0)
+
+        def close() -> None:
+            if sampled is None:
+                self.bank.close(self.masks)
+            else:
+                leaves.append(self.bank.leaves(sampled))
+
+        def loss(batch: Batch) -> Tensor:
+            if not kd:
+                close()
+                return ce * loss_sum(self.tuner.wrapped, batch, self.tuner.cross_entropy, self.tuner.most)
+            theirs = self.teacher.logits(batch)
+            close()
+            ours = forward(self.tuner.wrapped, batch)
+            found = kd * distillation_sum(ours, theirs, batch["labels"], self.recipe.distill.temperature)
+            return found + ce * self.tuner.cross_entropy(ours, batch["labels"]) if ce else found
+
+        return loss
+
+    # --- decision ----------------------------------------------------------------------------------------------------
+
+    def _freeze(self) -> None:
+        self.plan = self.experts.plan()
+        self._fixed()
+        stored, active = count(self.structure, self.plan), count(self.structure, self.plan, active=True)
+        shape = self.experts.shape
+        self.session.progress.say(
+            f"decided: {shape.number} experts of {shape.width} channels, {shape.top_k} a token, "
+            f"{shape.shares * shape.width} channels shared; a token uses {active.total_ratio:.2%} of all parameters, "
+            f"{active.block_ratio:.2%} of the blocks, and {stored.total_ratio:.2%} are stored"
+        )
+
+    def _fixed(self) -> None:
+        assert self.plan is not None
+        self.masks = masks_of(self.plan, self.session.device)
+        self.experts.router.noise = 0.0
+
+    # --- bookkeeping -------------------------------------------------------------------------------------------------
+
+    def _phase(self, name: str, turns: list[Turn], steps: int, first: int) -> None:
+        before = 0 if name == "search" else self.search
+        parts = (turns, self._capture, self._kept, self._figures)
+        run_phase(self.session, Phase(name, steps, *parts, before=before), first)
+
+    def _kept(self) -> float:
+        if self.plan is None:
+            step = self.session.recipe.search.steps
+            return self.experts.target(step)
+        counts = count(self.structure, self.plan, active=True)
+        return counts.total_ratio if self.recipe.budget.of == "total" else counts.block_ratio
+
+    def _figures(self) -> Figures:
+        self.bank.close(self.masks)
+        self.experts.router.eval()
+        with torch.no_grad():
+            return self.session.valid_figures(self.model)
+
+    def _capture(self) -> dict[str, Any]:
+        return {
+            "tuner": self.tuner.capture(),
+            "experts": self.experts.capture(),
+            "plan": self.plan.to_json() if self.plan else None,
+            "tokens": dict(self.tokens),
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        self.tuner.restore(saved["tuner"])
+        self.experts.restore(saved["experts"])
+        self.tokens.update(saved["tokens"])
+        if saved["plan"]:
+            self.plan = Plan.from_json(saved["plan"])
+            self.plan.check(self.structure)
+            self._fixed()
+        elif saved["step"]:
+            self.masks = self.experts.masks(saved["step"] - 1)

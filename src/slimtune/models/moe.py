@@ -1,0 +1,145 @@
+"""A dense model's weights laid out as those of a stock class of sparse experts: slices of its MLPs, and a router a layer.
+
+Exact: a token's experts add what the dense MLP adds with all other channels at zero. Where the class's weights of the chosen
+experts add up to one and not to ``top_k``, down projections are multiplied by that, a power of two.
+Shapes: D hidden size, E experts, F mlp channels, W channels of an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from slimtune.errors import UserError
+from slimtune.models.load import meta_shapes
+from slimtune.structure.axes import FFN, Structure
+from slimtune.structure.experts import Host, host_of
+from slimtune.structure.plan import Plan
+
+_CARRIED = (
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+_WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Of the experts of every layer in a file: ``shared`` is the width of the shared expert in those of a routed one."""
+
+    number: int
+    top_k: int
+    width: int
+    shared: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Layout:
+        """As wide as the widest expert of any layer; narrower ones are filled up with zeros."""
+        width = max(division.width for division in plan.experts)
+        return cls(len(plan.experts[0].routed), plan.top_k, width, len(plan.experts[0].shared) // width)
+
+
+def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> PreTrainedConfig:
+    """The stock config of a model whose MLPs are experts.
+
+    Raises:
+        UserError: no stock class computes what such a base does.
+    """
+    host, raw = host_of(structure.family, layout.shared > 0), base.to_dict()
+    names = meta_shapes(base)
+    keys = {key: raw[key] for key in _CARRIED if key in raw}
+    keys |= {key: raw[key] for key in _WINDOWS if host.windows and key in raw}
+    keys |= {**host.keys, **{key: getattr(layout, name) for key, name in host.counted.items()}}
+    keys |= {"num_experts_per_tok": layout.top_k, "head_dim": structure.head_dim, "use_cache": True}
+    keys["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
+    if host.score == "sigmoid":
+        keys["routed_scaling_factor"] = float(layout.top_k)
+        keys["rope_parameters"] = {**(keys.get("rope_parameters") or {}), "partial_rotary_factor": 1.0}
+    if raw.get("sliding_window") and raw.get("use_sliding_window", True) and not host.windows:
+        raise UserError(
+            f"{host.model_type}, the class with a shared expert, has no sliding window, and this model has one of "
+            f"{raw['sliding_window']}; set moe.shared=false"
+        )
+    config: PreTrainedConfig = AutoConfig.for_model(host.model_type, **keys)
+    ours, theirs = _besides(names, structure, "mlp."), _besides(meta_shapes(config), structure, f"{host.module}.")
+    if ours != theirs or any(".mlp." in name and name.endswith(".bias") for name in names):
+        differ = sorted(dict(ours.items() ^ theirs.items())) or ["biases of the MLP"]
+        raise UserError(
+            f"{host.model_type}, the stock class for such experts, and this {base.model_type!r} model differ in {differ[0]}; "
+            "use method=atp, which keeps what the model has"
+        )
+    return config
+
+
+def _besides(shapes: Mapping[str, tuple[int, ...]], structure: Structure, block: str) -> dict[str, tuple[int, ...]]:
+    """All but the MLPs or experts."""
+    return {name: shape for name, shape in shapes.items() if f".{block}" not in name.removeprefix(structure.family.blocks)}
+
+
+@torch.no_grad()
+def tensors_of(model: nn.Module, structure: Structure, plan: Plan, routers: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Weights of the stock class, by their names in its files.
+
+    Args:
+        model: the dense one, LoRA merged.
+        routers: of each layer [E, D].
+    """
+    host, linears = host_of(structure.family, bool(plan.experts[0].shared)), structure.family.linears
+    mlp = [row.path for row in linears if FFN in (row.out and row.out.axis, row.into and row.into.axis)]
+    weights: dict[str, Tensor] = dict(model.named_parameters())  # tied ones once
+    found = {name: tensor for name, tensor in weights.items() if not any(f".{path}." in name for path in mlp)}
+    for layer in range(len(plan.experts)):
+        prefix = f"{structure.family.blocks}.{layer}."
+        parts = {path: weights[f"{prefix}{path}.weight"] for path in mlp}
+        found |= {f"{prefix}{name}": tensor for name, tensor in _layer(parts, plan, layer, host).items()}
+        gate = f"{prefix}{host.block}.gate"
+        found[f"{gate}.weight"] = routers[layer].to(next(iter(parts.values())))
+        if host.score == "sigmoid":
+            found[f"{gate}.e_score_correction_bias"] = torch.zeros(len(routers[layer]))
+        if host.idle:
+            found[f"{prefix}{host.idle_gate}.weight"] = torch.zeros_like(found[f"{gate}.weight"][:1])
+    return found
+
+
+def _layer(parts: Mapping[str, Tensor], plan: Plan, layer: int, host: Host) -> dict[str, Tensor]:
+    """Tensors of the experts of a layer; ``parts``: gate [F, D], up [F, D] and down [D, F] by path, in that order."""
+    division, width = plan.experts[layer], Layout.of(plan).width
+    gate, up, down = parts.values()
+    found: dict[str, Tensor] = {}
+    scale = plan.top_k if host.score == "softmax" else 1
+    places = [(f"{host.block}.experts.{number}", channels) for number, channels in enumerate(division.routed)]
+    for place, channels in places:
+        sliced = _sliced(gate, up, down * scale if scale != 1 else down, channels, width)
+        found |= {f"{place}.{name}.weight": tensor for name, tensor in zip(host.linears, sliced, strict=True)}
+    if division.shared or host.idle:
+        sliced = _sliced(gate, up, down, division.shared, len(division.shared) or host.idle)
+        found |= {f"{host.shared}.{name}.weight": tensor for name, tensor in zip(host.linears, sliced, strict=True)}
+    return found
+
+
+def _sliced(gate: Tensor, up: Tensor, down: Tensor, channels: Sequence[int], width: int) -> list[Tensor]:
+    """Rows of gate and up and columns of down, filled up with zeros to ``width``."""
+    index = torch.tensor(channels, device=gate.device, dtype=torch.long)
+    found = [gate.index_select(0, index), up.index_select(0, index), down.index_select(1, index)]
+    if missing := width - len(index):
+        found = [
+            nn.functional.pad(each, pad) for each, pad in zip(found, ((0, 0, 0, missing),) * 2 + ((0, missing),), strict=True)
+        ]
+    return [each.contiguous() for each in found]

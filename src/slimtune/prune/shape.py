@@ -1,0 +1,125 @@
+"""How many experts of what width meet a budget on what a token uses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log2
+
+from slimtune.errors import UserError
+from slimtune.prune.budget import allowance
+from slimtune.prune.solve import MULTIPLES
+from slimtune.sections import BudgetConfig, MoeConfig
+from slimtune.structure.axes import FFN, KV_GROUP, Structure
+from slimtune.structure.experts import host_of
+
+ABOUT = 16
+"""Routed experts that ``number: auto`` looks for."""
+_LEAST = 8
+"""Widths are multiples of it: grouped products in bfloat16 want rows of 16 bytes."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of the experts of every layer, alike in all as stock classes have them.
+
+    Attributes:
+        number: routed experts; top_k: of which a token uses so many.
+        width: channels of each.
+        shares: the shared expert is as wide as so many of them.
+        channels: of a layer before.
+        overlap: a channel may be in several.
+    """
+
+    number: int
+    top_k: int
+    width: int
+    shares: int
+    channels: int
+    overlap: bool = False
+
+    @property
+    def active(self) -> int:
+        """Channels that a token uses."""
+        return (self.shares + self.top_k) * self.width
+
+    @property
+    def dropped(self) -> int:
+        """Channels in no expert, where each can be in one."""
+        return 0 if self.overlap else self.channels - (self.shares + self.number) * self.width
+
+    def sizes(self, part: float) -> list[int]:
+        """Of shared, each routed expert, dropped, when ``part`` of the way from all shared to this shape is made."""
+        width, dropped = round(part * self.width), round(part * self.dropped)
+        return [self.channels - self.number * width - dropped, *[width] * self.number, dropped]
+
+
+def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shape:
+    """The shape nearest to the budget, of those within its tolerance the one that leaves fewest channels out.
+
+    Raises:
+        UserError: no shape meets the budget, or the base's layers differ.
+    """
+    channels = structure.layers[0].units[FFN]
+    if any(layer.units != structure.layers[0].units for layer in structure.layers):
+        raise UserError("method=tomoe needs a base whose layers are all alike: experts of all layers are of one width")
+    best: tuple[float, float] = (float("inf"), 0.0)
+    found: list[tuple[float, Shape]] = []
+    for shape in _shapes(channels, _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple, moe):
+        ratio = active_ratio(structure, shape, budget.of)
+        error = abs(ratio - budget.keep)
+        best = min(best, (error, ratio))
+        if error <= budget.tolerance:
+            found.append((_cost(shape, moe), shape))
+    if found:
+        return min(found, key=lambda each: each[0])[1]
+    raise UserError(
+        f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by experts "
+        f"(number={moe.number}, top_k={moe.top_k}, shared={str(moe.shared).lower()}, "
+        f"budget.ffn_multiple={budget.ffn_multiple}): the nearest part that a token can use is {best[1]:.4f}; ask for that, or "
+        "change those"
+    )
+
+
+def active_ratio(structure: Structure, shape: Shape, of: str) -> float:
+    """What a token uses, of the base's parameters: attention, experts and router."""
+    layers = len(structure.layers)
+    used = sum(
+        layer.units[KV_GROUP] * layer.unit_params[KV_GROUP] + shape.active * layer.unit_params[FFN]
+        for layer in structure.layers
+    )
+    used += layers * host_of(structure.family, shape.shares > 0).extra(structure.hidden, shape.number)
+    if of == "block":
+        return used / structure.prunable_params
+    return (used + structure.constant_params) / structure.total_params
+
+
+def expert_channels(structure: Structure, keep: float, of: str) -> float:
+    """Channels of a layer that a token may use: what a budget leaves to the experts (and their routers)."""
+    attention = sum(layer.units[KV_GROUP] * layer.unit_params[KV_GROUP] for layer in structure.layers)
+    owned = sum(layer.unit_params[FFN] for layer in structure.layers)
+    return (allowance(structure, keep, of) - attention) / owned
+
+
+def _shapes(channels: int, multiple: int, moe: MoeConfig) -> Iterator[Shape]:
+    overlap = moe.experts == "overlap"
+    top_k = (1 if overlap else 4) if moe.top_k == "auto" else moe.top_k
+    for width in range(multiple, channels + 1, multiple):
+        if overlap:
+            number = 8 if moe.number == "auto" else moe.number
+            if top_k <= number:
+                yield Shape(number, top_k, width, 0, channels, overlap=True)
+            continue
+        slots = channels // width
+        for shares in range(1, slots) if moe.shared else (0,):
+            numbers = range(top_k + 1, slots - shares + 1) if moe.number == "auto" else (moe.number,)
+            for number in numbers:
+                if top_k < number <= slots - shares:
+                    yield Shape(number, top_k, width, shares, channels)
+
+
+def _cost(shape: Shape, moe: MoeConfig) -> float:
+    """What speaks against a shape: channels left out, many experts or few, widths that hardware is slow at."""
+    far = abs(log2(shape.number / ABOUT)) if moe.number == "auto" and not shape.overlap else 0.0
+    fine = sum(shape.width % multiple != 0 for multiple in MULTIPLES)
+    return max(0, shape.dropped) / shape.channels + 0.1 * far + 0.05 * fine

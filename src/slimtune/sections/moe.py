@@ -1,0 +1,69 @@
+"""How a dense model becomes a mixture of experts (``method: tomoe``)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from slimtune.section import Section
+from slimtune.sections.bounds import Count, Positive
+
+
+class MoeConfig(Section):
+    """Experts of ``method: tomoe``. ``budget.keep`` is then the part of the parameters that a token uses."""
+
+    experts: Literal["partition", "overlap"] = "partition"
+    """``partition``: each MLP channel is in one expert, in the shared one or in none, so nothing is stored twice; ``overlap``:
+    as published, experts are subsets of all channels, and a file holds a channel once for each expert that has it."""
+    number: Positive | Literal["auto"] = "auto"
+    """Routed experts of a layer. ``auto``: 8 for ``overlap``, for ``partition`` about 16: as many as leave few channels out."""
+    top_k: Positive | Literal["auto"] = "auto"
+    """Routed experts that a token uses. ``auto``: 1 for ``overlap`` (published so), 4 for ``partition``."""
+    shared: bool = True
+    """``partition``: a shared expert that every token uses, as wide as several routed ones. Without one the model is a Mixtral,
+    Qwen2-MoE or Qwen3-MoE, with one a GLM4-MoE or Dots1."""
+    tune: bool = True
+    """LoRA learns while experts are found (one stage). Off: the base is frozen until ``recover``, as published."""
+    generator: Literal["gru", "direct"] = "gru"
+    """What makes the logits: a bidirectional GRU over the layers with a decoder for each (published), or free ones."""
+    prior: Literal["energy", "none"] = "energy"
+    """Start from a split of the channels by what they add on decision data, and from a router fitted to it by least squares;
+    or from experts that are all alike."""
+    prior_steps: Positive = 4
+    """Decision batches read for the prior."""
+    prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
+    """Standard deviation of the prior's logits over the channels."""
+    lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate (AdamW) of the generator."""
+    router_lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    """Peak learning rate (AdamW) of the routers."""
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
+    """Of the generator's decoders."""
+    clip: Annotated[float, Field(gt=0.0)] = 1.0
+    """Gradient-norm clip of generator and routers together."""
+    temperature: Annotated[float, Field(gt=0.0)] = 0.4
+    """Of the relaxed masks at the beginning."""
+    final_temperature: Annotated[float, Field(gt=0.0)] = 0.2
+    """At the end; it falls geometrically."""
+    explore: Annotated[float, Field(ge=0.0)] = 0.0
+    """Factor of the noise on masks and routing while experts are found; 1 as published."""
+    kd: Annotated[float, Field(ge=0.0)] | None = None
+    """Factor of the divergence from the base while experts are found. Default: 0 with ``tune``, 2 without (published)."""
+    ce: Annotated[float, Field(ge=0.0)] | None = None
+    """Factor of the cross-entropy while experts are found. Default: 1 with ``tune``, 0 without (published)."""
+    balance: Annotated[float, Field(ge=0.0)] = 0.01
+    """Factor of the load balance: the number of experts times the sum over them of share of tokens times mean score."""
+    union: Annotated[float, Field(ge=0.0)] = 3.0
+    """``overlap``: factor of the penalty on channels that are in no expert."""
+    budget: Annotated[float, Field(ge=0.0)] = 16.0
+    """``overlap``: factor of the penalty |log(active / target)|."""
+    tokens: Count = 4096
+    """Tokens a layer that the prior keeps of what it reads."""
+
+    @property
+    def factors(self) -> tuple[float, float]:
+        """Of divergence and cross-entropy while experts are found."""
+        kd = (0.0 if self.tune else 2.0) if self.kd is None else self.kd
+        ce = (1.0 if self.tune else 0.0) if self.ce is None else self.ce
+        return kd, ce
