@@ -71,7 +71,7 @@ def check_method(recipe: Recipe, config: PreTrainedConfig, structure: Structure)
         drop_layers([0.0] * len(structure.layers), level, structure, recipe.budget)
     elif recipe.method == "tomoe":
         shape = shape_of(structure, recipe.budget, recipe.moe)
-        moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares))
+        moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares, shape.groups))
     elif recipe.prunes:
         check_budget(structure, recipe.budget)
     if scores == "flap" and recipe.twostage.compensate:

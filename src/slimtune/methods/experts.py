@@ -22,7 +22,7 @@ from slimtune.prune.sampling import draw_noise
 from slimtune.prune.sampling import sample as draw
 from slimtune.prune.shape import expert_channels, shape_of
 from slimtune.prune.split import logits_of
-from slimtune.structure.axes import FFN, Structure
+from slimtune.structure.axes import FFN, KV_GROUP, Structure
 from slimtune.structure.experts import Division, host_of
 from slimtune.structure.plan import Plan
 from slimtune.train.loop import hash_seed
@@ -56,6 +56,7 @@ class Experts:
         self.generator = ExpertGenerator(layers, channels, slots, self.config).to(session.device)
         self.router = Router(self.structure.hidden, layers, self.shape.number, self.shape.top_k, self.host).to(session.device)
         self.router.balance = self.config.balance
+        self.attention = all_groups(self.structure, session.device)
         self.published = self.shape.overlap and self.config.prior == "none"
         bank.router = self.router
         decoders = {id(each) for each in getattr(self.generator, "decoders", ())}
@@ -76,13 +77,13 @@ class Experts:
         if self.config.explore:
             rng = torch.Generator().manual_seed(hash_seed(self.session.recipe.seed, "noise", step))
             logits = logits + self.config.explore * draw_noise(tuple(logits.shape), "logistic", rng, logits.device)
-        return self._sites(self._masks(logits, step))
+        return self._sites(self._masks(logits, step)) | self.attention
 
     @torch.no_grad()
     def masks(self, step: int) -> dict[Site, Tensor]:
         """The same without noise."""
         self.router.noise = 0.0
-        return self._sites(self._masks(self.generator(), step))
+        return self._sites(self._masks(self.generator(), step)) | self.attention
 
     def _masks(self, logits: Tensor, step: int) -> Tensor:
         """0/1 [L, F, S] of logits."""
@@ -120,14 +121,15 @@ class Experts:
     def _channels(self, step: int) -> float:
         if self.target(step) <= self.session.recipe.budget.keep:
             return self.shape.active
-        found = expert_channels(self.structure, self.target(step), self.session.recipe.budget.of)
+        found = expert_channels(self.structure, self.target(step), self.session.recipe.budget.of, self.shape.groups)
         return min(max(found, self.shape.active), self.shape.channels)
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
     def learn(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
         """Update the generator by the gradients that ``leaves`` [1 + E, F] of every micro-batch collected."""
-        gradients = _mean_over_ranks(leaves)
+        sampled = {site: mask for site, mask in sampled.items() if site[1] == FFN}
+        gradients = _mean_over_ranks([{site: part[site] for site in sampled} for part in leaves])
         figures: dict[str, Any] = {"target": self.target(step)}
         extra: list[Tensor] = []
         if self.published:
@@ -172,21 +174,29 @@ class Experts:
         self.generator.set_prior(logits[..., 1:-1] if self.shape.overlap else logits)
         self.router.start(weights)
 
+    def keep_groups(self, scores: dict[Site, Tensor]) -> None:
+        """Close the gates of all KV groups but the best ones of each layer, by ``scores`` {site: [K]}."""
+        for site, score in of_rank_0(scores).items():
+            mask = torch.zeros_like(score)
+            mask[torch.sort(score, descending=True, stable=True).indices[: self.shape.groups]] = 1.0
+            self.attention[site] = mask
+
     @torch.no_grad()
     def plan(self) -> Plan:
         """The decision: no noise, equal widths in all layers."""
+        groups = [mask.nonzero().flatten().tolist() for mask in self.attention.values()]
         logits = of_rank_0({(0, FFN): self.generator()})[0, FFN]
         if self.shape.overlap:
             layers = widest(logits, self.shape.width).cpu()
             overlapping = [Division.of([], [expert.nonzero().flatten().tolist() for expert in layer.T]) for layer in layers]
-            return Plan.divided(self.structure, overlapping, self.shape.top_k)
+            return Plan.divided(self.structure, groups, overlapping, self.shape.top_k)
         divisions = []
         centred = logits - logits.mean(1, keepdim=True)
         found = assign(centred, torch.tensor(self.shape.sizes(1.0)), self.temperature(self.steps - 1)).cpu()
         for layer in found:
             slots = [(layer == slot).nonzero().flatten().tolist() for slot in range(self.shape.number + 1)]
             divisions.append(Division.of(slots[0], slots[1:]))
-        return Plan.divided(self.structure, divisions, self.shape.top_k)
+        return Plan.divided(self.structure, groups, divisions, self.shape.top_k)
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
@@ -195,6 +205,7 @@ class Experts:
         return {
             "generator": self.generator.state_dict(),
             "router": self.router.state_dict(),
+            "attention": dict(self.attention),
             "optimizers": [each.state_dict() for each in (*self.optimizers, self.router_optimizer)],
         }
 
@@ -202,6 +213,7 @@ class Experts:
         """Continue from a ``capture``."""
         self.generator.load_state_dict(state["generator"])
         self.router.load_state_dict(state["router"])
+        self.attention = {site: mask.to(self.session.device) for site, mask in state["attention"].items()}
         for optimizer, saved in zip((*self.optimizers, self.router_optimizer), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
 
@@ -219,6 +231,11 @@ def routed(model: nn.Module, structure: Structure, plan: Plan, router: Router) -
         router.forget()
         for handle in handles:
             handle.remove()
+
+
+def all_groups(structure: Structure, device: torch.device) -> dict[Site, Tensor]:
+    """Masks [K] of ones."""
+    return {site: mask for site, mask in budget.all_kept(structure, device).items() if site[1] == KV_GROUP}
 
 
 def masks_of(plan: Plan, device: torch.device) -> dict[Site, Tensor]:

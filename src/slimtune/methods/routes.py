@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.methods.experts import Experts
+from slimtune.methods.experts import Experts, all_groups
 from slimtune.methods.passes import Passes
-from slimtune.models.surgery import linears_of
+from slimtune.models.surgery import linears_of, quiet
 from slimtune.models.weights import dense
-from slimtune.prune.gates import MaskBank, Site
+from slimtune.prune.gates import MaskBank, Site, squares_over_ranks
 from slimtune.prune.split import split
-from slimtune.structure.axes import FFN
+from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.train.loop import hash_seed
+from slimtune.train.objective import Batch, accumulate, loss_sum
 from slimtune.train.session import Batches, Session
 
 
@@ -27,6 +28,8 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
     passes = Passes(session, model, batches, config.prior_steps)
     energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps))
     sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
+    if shape.groups < session.structure.layers[0].units[KV_GROUP]:
+        experts.keep_groups(_squares(session, model, bank, passes))
     scores, weights = [], {}
     for layer in range(len(session.structure.layers)):
         seed = hash_seed(session.recipe.seed, "split", layer) % 2**31
@@ -35,6 +38,25 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
         weights[layer] = found.weight
     experts.start(torch.stack(scores), weights)
     return passes.tokens
+
+
+def _squares(session: Session, model: nn.Module, bank: MaskBank, passes: Passes) -> dict[Site, Tensor]:
+    """Squared gradients of per-sample gates of KV groups at one, summed over samples: {site: [K]} (Molchanov et al. 2019)."""
+    ones, found = all_groups(session.structure, session.device), dict[Site, Tensor]()
+    for step in range(passes.count):
+        leaves = list[dict[Site, Tensor]]()
+
+        def loss(batch: Batch, leaves: list[dict[Site, Tensor]] = leaves) -> Tensor:
+            leaves.append(bank.leaves({site: mask.expand(len(batch["input_ids"]), -1) for site, mask in ones.items()}))
+            return loss_sum(model, batch)
+
+        with torch.enable_grad(), quiet(model):
+            accumulate(model, passes.batches.at(step), session.accelerator, loss, sync=False)
+        for site, value in squares_over_ranks(*leaves).items():
+            found[site] = found.get(site, 0) + value
+        passes.tokens += passes.batches.tokens(step)
+    bank.open()
+    return found
 
 
 def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:

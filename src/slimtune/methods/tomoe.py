@@ -16,9 +16,11 @@ from torch import Tensor
 
 from slimtune.methods.experts import Experts, masks_of
 from slimtune.methods.outcome import Outcome
+from slimtune.methods.refit import put_refit, refit, taken_refit
 from slimtune.methods.routes import prior_of, shares_of
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
+from slimtune.models.sharded import cut_model
 from slimtune.models.surgery import quiet
 from slimtune.prune.gates import Site
 from slimtune.structure.plan import Plan, count
@@ -126,6 +128,14 @@ class _ToMoE:
     def _freeze(self) -> None:
         self.plan = self.experts.plan()
         self._fixed()
+        if self.recipe.moe.refit:
+            self.session.progress.say("o_proj and down_proj are fitted to what they added before")
+            self.bank.close({**self.masks, **self.experts.attention})
+            config = self.recipe.moe
+            self.tokens["prior"] += refit(
+                self.session, self.model, self.bank, self.decision, config.prior_steps, config.damping
+            )
+        self._cut()
         stored, active = count(self.structure, self.plan), count(self.structure, self.plan, active=True)
         shape = self.experts.shape
         self.session.progress.say(
@@ -133,6 +143,13 @@ class _ToMoE:
             f"{shape.shares * shape.width} channels shared; a token uses {active.total_ratio:.2%} of all parameters, "
             f"{active.block_ratio:.2%} of the blocks, and {stored.total_ratio:.2%} are stored"
         )
+
+    def _cut(self) -> None:
+        """Attention becomes smaller for good; what a token does not see of the MLP stays, for others do."""
+        assert self.plan is not None
+        self.bank.open()
+        self.model, replaced = cut_model(self.model, self.structure, self.plan.of_attention)
+        self.tuner.carry_over(self.model, replaced)
 
     def _fixed(self) -> None:
         assert self.plan is not None
@@ -165,15 +182,19 @@ class _ToMoE:
             "experts": self.experts.capture(),
             "plan": self.plan.to_json() if self.plan else None,
             "tokens": dict(self.tokens),
+            "refit": taken_refit(self.model, self.structure) if self.plan and self.recipe.moe.refit else None,
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        self.tuner.restore(saved["tuner"])
         self.experts.restore(saved["experts"])
         self.tokens.update(saved["tokens"])
         if saved["plan"]:
             self.plan = Plan.from_json(saved["plan"])
             self.plan.check(self.structure)
             self._fixed()
+            self._cut()
         elif saved["step"]:
             self.masks = self.experts.masks(saved["step"] - 1)
+        self.tuner.restore(saved["tuner"])
+        if saved["refit"]:
+            put_refit(self.model, self.structure, saved["refit"])

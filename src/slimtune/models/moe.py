@@ -7,7 +7,7 @@ Shapes: D hidden size, E experts, F mlp channels, W channels of an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from slimtune.errors import UserError
 from slimtune.models.load import meta_shapes
-from slimtune.structure.axes import FFN, Structure
+from slimtune.structure.axes import FFN, KV_GROUP, Structure
 from slimtune.structure.experts import Host, host_of
 from slimtune.structure.plan import Plan
 
@@ -42,18 +42,21 @@ _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_
 
 @dataclass(frozen=True)
 class Layout:
-    """Of the experts of every layer in a file: ``shared`` is the width of the shared expert in those of a routed one."""
+    """Of every layer in a file: ``shared`` is the width of the shared expert in those of a routed one, ``groups`` KV heads."""
 
     number: int
     top_k: int
     width: int
     shared: int
+    groups: int
 
     @classmethod
     def of(cls, plan: Plan) -> Layout:
         """As wide as the widest expert of any layer; narrower ones are filled up with zeros."""
         width = max(division.width for division in plan.experts)
-        return cls(len(plan.experts[0].routed), plan.top_k, width, len(plan.experts[0].shared) // width)
+        return cls(
+            len(plan.experts[0].routed), plan.top_k, width, len(plan.experts[0].shared) // width, len(plan.kept[0][KV_GROUP])
+        )
 
 
 def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> PreTrainedConfig:
@@ -68,6 +71,7 @@ def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> P
     keys |= {key: raw[key] for key in _WINDOWS if host.windows and key in raw}
     keys |= {**host.keys, **{key: getattr(layout, name) for key, name in host.counted.items()}}
     keys |= {"num_experts_per_tok": layout.top_k, "head_dim": structure.head_dim, "use_cache": True}
+    keys |= {"num_attention_heads": layout.groups * structure.group, "num_key_value_heads": layout.groups}
     keys["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
     if host.score == "sigmoid":
         keys["routed_scaling_factor"] = float(layout.top_k)
@@ -80,7 +84,7 @@ def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> P
     config: PreTrainedConfig = AutoConfig.for_model(host.model_type, **keys)
     ours, theirs = _besides(names, structure, "mlp."), _besides(meta_shapes(config), structure, f"{host.module}.")
     if ours != theirs or any(".mlp." in name and name.endswith(".bias") for name in names):
-        differ = sorted(dict(ours.items() ^ theirs.items())) or ["biases of the MLP"]
+        differ = sorted(ours ^ theirs) or ["biases of the MLP"]
         raise UserError(
             f"{host.model_type}, the stock class for such experts, and this {base.model_type!r} model differ in {differ[0]}; "
             "use method=atp, which keeps what the model has"
@@ -88,9 +92,9 @@ def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> P
     return config
 
 
-def _besides(shapes: Mapping[str, tuple[int, ...]], structure: Structure, block: str) -> dict[str, tuple[int, ...]]:
-    """All but the MLPs or experts."""
-    return {name: shape for name, shape in shapes.items() if f".{block}" not in name.removeprefix(structure.family.blocks)}
+def _besides(names: Iterable[str], structure: Structure, block: str) -> set[str]:
+    """All but those of the MLPs or experts."""
+    return {name for name in names if f".{block}" not in name.removeprefix(structure.family.blocks)}
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from slimtune.sections import BudgetConfig, MoeConfig
 from slimtune.structure.axes import FFN, KV_GROUP, Structure
 from slimtune.structure.experts import host_of
 
-ABOUT = 16
-"""Routed experts that ``number: auto`` looks for."""
+ABOUT = 4
+"""Routed experts for each that a token uses, which ``number: auto`` looks for."""
 _LEAST = 8
 """Widths are multiples of it: grouped products in bfloat16 want rows of 16 bytes."""
 
@@ -27,6 +27,7 @@ class Shape:
         number: routed experts; top_k: of which a token uses so many.
         width: channels of each.
         shares: the shared expert is as wide as so many of them.
+        groups: KV groups that stay in each layer.
         channels: of a layer before.
         overlap: a channel may be in several.
     """
@@ -35,6 +36,7 @@ class Shape:
     top_k: int
     width: int
     shares: int
+    groups: int
     channels: int
     overlap: bool = False
 
@@ -65,7 +67,8 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
         raise UserError("method=tomoe needs a base whose layers are all alike: experts of all layers are of one width")
     best: tuple[float, float] = (float("inf"), 0.0)
     found: list[tuple[float, Shape]] = []
-    for shape in _shapes(channels, _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple, moe):
+    groups = groups_of(structure, budget, moe)
+    for shape in _shapes(channels, groups, _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple, moe):
         ratio = active_ratio(structure, shape, budget.of)
         error = abs(ratio - budget.keep)
         best = min(best, (error, ratio))
@@ -84,42 +87,56 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
 def active_ratio(structure: Structure, shape: Shape, of: str) -> float:
     """What a token uses, of the base's parameters: attention, experts and router."""
     layers = len(structure.layers)
-    used = sum(
-        layer.units[KV_GROUP] * layer.unit_params[KV_GROUP] + shape.active * layer.unit_params[FFN]
-        for layer in structure.layers
-    )
+    used = sum(shape.groups * layer.unit_params[KV_GROUP] + shape.active * layer.unit_params[FFN] for layer in structure.layers)
     used += layers * host_of(structure.family, shape.shares > 0).extra(structure.hidden, shape.number)
     if of == "block":
         return used / structure.prunable_params
     return (used + structure.constant_params) / structure.total_params
 
 
-def expert_channels(structure: Structure, keep: float, of: str) -> float:
-    """Channels of a layer that a token may use: what a budget leaves to the experts (and their routers)."""
-    attention = sum(layer.units[KV_GROUP] * layer.unit_params[KV_GROUP] for layer in structure.layers)
+def expert_channels(structure: Structure, keep: float, of: str, groups: int) -> float:
+    """Channels of a layer that a token may use beside ``groups`` KV groups: what a budget leaves to experts and routers."""
+    attention = sum(groups * layer.unit_params[KV_GROUP] for layer in structure.layers)
     owned = sum(layer.unit_params[FFN] for layer in structure.layers)
     return (allowance(structure, keep, of) - attention) / owned
 
 
-def _shapes(channels: int, multiple: int, moe: MoeConfig) -> Iterator[Shape]:
+def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int:
+    """KV groups that stay in each layer.
+
+    Raises:
+        UserError: more are asked for than there are.
+    """
+    every = structure.layers[0].units[KV_GROUP]
+    if moe.groups == "all":
+        return every
+    if moe.groups != "auto":
+        if moe.groups > every:
+            raise UserError(f"moe.groups={moe.groups} is more than the {every} KV groups of a layer; give {every} at most")
+        return moe.groups
+    share = allowance(structure, budget.keep, budget.of) / structure.prunable_params
+    return min(every, max(1, round(every * (1 + share) / 2)))
+
+
+def _shapes(channels: int, groups: int, multiple: int, moe: MoeConfig) -> Iterator[Shape]:
     overlap = moe.experts == "overlap"
     top_k = (1 if overlap else 4) if moe.top_k == "auto" else moe.top_k
     for width in range(multiple, channels + 1, multiple):
         if overlap:
             number = 8 if moe.number == "auto" else moe.number
             if top_k <= number:
-                yield Shape(number, top_k, width, 0, channels, overlap=True)
+                yield Shape(number, top_k, width, 0, groups, channels, overlap=True)
             continue
         slots = channels // width
         for shares in range(1, slots) if moe.shared else (0,):
             numbers = range(top_k + 1, slots - shares + 1) if moe.number == "auto" else (moe.number,)
             for number in numbers:
                 if top_k < number <= slots - shares:
-                    yield Shape(number, top_k, width, shares, channels)
+                    yield Shape(number, top_k, width, shares, groups, channels)
 
 
 def _cost(shape: Shape, moe: MoeConfig) -> float:
     """What speaks against a shape: channels left out, many experts or few, widths that hardware is slow at."""
-    far = abs(log2(shape.number / ABOUT)) if moe.number == "auto" and not shape.overlap else 0.0
+    far = abs(log2(shape.number / (ABOUT * shape.top_k))) if moe.number == "auto" and not shape.overlap else 0.0
     fine = sum(shape.width % multiple != 0 for multiple in MULTIPLES)
     return max(0, shape.dropped) / shape.channels + 0.1 * far + 0.05 * fine

@@ -18,6 +18,8 @@ from slimtune.prune.assign import assign, widest
 
 ROUNDS = 8
 _RIDGE = 1e-2
+_EVEN = 0.8
+"""How much of an expert's lead over the others, by what it adds on average, its router leaves out: else few take all tokens."""
 _SPREAD = 0.5
 """Standard deviation of the router's logits over the tokens, so that the weights of the chosen experts begin near one."""
 
@@ -55,7 +57,9 @@ def split(energy: Tensor, x: Tensor, sizes: Tensor, top_k: int, seed: int, overl
         else:
             experts = F.one_hot(assign(scores[None], sizes)[0], len(sizes)).to(energy)[:, 1:-1]
         added = (energy @ experts + 1e-4).log()
-        weight = (inverse @ (x.T @ (added - added.mean(1, keepdim=True)))).T
+        added = added - added.mean(1, keepdim=True)
+        added = added - _EVEN * added.mean(0)
+        weight = (inverse @ (x.T @ added)).T
         logits = x @ weight.T
         used = torch.zeros_like(logits).scatter_(1, logits.topk(top_k, 1).indices, 1.0)
         scores = _scores(energy, used)

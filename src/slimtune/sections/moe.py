@@ -17,12 +17,20 @@ class MoeConfig(Section):
     """``partition``: each MLP channel is in one expert, in the shared one or in none, so nothing is stored twice; ``overlap``:
     as published, experts are subsets of all channels, and a file holds a channel once for each expert that has it."""
     number: Positive | Literal["auto"] = "auto"
-    """Routed experts of a layer. ``auto``: 8 for ``overlap``, for ``partition`` about 16: as many as leave few channels out."""
+    """Routed experts of a layer. ``auto``: 8 for ``overlap``, for ``partition`` about four times ``top_k``: as many as leave
+    few channels out."""
     top_k: Positive | Literal["auto"] = "auto"
     """Routed experts that a token uses. ``auto``: 1 for ``overlap`` (published so), 4 for ``partition``."""
     shared: bool = True
     """``partition``: a shared expert that every token uses, as wide as several routed ones. Without one the model is a Mixtral,
     Qwen2-MoE or Qwen3-MoE, with one a GLM4-MoE or Dots1."""
+    groups: Positive | Literal["auto", "all"] = "auto"
+    """KV groups (with their query heads) that stay in every layer, those of the largest squared gradients. ``auto``: of
+    attention about half the part goes that a token does without of all; ``all``: attention stays as it is."""
+    refit: bool = True
+    """Once the experts are decided, o_proj and down_proj are fitted anew by least squares to what they added before."""
+    damping: Annotated[float, Field(gt=0.0)] = 0.01
+    """Of ``refit``, in units of the mean square of what is left of the inputs."""
     tune: bool = True
     """LoRA learns while experts are found (one stage). Off: the base is frozen until ``recover``, as published."""
     generator: Literal["gru", "direct"] = "gru"
@@ -30,13 +38,13 @@ class MoeConfig(Section):
     prior: Literal["energy", "none"] = "energy"
     """Start from a split of the channels by what they add on decision data, and from a router fitted to it by least squares;
     or from experts that are all alike."""
-    prior_steps: Positive = 4
-    """Decision batches read for the prior."""
+    prior_steps: Positive = 16
+    """Decision batches read for the prior, and once more for ``refit``."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
     """Standard deviation of the prior's logits over the channels."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
     """Peak learning rate (AdamW) of the generator."""
-    router_lr: Annotated[float, Field(gt=0.0)] = 1e-3
+    router_lr: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate (AdamW) of the routers."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     """Of the generator's decoders."""
@@ -52,7 +60,7 @@ class MoeConfig(Section):
     """Factor of the divergence from the base while experts are found. Default: 0 with ``tune``, 2 without (published)."""
     ce: Annotated[float, Field(ge=0.0)] | None = None
     """Factor of the cross-entropy while experts are found. Default: 1 with ``tune``, 0 without (published)."""
-    balance: Annotated[float, Field(ge=0.0)] = 0.01
+    balance: Annotated[float, Field(ge=0.0)] = 0.1
     """Factor of the load balance: the number of experts times the sum over them of share of tokens times mean score."""
     union: Annotated[float, Field(ge=0.0)] = 3.0
     """``overlap``: factor of the penalty on channels that are in no expert."""

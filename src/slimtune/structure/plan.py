@@ -62,15 +62,18 @@ class Plan:
         return cls.of(structure, [{axis: range(layer.units[axis]) for axis in AXES} for layer in structure.layers])
 
     @classmethod
-    def divided(cls, structure: Structure, experts: Sequence[Division], top_k: int) -> Plan:
-        """A checked Plan that divides channels among experts and leaves attention as it is."""
-        kept = [
-            {KV_GROUP: range(layer.units[KV_GROUP]), FFN: each.union}
-            for layer, each in zip(structure.layers, experts, strict=True)
-        ]
+    def divided(cls, structure: Structure, groups: Sequence[Sequence[int]], experts: Sequence[Division], top_k: int) -> Plan:
+        """A checked Plan that keeps ``groups`` of each layer's KV groups and divides channels among experts."""
+        kept = [{KV_GROUP: own, FFN: each.union} for own, each in zip(groups, experts, strict=True)]
         plan = replace(cls.of(structure, kept), experts=tuple(experts), top_k=top_k)
         plan.check(structure)
         return plan
+
+    @property
+    def of_attention(self) -> Plan:
+        """The same with all channels and no experts."""
+        kept = [{**layer, FFN: tuple(range(full[FFN]))} for layer, full in zip(self.kept, self.full, strict=True)]
+        return replace(self, kept=tuple(kept), experts=(), top_k=0)
 
     def check(self, structure: Structure) -> None:
         """Raise UserError unless this Plan fits ``structure``, and every layer keeps both axes or neither, one layer both."""
