@@ -43,7 +43,7 @@ class _Group(TyperGroup):
                 _complain(f"error: {error}")
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            _complain("interrupted" + ("; continue with --resume" if ctx.invoked_subcommand == "tune" else ""))
+            _complain("interrupted" + ("; continue with --resume" if ctx.invoked_subcommand in ("tune", "convert") else ""))
             raise typer.Exit(130) from None
         except Exception as error:
             if os.environ.get("SLIMTUNE_DEBUG") == "1" or not (told := out_of_memory(error)):
@@ -75,6 +75,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Overrides, e.g. budget.keep=0.6 out=runs/x.", show_default=False),
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
 
 
 def _version(wanted: bool) -> None:
@@ -96,13 +98,38 @@ def _options(
 def tune(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the output folder.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")] = False,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Tune and prune a model as a recipe says."""
     from slimtune.recipe import load
 
+    _run(load(recipe, overrides or []), resume, overwrite)
+
+
+@app.command()
+def convert(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Turn a dense model into a mixture of experts as a recipe says (method: tomoe).
+
+    Nothing is deleted for good: each token uses the part of the model that budget.keep says. The written folder is a
+    Mixtral, Qwen2-MoE, Qwen3-MoE, GLM4-MoE or Dots1, which stock software loads.
+    """
+    from slimtune.recipe import load
+
     loaded = load(recipe, overrides or [])
+    if loaded.method != "tomoe":
+        raise UserError(
+            f"method={loaded.method} makes no experts: add method=tomoe, or start {str(recipe)!r} with slimtune tune"
+        )
+    _run(loaded, resume, overwrite)
+
+
+def _run(loaded: Any, resume: bool, overwrite: bool) -> None:
     from slimtune import pipeline
     from slimtune.runtime import leave_group, quiet_libraries
     from slimtune.train.judgement import Breach

@@ -100,8 +100,18 @@ class Recipe(Section):
         return (turns + sum(self.prior_passes) * self.generator.prior_steps) * (self.search.batch or self.train.batch)
 
     @property
+    def moe_windows(self) -> int:
+        """Windows that ``tomoe`` reads: of its passes over decision batches, its search and its recovery."""
+        passes = (self.moe.groups != "all") + (self.moe.prior != "none") + self.moe.refit
+        batch = self.search.batch or self.train.batch
+        searched = self.search.steps * (self.train.batch if self.moe.tune else batch)
+        return passes * self.moe.prior_steps * batch + searched + self.recover.steps * self.train.batch
+
+    @property
     def windows(self) -> int:
         """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
+        if self.method == "tomoe":
+            return self.moe_windows
         return self.updates * self.train.batch + self.decide_windows
 
     @property
@@ -127,6 +137,8 @@ class Recipe(Section):
         """Updates of the model's trainable weights; ``twostage`` makes as many as read the windows of ``atp`` in all."""
         if self.method == "twostage":
             return max(0, self.windows - self.scoring_windows) // self.train.batch
+        if self.method == "tomoe" and not self.moe.tune:
+            return self.recover.steps
         return self.train.steps if self.method == "finetune" else self.updates
 
     @model_validator(mode="after")

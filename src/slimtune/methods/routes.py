@@ -11,6 +11,7 @@ from slimtune.methods.experts import Experts, all_groups
 from slimtune.methods.passes import Passes
 from slimtune.models.surgery import linears_of, quiet
 from slimtune.models.weights import dense
+from slimtune.prune.cmoe import cmoe_split
 from slimtune.prune.gates import MaskBank, Site, squares_over_ranks
 from slimtune.prune.split import split
 from slimtune.structure.axes import FFN, KV_GROUP
@@ -21,19 +22,25 @@ from slimtune.train.session import Batches, Session
 
 @torch.no_grad()
 def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batches, experts: Experts) -> int:
-    """Split the channels and fit the routers on decision batches of the base; the tokens read."""
+    """Choose KV groups, split the channels and fit the routers, on decision batches of the base; the tokens read."""
     config, shape = session.recipe.moe, experts.shape
-    session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
     bank.open()
     passes = Passes(session, model, batches, config.prior_steps)
     energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps))
     sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
     if shape.groups < session.structure.layers[0].units[KV_GROUP]:
+        session.progress.say(f"{shape.groups} KV groups a layer stay, by squared gradients on {config.prior_steps} batches")
         experts.keep_groups(_squares(session, model, bank, passes))
+    if config.prior == "none":
+        return passes.tokens
+    session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
     scores, weights = [], {}
     for layer in range(len(session.structure.layers)):
         seed = hash_seed(session.recipe.seed, "split", layer) % 2**31
-        found = split(energies.pop(layer), inputs.pop(layer), sizes, shape.top_k, seed, shape.overlap)
+        if config.prior == "cmoe":
+            found = cmoe_split(energies.pop(layer), inputs.pop(layer), sizes)
+        else:
+            found = split(energies.pop(layer), inputs.pop(layer), sizes, shape.top_k, seed, shape.overlap)
         scores.append(found.scores)
         weights[layer] = found.weight
     experts.start(torch.stack(scores), weights)
@@ -65,11 +72,11 @@ def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tupl
     Args:
         most: tokens of a batch, evenly spread over it.
     """
-    norms = dict[int, Tensor]()
+    norms, weighted = dict[int, Tensor](), session.recipe.moe.prior == "energy"
     for layer, row, module in linears_of(model, session.structure):
         if row.into and row.into.axis == FFN:
             weight: Any = getattr(module, "base_layer", module).weight
-            norms[layer] = dense(weight).float().square().sum(0)
+            norms[layer] = dense(weight).float().square().sum(0) if weighted else torch.ones(weight.shape[1]).to(weight.device)
     energies: dict[int, list[Tensor]] = {}
     inputs: dict[int, list[Tensor]] = {}
 

@@ -58,7 +58,7 @@ class _ToMoE:
         name, step = (saved["phase"], saved["step"]) if saved else ("search", 0)
         if saved:
             self._restore(saved)
-        elif self.recipe.moe.prior != "none":
+        else:
             self.tokens["prior"] += prior_of(self.session, self.model, self.bank, self.decision, self.experts)
         if name == "search":
             turn = Turn("adapt", self._adapt_both) if self.recipe.moe.tune else Turn("decide", self._decide)

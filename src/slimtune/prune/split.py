@@ -47,7 +47,7 @@ def split(energy: Tensor, x: Tensor, sizes: Tensor, top_k: int, seed: int, overl
     number = len(sizes) - 2
     energy = energy.float() / energy.float().sum(1).mean().clamp(min=1e-30)
     x = x.float()
-    inverse = _inverse(x)
+    inverse = inverse_of(x)
     used = _clusters(x, number, seed)
     scores = _scores(energy, used)
     weight = x.new_zeros(number, x.shape[1])
@@ -63,7 +63,7 @@ def split(energy: Tensor, x: Tensor, sizes: Tensor, top_k: int, seed: int, overl
         logits = x @ weight.T
         used = torch.zeros_like(logits).scatter_(1, logits.topk(top_k, 1).indices, 1.0)
         scores = _scores(energy, used)
-    return Split(scores, weight * (_SPREAD / (x @ weight.T).std(0).mean().clamp(min=1e-6)))
+    return Split(scores, _scaled(weight, x))
 
 
 def logits_of(scores: Tensor, scale: float) -> Tensor:
@@ -82,7 +82,17 @@ def _scores(energy: Tensor, used: Tensor) -> Tensor:
     return scores / scores[:, :1].mean().clamp(min=1e-30)
 
 
-def _inverse(x: Tensor) -> Tensor:
+def ridge(x: Tensor, wanted: Tensor) -> Tensor:
+    """The router [E, D] whose logits come nearest to ``wanted`` [T, E] up to what all experts have in common."""
+    return _scaled((inverse_of(x) @ (x.T @ (wanted - wanted.mean(1, keepdim=True)))).T, x)
+
+
+def _scaled(weight: Tensor, x: Tensor) -> Tensor:
+    return weight * (_SPREAD / (x @ weight.T).std(0).mean().clamp(min=1e-6))
+
+
+def inverse_of(x: Tensor) -> Tensor:
+    """Of the damped second moments of ``x`` [T, D]: [D, D]."""
     moments = x.T @ x
     moments.diagonal().add_(_RIDGE * moments.diagonal().mean())
     return torch.linalg.inv(moments)

@@ -35,9 +35,10 @@ class MoeConfig(Section):
     """LoRA learns while experts are found (one stage). Off: the base is frozen until ``recover``, as published."""
     generator: Literal["gru", "direct"] = "gru"
     """What makes the logits: a bidirectional GRU over the layers with a decoder for each (published), or free ones."""
-    prior: Literal["energy", "none"] = "energy"
-    """Start from a split of the channels by what they add on decision data, and from a router fitted to it by least squares;
-    or from experts that are all alike."""
+    prior: Literal["energy", "cmoe", "none"] = "energy"
+    """Where the search starts. ``energy``: from a split of the channels by what they add for which tokens of decision data, and
+    routers fitted to that by least squares; ``cmoe``: from that of CMoE (with ``search.steps=0`` and ``refit=false`` the
+    rival); ``none``: from experts that are all alike (published)."""
     prior_steps: Positive = 16
     """Decision batches read for the prior, and once more for ``refit``."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
