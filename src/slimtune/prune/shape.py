@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import log2
+from math import floor, log2
 
 from slimtune.errors import UserError
 from slimtune.prune.budget import allowance
@@ -68,8 +68,11 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
     best: tuple[float, float] = (float("inf"), 0.0)
     found: list[tuple[float, Shape]] = []
     groups = groups_of(structure, budget, moe)
-    for shape in _shapes(channels, groups, _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple, moe):
-        ratio = active_ratio(structure, shape, budget.of)
+    active = expert_channels(structure, budget.keep, budget.of, groups)
+    multiple = _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple
+    ratio_of = _ratio(structure, groups, moe.shared and moe.experts == "partition", budget.of)
+    for shape in _shapes(channels, active, groups, multiple, moe):
+        ratio = ratio_of(shape)
         error = abs(ratio - budget.keep)
         best = min(best, (error, ratio))
         if error <= budget.tolerance:
@@ -86,12 +89,21 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
 
 def active_ratio(structure: Structure, shape: Shape, of: str) -> float:
     """What a token uses, of the base's parameters: attention, experts and router."""
-    layers = len(structure.layers)
-    used = sum(shape.groups * layer.unit_params[KV_GROUP] + shape.active * layer.unit_params[FFN] for layer in structure.layers)
-    used += layers * host_of(structure.family, shape.shares > 0).extra(structure.hidden, shape.number)
-    if of == "block":
-        return used / structure.prunable_params
-    return (used + structure.constant_params) / structure.total_params
+    return _ratio(structure, shape.groups, shape.shares > 0, of)(shape)
+
+
+def _ratio(structure: Structure, groups: int, shared: bool, of: str) -> Callable[[Shape], float]:
+    """The same for many shapes of one kind: it is linear in what they differ in."""
+    attention = sum(groups * layer.unit_params[KV_GROUP] for layer in structure.layers)
+    channel = sum(layer.unit_params[FFN] for layer in structure.layers)
+    host, layers = host_of(structure.family, shared), len(structure.layers)
+    fixed = attention + (structure.constant_params if of == "total" else 0)
+    whole = structure.total_params if of == "total" else structure.prunable_params
+
+    def ratio(shape: Shape) -> float:
+        return (fixed + shape.active * channel + layers * host.extra(structure.hidden, shape.number)) / whole
+
+    return ratio
 
 
 def expert_channels(structure: Structure, keep: float, of: str, groups: int) -> float:
@@ -118,7 +130,8 @@ def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int
     return min(every, max(1, round(every * (1 + share) / 2)))
 
 
-def _shapes(channels: int, groups: int, multiple: int, moe: MoeConfig) -> Iterator[Shape]:
+def _shapes(channels: int, active: float, groups: int, multiple: int, moe: MoeConfig) -> Iterator[Shape]:
+    """Shapes by which a token uses about ``active`` channels."""
     overlap = moe.experts == "overlap"
     top_k = (1 if overlap else 4) if moe.top_k == "auto" else moe.top_k
     for width in range(multiple, channels + 1, multiple):
@@ -127,11 +140,12 @@ def _shapes(channels: int, groups: int, multiple: int, moe: MoeConfig) -> Iterat
             if top_k <= number:
                 yield Shape(number, top_k, width, 0, groups, channels, overlap=True)
             continue
-        slots = channels // width
-        for shares in range(1, slots) if moe.shared else (0,):
-            numbers = range(top_k + 1, slots - shares + 1) if moe.number == "auto" else (moe.number,)
+        exact = floor(active / width) - top_k
+        for shares in {max(1, exact), max(1, exact + 1)} if moe.shared else {0}:
+            most = channels // width - shares
+            numbers = range(top_k + 1, min(most, 4 * ABOUT * top_k) + 1) if moe.number == "auto" else (moe.number,)
             for number in numbers:
-                if top_k < number <= slots - shares:
+                if top_k < number <= most:
                     yield Shape(number, top_k, width, shares, groups, channels)
 
 

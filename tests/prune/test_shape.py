@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+
+from slimtune.errors import UserError
+from slimtune.models.load import structure_of
+from slimtune.prune.shape import Shape, active_ratio, groups_of, shape_of
+from slimtune.sections import BudgetConfig, MoeConfig
+from slimtune.structure.axes import Structure
+
+
+@pytest.fixture(scope="module")
+def llama3() -> Structure:
+    """Of Llama-3-8B, with two layers."""
+    return structure_of(
+        LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_hidden_layers=2,
+            vocab_size=128,
+        )
+    )
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.7, 0.6, 0.5])
+@pytest.mark.parametrize("moe", [{}, {"shared": False}, {"experts": "overlap"}, {"top_k": 8}, {"groups": "all"}])
+def test_a_token_uses_what_the_budget_says(llama3: Structure, keep: float, moe: dict[str, Any]) -> None:
+    budget = BudgetConfig(keep=keep, of="block")
+    shape = shape_of(llama3, budget, MoeConfig(**moe))
+    assert abs(active_ratio(llama3, shape, "block") - keep) <= budget.tolerance
+    assert shape.width % 8 == 0
+    assert shape.dropped >= 0
+    assert (shape.shares > 0) == ("shared" not in moe and moe.get("experts") != "overlap")
+    assert sum(shape.sizes(1.0)) == 14336 or shape.overlap
+
+
+@pytest.mark.parametrize("multiple", [64, 128, 256])
+def test_widths_are_multiples_of_what_is_asked_for(llama3: Structure, multiple: int) -> None:
+    shape = shape_of(llama3, BudgetConfig(keep=0.6, of="block", ffn_multiple=multiple, tolerance=0.01), MoeConfig())
+    assert shape.width % multiple == 0
+
+
+def test_on_the_way_all_channels_are_shared_at_first(llama3: Structure) -> None:
+    shape = shape_of(llama3, BudgetConfig(keep=0.6, of="block"), MoeConfig())
+    first, half = shape.sizes(0.0), shape.sizes(0.5)
+    assert first[0] == 14336
+    assert sum(first[1:]) == 0
+    assert sum(half) == 14336
+    assert half[1] == round(shape.width / 2)
+
+
+def test_attention_loses_half_the_part_that_a_token_does_without(llama3: Structure) -> None:
+    found = {keep: groups_of(llama3, BudgetConfig(keep=keep, of="block"), MoeConfig()) for keep in (0.9, 0.75, 0.5, 0.25)}
+    assert found == {0.9: 8, 0.75: 7, 0.5: 6, 0.25: 5}
+    assert groups_of(llama3, BudgetConfig(keep=0.5, of="block"), MoeConfig(groups="all")) == 8
+    with pytest.raises(UserError, match=r"moe\.groups=9 is more than the 8 KV groups"):
+        groups_of(llama3, BudgetConfig(), MoeConfig(groups=9))
+
+
+def test_a_budget_that_no_shape_meets_names_the_nearest(llama3: Structure) -> None:
+    with pytest.raises(UserError, match=r"budget\.keep=0\.05 of block cannot be met.*the nearest part that a token can use is"):
+        shape_of(llama3, BudgetConfig(keep=0.05, of="block"), MoeConfig())
+    with pytest.raises(UserError, match="cannot be met"):
+        shape_of(llama3, BudgetConfig(keep=0.6, of="block"), MoeConfig(number=3, top_k=4))
+
+
+def test_layers_of_different_widths_are_refused(llama3: Structure) -> None:
+    from dataclasses import replace
+
+    first = llama3.layers[0]
+    other = replace(first, units={**first.units, "ffn": 128})
+    with pytest.raises(UserError, match="whose layers are all alike"):
+        shape_of(replace(llama3, layers=(first, other)), BudgetConfig(), MoeConfig())
+
+
+def test_what_is_left_out_counts_against_a_shape() -> None:
+    assert Shape(8, 2, 100, 1, 4, 1000).dropped == 100
+    assert Shape(8, 2, 100, 1, 4, 1000, overlap=True).dropped == 0
+    assert Shape(8, 2, 100, 1, 4, 1000).active == 300
