@@ -4,8 +4,8 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``compiling``, ``growth``, ``locking``, ``scale``, ``startup`` and ``updates``, as the scripts print them that make
-those rows; what signs mean is said once in a document.
+``cost``, ``compiling``, ``growth``, ``locking``, ``scale``, ``startup``, ``tomoe`` and ``updates``, as the scripts print them
+that make those rows; what signs mean is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
@@ -25,6 +25,7 @@ import scale
 import small_updates
 import speed
 import startup
+import tomoe_speed
 
 from slimtune.comparison.figure import draw
 from slimtune.comparison.rows import Row, read
@@ -45,6 +46,7 @@ OWN = {
     "locking": locking.table,
     "scale": scale.table,
     "startup": startup.table,
+    "tomoe": tomoe_speed.table,
     "updates": small_updates.table,
 }
 """Parts of rows that are no runs, by the script that makes them."""

@@ -38,6 +38,7 @@ OF_OWN_KIND = {
     "small-updates": {"way", "model", "layers", "rate", "steps", "before", "after", "gpu"},
     "startup": {"command", "seconds", "fastest", "runs", "python", "typer"},
     "compiling": {"way", "model", "layers", "widths", "graphs", "first_seconds", "step_seconds", "gpu"},
+    "tomoe-speed": {"shape", "kind", "keep", "implementation", "graphs", "ms", "bytes_read_model", "weight_bytes", "machine"},
     "decode-ways": {"way", "batch", "dense_us", "aligned_us", "by_size", "machine"},
 }
 """What rows have that are no figures of models, by file."""
@@ -345,6 +346,51 @@ def test_a_whole_run_is_measured_beside_plain_lora(
     assert atp["seconds"] > atp["search_seconds"] + atp["recover_seconds"]
     table = capsys.readouterr().out
     assert f"| 0.00 | {atp['seconds']:.1f} | {atp['seconds'] / earlier['seconds']:.2f} |" in table
+
+
+def test_experts_are_timed_beside_the_dense_model_and_held_to_the_bytes_that_a_step_reads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed, rows = script("tomoe_speed"), tmp_path / "rows.json"
+    layers, hidden, words, base_of = 2, 256, 128, speed.base_of
+    small = {"num_hidden_layers": layers, "vocab_size": words}
+    monkeypatch.setattr(speed, "base_of", lambda shape, **more: base_of(shape, **{**small, **more}))
+    monkeypatch.setattr(speed.Rates, "of", lambda *_: speed.Rates(1e9, 1e12))
+    call = ["tomoe_speed.py", "cpu-size", "--keeps", "0.5", "--tolerance", "0.02", "--repeats", "1", "--rows", str(rows)]
+    call += ["--batches", "2", "16", "--prompt", "4", "--tokens", "32", "--context", "3", "--launched", "1"]
+    monkeypatch.setattr(sys, "argv", call)
+    speed.main()
+    found = json.loads(rows.read_text())
+    assert all(not isinstance(value, (dict, list)) for row in found for value in row.values())
+    assert len({tuple(row[key] for key in speed.SAME) for row in found}) == len(found)
+    decoded = {(row["kind"], row["implementation"], row["batch"]): row for row in found if row["what"] == "decode"}
+    every = [("partition", way) for way in ("", *speed.WAYS)] + [("unshared", way) for way in ("", *speed.WAYS)]
+    every += [("overlap", way) for way in ("", *speed.WAYS)] + [("uniform", "")]
+    copied = {(kind, way, 16) for kind, way in every if way == "batched_mm"}  # of many rows it is not timed
+    assert set(decoded) == {(kind, way, batch) for kind, way in every for batch in (2, 16)} - copied
+    assert {row["prompt"] for row in found if row["what"] == "prefill"} == {4, 2}
+    mine = [row for row in found if row["what"] == "decode" and row["model"] == "other" and "number" in row]
+    for row in mine:  # fp32 on the CPU; the head is read, the embedding is not
+        assert row["experts_expected"] == pytest.approx(
+            row["number"] * (1 - (1 - row["top_k"] / row["number"]) ** row["batch"])
+        )
+        assert row["top_k"] <= row["experts_read"] <= row["number"]
+        channels = row["shared"] + row["experts_expected"] * row["width"]
+        parts = row["groups"] * 6 * 32 * hidden + channels * 3 * hidden + (row["number"] + 2) * hidden  # 2 query heads a group
+        assert row["bytes_read_model"] == pytest.approx(4 * (layers * parts + hidden + words * hidden), abs=1)
+        assert row["active"] == pytest.approx(0.5, abs=0.02)
+        dense = next(
+            each for each in found if each["model"] == "dense" and all(each[key] == row[key] for key in speed.SAME[:4])
+        )
+        assert row["faster_by_weights"] == pytest.approx(dense["bytes_read_model"] / row["bytes_read_model"])
+    assert "| decode | 2 | batched_mm | " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*call, "--kinds", "uniform"])
+    speed.main()
+    again = json.loads(rows.read_text())
+    cuts = [row for row in found if row["kind"] == "uniform"]
+    assert again[: -len(cuts)] == [row for row in found if row["kind"] != "uniform"]
+    assert [row["model"] for row in again[-len(cuts) :]] == [row["model"] for row in cuts]
+    assert again[-len(cuts) :] != cuts, "in place of the rows of before"
 
 
 def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:
