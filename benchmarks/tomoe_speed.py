@@ -47,9 +47,9 @@ SAME = ("shape", "machine", "kind", "keep", "model", "implementation", "what", "
 """What rows that measured the same have in common."""
 
 
-def base_of(shape: str, **more: Any) -> PreTrainedConfig:
+def base_of(shape: str) -> PreTrainedConfig:
     """Its config."""
-    keys = {**json.loads((HERE / "shapes.json").read_text())[shape], **more}
+    keys = dict(json.loads((HERE / "shapes.json").read_text())[shape])
     return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
@@ -59,12 +59,11 @@ def other_of(kind: str, keep: float, args: argparse.Namespace) -> tuple[PreTrain
     if kind == "uniform":
         config = cut_config(base, keep, args.seed, **{**CUTS["uniform"], "of": "block"})
         return config, {"groups": config.num_key_value_heads, "width": config.intermediate_size}
-    # the same part of one layer as of all, found as many times as fast
-    one = structure_of(base_of(args.shape, num_hidden_layers=1))
-    found = shape_of(one, BudgetConfig(keep=keep, of="block", tolerance=args.tolerance), MoeConfig(**MOE[kind]))
+    structure = structure_of(base)
+    found = shape_of(structure, BudgetConfig(keep=keep, of="block", tolerance=args.tolerance), MoeConfig(**MOE[kind]))
     layout = Layout(found.number, found.top_k, found.width, found.shares, found.groups)
     told = {"number": found.number, "top_k": found.top_k, "width": found.width, "shared": found.shares * found.width}
-    return config_of(base, structure_of(base), layout), {**told, "groups": found.groups}
+    return config_of(base, structure, layout), {**told, "groups": found.groups}
 
 
 def pair_rows(kind: str, keep: float, dense: Subject, args: argparse.Namespace, say: Say) -> Iterator[list[Row]]:

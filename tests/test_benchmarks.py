@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import slimtune
 from bases import make_tokenizer, sentences, write_base, write_rows
@@ -352,9 +352,9 @@ def test_experts_are_timed_beside_the_dense_model_and_held_to_the_bytes_that_a_s
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speed, rows = script("tomoe_speed"), tmp_path / "rows.json"
-    layers, hidden, words, base_of = 2, 256, 128, speed.base_of
-    small = {"num_hidden_layers": layers, "vocab_size": words}
-    monkeypatch.setattr(speed, "base_of", lambda shape, **more: base_of(shape, **{**small, **more}))
+    layers, hidden, words, base = 2, 256, 128, speed.base_of("cpu-size").to_dict()
+    base |= {"num_hidden_layers": layers, "vocab_size": words}
+    monkeypatch.setattr(speed, "base_of", lambda _: AutoConfig.for_model(**base))
     monkeypatch.setattr(speed.Rates, "of", lambda *_: speed.Rates(1e9, 1e12))
     call = ["tomoe_speed.py", "cpu-size", "--keeps", "0.5", "--tolerance", "0.02", "--repeats", "1", "--rows", str(rows)]
     call += ["--batches", "2", "16", "--prompt", "4", "--tokens", "32", "--context", "3", "--launched", "1"]
