@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.models.surgery import quiet
+from slimtune.models.modes import quiet
 from slimtune.prune import budget
 from slimtune.prune.gates import MaskBank, Masks, Site, mean_over_ranks, of_rank_0, squares_over_ranks
 from slimtune.prune.generator import Generator

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from slimtune.methods.experts import Experts, all_groups
 from slimtune.methods.passes import Passes
-from slimtune.models.surgery import linears_of, quiet
+from slimtune.models.modes import quiet
+from slimtune.models.surgery import linears_of
 from slimtune.models.weights import dense
 from slimtune.prune.cmoe import cmoe_split
 from slimtune.prune.gates import MaskBank, Site, squares_over_ranks

@@ -9,6 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from slimtune.models.load import load_config, load_model, structure_of
+from slimtune.models.modes import without_lora
 from slimtune.models.quantized import load_as_trained
 from slimtune.prune.gates import MaskBank
 from slimtune.runtime import pick_dtype
@@ -50,7 +51,7 @@ class Teacher:
         """[B, T, V]; opens the gates."""
         self.bank.open()
         if self.model is None and self.untuned and isinstance(self.student, PeftModel):
-            with self.student.disable_adapter():
+            with without_lora(self.student):
                 return forward(self.student, batch)
         return forward(self.model or self.student, batch)
 

@@ -20,8 +20,8 @@ from slimtune.methods.refit import put_refit, refit, taken_refit
 from slimtune.methods.routes import prior_of, shares_of
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
+from slimtune.models.modes import quiet
 from slimtune.models.sharded import cut_model
-from slimtune.models.surgery import quiet
 from slimtune.prune.gates import Site
 from slimtune.structure.plan import Plan, count
 from slimtune.train.loop import Phase, Turn, resumed, run_phase

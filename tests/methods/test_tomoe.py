@@ -1,0 +1,185 @@
+"""Whole runs that make experts: what they decide, what they write, and that they hold to what was asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from bases import Bench, losses, metrics, plan_of, session_of, verify_here
+from slimtune.errors import UserError
+from slimtune.methods import tomoe
+from slimtune.methods.refit import refit
+from slimtune.models.load import load_config, structure_of
+from slimtune.pipeline import tune
+from slimtune.structure.axes import FFN, KV_GROUP
+from slimtune.structure.plan import count
+
+MOE: dict[str, Any] = {
+    "method": "tomoe",
+    "budget": {"keep": 0.7, "of": "block", "ffn_multiple": 4, "tolerance": 0.03},
+    "moe__prior_steps": 2,
+    "moe__number": 5,
+    "moe__top_k": 2,
+}
+KINDS: dict[str, dict[str, Any]] = {
+    "partition": {},
+    "routed": {"moe__shared": False, "moe__number": "auto"},
+    "frozen": {"moe__tune": False},
+    "overlap": {"moe__experts": "overlap", "moe__number": 4, "moe__top_k": 1},
+    "published": {
+        "moe": {
+            "experts": "overlap",
+            "number": 4,
+            "prior": "none",
+            "groups": "all",
+            "tune": False,
+            "refit": False,
+            "explore": 1.0,
+        },
+        "recover__steps": 0,
+    },
+    "rival": {"moe__prior": "cmoe", "moe__refit": False, "moe__groups": "all", "search__steps": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def runs(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Runs by kind, each made once: folder and summary."""
+    done: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(kind: str) -> tuple[Path, dict[str, Any]]:
+        if kind not in done:
+            out = tmp_path_factory.mktemp(kind) / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("slimtune.delivery.verify", lambda folder, ids, expected: verify_here(folder, ids, expected))
+                done[kind] = out, tune(bench.recipe(out, **{**MOE, "export__verify": True, **KINDS[kind]}))
+        return done[kind]
+
+    return get
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_written_model_is_the_one_in_memory_and_of_the_size_asked_for(runs: Any, bench: Bench, kind: str) -> None:
+    out, summary = runs(kind)
+    structure, plan = structure_of(load_config(bench.recipe(out).model)), plan_of(out)
+    result = summary["result"]
+    assert summary["reload_difference"] < 1e-4
+    assert abs(result["active_ratio"] - 0.7) <= 0.03
+    assert result["active_ratio"] == pytest.approx(count(structure, plan, active=True).block_ratio)
+    model = AutoModelForCausalLM.from_pretrained(out / "model")
+    assert result["parameters"] == sum(each.numel() for each in model.parameters()) == count(structure, plan).total
+    assert result["class"] == type(model).__name__
+    widths = {len(expert) for division in plan.experts for expert in division.routed}
+    assert len(widths) == 1
+    assert widths.pop() % 4 == 0
+    if "overlap" not in str(KINDS[kind]):
+        assert all(len(set(sum(map(list, each.routed), list(each.shared)))) == each.used(len(each.routed)) for each in plan.experts)
+        assert result["parameters"] <= structure.total_params + 3 * 8 * structure.hidden
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_tells_where_its_tokens_went(runs: Any, kind: str) -> None:
+    _, summary = runs(kind)
+    assert len(summary["shares"]) == 3
+    for layer in summary["shares"]:
+        assert sum(layer) == pytest.approx(1.0)
+
+
+def test_a_second_run_is_the_same(runs: Any, bench: Bench, tmp_path: Path) -> None:
+    out, summary = runs("partition")
+    again = tune(bench.recipe(tmp_path / "again", **MOE))
+    assert again["plan"] == summary["plan"]
+    assert metrics(tmp_path / "again") == metrics(out)
+    theirs, ours = (load_file(each / "model" / "model.safetensors") for each in (out, tmp_path / "again"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+def test_a_frozen_base_stays_as_it_is(runs: Any, bench: Bench) -> None:
+    """The published way changes no weight: experts are slices of the base."""
+    out, _ = runs("published")
+    base, found = load_file(Path(bench.base) / "model.safetensors"), load_file(out / "model" / "model.safetensors")
+    plan = plan_of(out)
+    for layer, division in enumerate(plan.experts):
+        for expert, channels in enumerate(division.routed):
+            place = f"model.layers.{layer}"
+            gate = base[f"{place}.mlp.gate_proj.weight"][list(channels)]
+            assert torch.equal(found[f"{place}.block_sparse_moe.experts.{expert}.w1.weight"], gate)
+        assert torch.equal(found[f"{place}.self_attn.q_proj.weight"], base[f"{place}.self_attn.q_proj.weight"])
+
+
+def test_whole_kv_groups_go_where_the_budget_says_so(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path / "run", **{**MOE, "moe__groups": 1, "budget__keep": 0.5, "search__steps": 1}))
+    plan = plan_of(tmp_path / "run")
+    assert all(len(layer[KV_GROUP]) == 1 for layer in plan.kept)
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text(encoding="utf-8"))
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (2, 1, 16)
+
+
+def test_on_the_way_the_masks_are_at_the_present_target(bench: Bench, tmp_path: Path) -> None:
+    session = session_of(bench, tmp_path / "run", **{**MOE, "search__steps": 10, "search__ramp": 0.5})
+    method = tomoe._ToMoE(session)
+    widths = []
+    for step in range(10):
+        masks = method.experts.masks(step)
+        widths.append({int(masks[layer, FFN][0].sum() + 2 * masks[layer, FFN][1].sum()) for layer in range(3)})
+    assert all(len(each) == 1 for each in widths)
+    assert [each.pop() for each in widths[5:]] == [method.experts.shape.active] * 5
+    sampled = method.experts.sample(0)
+    assert sampled[0, FFN].requires_grad
+    assert sampled[0, FFN].sum() > method.experts.shape.active
+
+
+def test_fitting_anew_brings_the_layers_nearer_to_what_they_added(bench: Bench, tmp_path: Path) -> None:
+    session = session_of(bench, tmp_path / "run", **{**MOE, "moe__refit": False, "search__steps": 0})
+    method = tomoe._ToMoE(session)
+    method.tokens["prior"] += tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
+    batch = method.decision.at(0)[0]
+    seen: dict[str, torch.Tensor] = {}
+    layer = method.model.get_base_model().model.layers[0].mlp
+    layer.register_forward_hook(lambda _, __, output: seen.update(now=output))
+
+    def output(masks: dict[Any, torch.Tensor] | None) -> torch.Tensor:
+        method.bank.open() if masks is None else method.bank.close(masks)
+        with torch.no_grad():
+            method.model(input_ids=batch["input_ids"])
+        return seen["now"].clone()
+
+    whole = output(None)
+    only = {(0, FFN): method.experts.masks(9)[0, FFN]}
+    before = (output(only) - whole).norm()
+    method.bank.close(only)
+    assert refit(session, method.model, method.bank, method.decision, 2, 0.01) > 0
+    after = (output(only) - whole).norm()
+    assert after < 0.8 * before
+
+
+def test_the_loss_falls(bench: Bench, tmp_path: Path) -> None:
+    tune(bench.recipe(tmp_path / "run", **{**MOE, "search__steps": 5, "recover__steps": 40, "train__lr": 1e-2}))
+    found = losses(tmp_path / "run")
+    assert sum(found[-5:]) < 0.9 * sum(found[5:10])
+
+
+def test_what_cannot_be_is_refused_before_anything_runs(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be met .* by experts"):
+        tune(bench.recipe(tmp_path / "a", **{**MOE, "budget__keep": 0.1}))
+    with pytest.raises(UserError, match=r"moe\.groups=7 is more than the 2 KV groups"):
+        tune(bench.recipe(tmp_path / "b", **{**MOE, "moe__groups": 7}))
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_frozen_search_leaves_no_gradient_at_lora(bench: Bench, tmp_path: Path) -> None:
+    """PEFT switches LoRA's gradients on when its base has taught; the first step of recovery would have them all."""
+    session = session_of(bench, tmp_path / "run", **{**MOE, "moe__tune": False})
+    method = tomoe._ToMoE(session)
+    for step in range(2):
+        method._decide(step)
+    trained = [parameter for parameter in method.model.parameters() if parameter.requires_grad]
+    assert trained
+    assert all(parameter.grad is None for parameter in trained)
