@@ -70,6 +70,8 @@ def check_method(recipe: Recipe, config: PreTrainedConfig, structure: Structure)
         level = {site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}
         drop_layers([0.0] * len(structure.layers), level, structure, recipe.budget)
     elif recipe.method == "tomoe":
+        if recipe.model.quantize != "none":
+            raise UserError(f"model.quantize={recipe.model.quantize} does not go with method=tomoe; leave it out")
         shape = shape_of(structure, recipe.budget, recipe.moe)
         moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares, shape.groups))
     elif recipe.prunes:

@@ -79,7 +79,8 @@ def test_the_written_model_is_the_one_in_memory_and_of_the_size_asked_for(runs: 
     assert len(widths) == 1
     assert widths.pop() % 4 == 0
     if "overlap" not in str(KINDS[kind]):
-        assert all(len(set(sum(map(list, each.routed), list(each.shared)))) == each.used(len(each.routed)) for each in plan.experts)
+        for each in plan.experts:  # nothing is stored twice
+            assert len(each.union) == each.used(len(each.routed))
         assert result["parameters"] <= structure.total_params + 3 * 8 * structure.hidden
 
 

@@ -8,7 +8,8 @@ from accelerate import Accelerator
 
 from gated import random_model
 from parity.worker import CHECKPOINTING, Alternation, differences
-from slimtune.models.surgery import blocks_of, quiet
+from slimtune.models.modes import quiet
+from slimtune.models.surgery import blocks_of
 
 
 @pytest.mark.parametrize("name", ["llama-bias", "qwen3", "phi", "gemma2", "gemma3_text"])

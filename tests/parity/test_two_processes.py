@@ -30,11 +30,20 @@ RUN: dict[str, Any] = {
 
 
 RIVAL: dict[str, Any] = {**RUN, "method": "twostage", "twostage__scores": "generator", "twostage__least_squares": True}
+EXPERTS: dict[str, Any] = {
+    "method": "tomoe",
+    "budget": {"keep": 0.7, "of": "block", "ffn_multiple": 4, "tolerance": 0.03},
+    # the balance is a product of means over micro-batches, and those of two processes are others
+    "moe": {"number": 5, "top_k": 2, "prior_steps": 2, "groups": 1, "balance": 0.0},
+    "train__micro_batch": 2,
+}
 SCRATCH: dict[str, Any] = {"method": "finetune", "train__steps": 4, "evaluate__every": 2, "train__micro_batch": 1}
 
 
 def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
-    """A run of ATP, on 4 bits or not, of a rival whose generator decides first, or of all weights from nothing."""
+    """A run of ATP, on 4 bits or not, of a rival whose generator decides first, of all weights from nothing, or of experts."""
+    if kind == "experts":
+        return bench.recipe(out, **EXPERTS, train__checkpoint_every=2, **more)
     own = {"scratch": {"init": "config"}, "quantized": {"quantize": "nf4"}}
     model = {"model": {"path": bench.base, **own.get(kind, {})}}
     wanted = {"scratch": SCRATCH, "rival": RIVAL}.get(kind, RUN)
@@ -45,7 +54,7 @@ def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
 def one_run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with runs of one process, and what a kill after each of their checkpoints would leave."""
     folder = tmp_path_factory.mktemp("one")
-    for kind in ("atp", "scratch", "quantized", "rival"):
+    for kind in ("atp", "scratch", "quantized", "rival", "experts"):
         with kept_checkpoints():
             tune(recipe_of(bench, kind, folder / kind))
     return folder
@@ -62,6 +71,8 @@ def two_ranks(bench: Bench, one_run: Path, loaded: Loaded, tmp_path_factory: pyt
             (folder / f"sharded-{out}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "quantized", folder / "quantized")
     (folder / "sharded-none.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    recipe = recipe_of(bench, "experts", folder / "experts")
+    (folder / "sharded-experts.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "atp", folder / "compiled", train__compile=True)
     (folder / "sharded-compiled.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "rival", folder / "rival", train__shard="full")
@@ -136,6 +147,10 @@ def agree(one: Path, two: Path) -> None:
 
 def test_two_processes_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
     agree(one_run / "atp", two_ranks / "run")
+
+
+def test_two_processes_find_the_same_experts(one_run: Path, two_ranks: Path) -> None:
+    agree(one_run / "experts", two_ranks / "experts")
 
 
 def test_two_processes_on_4_bits_do_what_one_does(one_run: Path, two_ranks: Path) -> None:

@@ -33,8 +33,9 @@ from slimtune.methods import atp
 from slimtune.models.compiled import compile_blocks
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, enable_checkpointing
+from slimtune.models.modes import quiet
 from slimtune.models.sharded import cut_model, gathered, sharded, template_of
-from slimtune.models.surgery import blocks_of, cut, quiet
+from slimtune.models.surgery import blocks_of, cut
 from slimtune.prune.budget import masks_of
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks
 from slimtune.prune.generator import Generator

@@ -55,7 +55,6 @@ class Experts:
         slots = self.shape.number if self.shape.overlap else self.shape.number + 2
         self.generator = ExpertGenerator(layers, channels, slots, self.config).to(session.device)
         self.router = Router(self.structure.hidden, layers, self.shape.number, self.shape.top_k, self.host).to(session.device)
-        self.router.balance = self.config.balance
         self.attention = all_groups(self.structure, session.device)
         self.published = self.shape.overlap and self.config.prior == "none"
         bank.router = self.router
@@ -171,8 +170,12 @@ class Experts:
     def start(self, scores: Tensor, weights: dict[int, Tensor]) -> None:
         """Begin from the scores [L, F, 1 + E + 1] and routers of splits."""
         logits = logits_of(scores, self.config.prior_scale)
+        shared = of_rank_0(
+            {(0, "prior"): logits.flatten(), **{(layer, "router"): each.flatten() for layer, each in weights.items()}}
+        )
+        logits = shared.pop((0, "prior")).view_as(logits)
         self.generator.set_prior(logits[..., 1:-1] if self.shape.overlap else logits)
-        self.router.start(weights)
+        self.router.start({layer: each.view(-1, self.structure.hidden) for (layer, _), each in shared.items()})
 
     def keep_groups(self, scores: dict[Site, Tensor]) -> None:
         """Close the gates of all KV groups but the best ones of each layer, by ``scores`` {site: [K]}."""

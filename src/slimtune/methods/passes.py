@@ -34,15 +34,16 @@ class Passes:
         self.tokens = 0
 
     @torch.no_grad()
-    def run(self, watchers: Callable[[Tensor], dict[str, Any]], together: int = 1) -> list[Tensor]:
+    def run(self, watchers: Callable[[Tensor], dict[str, Any]], together: int = 1, whole: bool = False) -> list[Tensor]:
         """Run, watched by ``watch(**watchers(real))``; which positions [B, T] of each batch were real, not padding.
 
         Args:
             together: micro-batches to read at once, for there is no backward pass to keep anything for.
+            whole: every process reads all of a batch, not its part.
         """
         seen = []
         self.model.eval()
-        for part in self.batches.of(range(self.count), together):
+        for part in self.batches.of(range(self.count), together, whole):
             real = _real(part, self.batches.windows.pad)
             handles = watch(self.model, self.session.structure, **watchers(real))
             with self.session.accelerator.autocast():

@@ -96,7 +96,7 @@ def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tupl
 
         return {"consumers": see, "producers": read}
 
-    passes.run(watchers)
+    passes.run(watchers, whole=True)  # what is clustered must be the same in all processes
     return {layer: torch.cat(each) for layer, each in energies.items()}, {
         layer: torch.cat(each) for layer, each in inputs.items()
     }

@@ -77,12 +77,14 @@ class _ToMoE:
 
     def _adapt_both(self, step: int) -> dict[str, Any]:
         """One backward pass for generator, routers and LoRA, on training data."""
+        self.experts.router.balance = self.recipe.moe.balance / self.tuner.batches.parts
         sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
         figures = self.tuner.update(step, self._loss(leaves, sampled))
         return figures | self._learned(step, sampled, leaves)
 
     def _decide(self, step: int) -> dict[str, Any]:
         """The same without LoRA: the base stays as it is."""
+        self.experts.router.balance = self.recipe.moe.balance / self.decision.parts
         sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
         with quiet(self.model):
             loss = self._loss(leaves, sampled)
@@ -98,6 +100,7 @@ class _ToMoE:
 
     def _recover(self, step: int) -> dict[str, Any]:
         self.experts.router.train()
+        self.experts.router.balance = self.recipe.moe.balance / self.tuner.batches.parts
         figures = self.tuner.update(self.search - self.before + step, self._loss([], None))
         return figures | {"router_grad_norm": self.experts.learn_router(self.search + step)}
 

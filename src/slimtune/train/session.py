@@ -77,6 +77,7 @@ def check_sharded(recipe: Recipe) -> None:
         "lora.semantics=lora_aware": recipe.lora.semantics == "lora_aware" and recipe.method == "atp",
         "distill.weight": recipe.distill.weight > 0 and recipe.method == "atp",
         "train.optimizer=muon": recipe.train.optimizer == "muon",
+        "method=tomoe": recipe.method == "tomoe",
         "train.compile=true": recipe.train.compile is True,
         "model.quantize": recipe.model.quantize != "none",
         "twostage.compensate=true with scores=flap": biases,
@@ -188,14 +189,21 @@ class Batches:
     def _indices(self, step: int) -> list[int]:
         return self.order.indices(step * self.batch, self.batch)
 
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step that a rank reads at most."""
+        mine = -(-self.batch // self.session.accelerator.num_processes)
+        return -(-mine // (self.session.recipe.train.micro_batch or mine))
+
     def at(self, step: int) -> list[dict[str, Any]]:
         """This rank's micro-batches of step ``step``, on the device."""
         return list(self.of([step]))
 
-    def of(self, steps: Iterable[int], together: int = 1) -> Iterator[dict[str, Any]]:
-        """This rank's micro-batches of ``steps``, on the device, ``together`` of them in one."""
+    def of(self, steps: Iterable[int], together: int = 1, whole: bool = False) -> Iterator[dict[str, Any]]:
+        """This rank's micro-batches of ``steps``, on the device, ``together`` of them in one; ``whole``: those of all ranks."""
         train, accelerator = self.session.recipe.train, self.session.accelerator
-        chosen = [self._indices(step)[accelerator.process_index :: accelerator.num_processes] for step in steps]
+        first, ranks = (0, 1) if whole else (accelerator.process_index, accelerator.num_processes)
+        chosen = [self._indices(step)[first::ranks] for step in steps]
         micro = train.micro_batch or max(1, *map(len, chosen))
         # flash attention recognises packed examples only in a batch of one long row
         flatten = self.session.recipe.model.attention == "flash_attention_2"
