@@ -104,6 +104,13 @@ def test_the_reference_inside_a_run_is_a_row_of_dense_lora(job: Job) -> None:
     assert {row["dense_value"] for row in rows if row["metric"] == "domain_ppl"} == {16.0}
 
 
+def test_rows_of_experts_tell_what_a_token_uses(job: Job) -> None:
+    result = {**SUMMARY["result"], "active_ratio": 0.4, "active_parameters": 50}
+    rows = of_run(job, {**SUMMARY, "result": result, "shares": [[0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25]]})
+    assert {(row["active_ratio"], row["least_share"], row["most_share"]) for row in rows} == {(0.4, 0.0, 2.0)}
+    assert all("active_ratio" not in row for row in of_run(job, SUMMARY))
+
+
 def test_rows_of_several_calls_and_domains_are_joined() -> None:
     first = [row("atp", 0.6, 0, 15.0), row("atp", 0.5, 0, 17.0), row("atp", 0.6, 0, 30.0, domain="other")]
     second = [row("dense_lora", 1.0, 0, 12.0), row("atp", 0.6, 0, 14.0), row("atp", 0.6, 1, 14.5)]

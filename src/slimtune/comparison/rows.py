@@ -50,7 +50,7 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
         return [{**where, "metric": "failed", "value": summary["failed"], **{key: made[key] for key in ("commit", "program")}}]
     own = {"tokens": sum(summary["tokens"].values()), "leak": summary.get("leak"), "plan": summary["plan"]}
     own |= {"reload_difference": summary["reload_difference"], "kv_groups": summary.get("kv_groups")}
-    own |= {"block_ratio": summary["result"]["block_ratio"]}
+    own |= {"block_ratio": summary["result"]["block_ratio"], **_of_experts(summary)}
     rows = _rows({**where, **made, **own}, summary["result"], summary["base"])
     if summary.get("windows") is not None:
         rows[0]["windows"] = packed(summary["windows"])  # of the perplexity on the test split, the first metric
@@ -58,6 +58,15 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
         own = {"method": DENSE, "keep": 1.0, "tokens": reference.get("tuning_tokens")}
         rows += _rows({**where, **made, **own}, reference, summary["base"])
     return rows
+
+
+def _of_experts(summary: Summary) -> Row:
+    """The part of the blocks that a token uses, and the least and largest share of an expert in units of an even one."""
+    if "active_ratio" not in summary["result"]:
+        return {}
+    parts = [part * len(layer) for layer in summary.get("shares") or () for part in layer]
+    shares = {"least_share": min(parts), "most_share": max(parts)} if parts else {}
+    return {"active_ratio": summary["result"]["active_ratio"], **shares}
 
 
 def judged(summary: Summary) -> Summary:
