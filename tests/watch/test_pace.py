@@ -28,6 +28,12 @@ def run(tmp_path: Path) -> Folder:
             {("main", "search"): 5, ("main", "settle"): 2, ("main", "recover"): 8},
         ),
         ({"method": "finetune", "train": {"steps": 7}, "evaluate": {"dense_lora": True}}, {("main", "tune"): 7}),
+        ({"method": "tomoe"}, {("main", "search"): 5, ("main", "recover"): 10}),
+        (
+            {"method": "tomoe", "moe": {"tune": False}, "evaluate": {"dense_lora": True}},
+            {("dense_lora", "tune"): 15, ("main", "search"): 5, ("main", "recover"): 10},
+        ),
+        ({"method": "tomoe", "search": {"steps": 0}}, {("main", "recover"): 10}),
         ({"method": "twostage"}, {("main", "recover"): None}),
         ({"method": "twostage", "twostage": {"scores": "generator"}}, {("main", "decide"): 5, ("main", "recover"): None}),
     ],

@@ -45,6 +45,8 @@ def steps_of(recipe: Recipe) -> dict[Key, int]:
     if recipe.method == "atp":
         found["main", "search"], found["main", "settle"] = recipe.search.steps, recipe.settle_steps
         found["main", "recover"] = recipe.recover.steps - recipe.settle_steps
+    if recipe.method == "tomoe":
+        found["main", "search"], found["main", "recover"] = recipe.search.steps, recipe.recover.steps
     if recipe.method == "twostage":
         found["main", "decide"] = recipe.search.steps if recipe.twostage.scores == "generator" else 0
         found["main", "recover"] = recipe.tuning_steps
