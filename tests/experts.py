@@ -40,7 +40,7 @@ def converted(name: str, shares: int, top_k: int, **more: Any) -> tuple[Any, Str
     overrides = {"sliding_window": None} if name == "mistral" and shares else {}
     model, structure = random_model(name, **overrides)
     plan = divided(structure, shares, top_k, **more)
-    cut(model, structure, plan.of_attention)
+    cut(model, structure, plan.for_good)
     host = host_of(structure.family, shares > 0)
     router = Router(structure.hidden, len(structure.layers), EXPERTS, top_k, host).eval()
     with torch.no_grad():

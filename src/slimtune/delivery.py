@@ -93,15 +93,16 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
 def _written(run: Made, model: Any, outcome: Outcome, total: int) -> list[float]:
     """What rank 0 alone does with the whole model; by how much it differs after a reload, if that is asked for."""
     recipe, target, dtype, plan = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config), outcome.plan
-    tuned = recipe.export.adapter and isinstance(model, PeftModel) and not plan.experts
-    bound = adapter.taken(model, recipe.model, run.structure, plan) if tuned else None
+    tuned, router = recipe.export.adapter and isinstance(model, PeftModel), outcome.router
+    routers = list(router.cpu().rounded(dtype).weights) if router else []
+    bound = adapter.taken(model, recipe.model, run.structure, plan, routers) if tuned else None
     model = merge_lora(model, dtype)
     differences = list[float]()
     run.progress.say(f"writing {escape(str(target))} ...")
     model = without_flash(model.cpu()).eval()
-    laid, router = None, outcome.router
-    if router:
-        weights = moe.tensors_of(model, run.structure, plan, list(router.cpu().rounded(dtype).weights))
+    laid = None
+    if routers:
+        weights = moe.tensors_of(model, run.structure, plan, routers)
         laid = moe.config_of(run.config, run.structure, moe.Layout.of(plan)), weights
     check = (lambda written: differences.append(_verify(run, model, written, outcome))) if recipe.export.verify else None
     huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say, laid)

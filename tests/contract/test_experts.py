@@ -152,7 +152,7 @@ def test_a_plan_with_experts_goes_through_its_file() -> None:
     back = Plan.from_json(plan.to_json())
     assert back == plan
     assert back.digest == plan.digest
-    assert plan.digest != plan.of_attention.digest
+    assert plan.digest != plan.for_good.digest
     other = divided(structure, 2, 1, groups=1)
     assert other.digest != plan.digest
     wide = structure_of(tiny_config("llama", intermediate_size=1024))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from bases import Bench, losses, metrics, plan_of, session_of, verify_here
 from slimtune.errors import UserError
+from slimtune.export.apply import apply_plan
 from slimtune.methods import tomoe
 from slimtune.methods.refit import refit
 from slimtune.models.load import load_config, structure_of
@@ -184,3 +185,16 @@ def test_a_frozen_search_leaves_no_gradient_at_lora(bench: Bench, tmp_path: Path
     trained = [parameter for parameter in method.model.parameters() if parameter.requires_grad]
     assert trained
     assert all(parameter.grad is None for parameter in trained)
+
+
+@pytest.mark.parametrize("kind", ["partition", "overlap"])
+def test_apply_rebuilds_the_model_from_plan_and_adapter(runs: Any, bench: Bench, kind: str, tmp_path: Path) -> None:
+    out, _ = runs(kind)
+    found = apply_plan(out / "adapter", bench.base, out=tmp_path / "again")
+    assert found["same"]
+    theirs, ours = (load_file(each / "model.safetensors") for each in (out / "model", tmp_path / "again"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    assert (out / "model" / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
+    with pytest.raises(UserError, match="their routers lie in its adapter"):
+        apply_plan(out / "plan.json", bench.base, use_adapter=False, out=tmp_path / "no")

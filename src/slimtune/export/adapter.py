@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ FOLDER = "adapter"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CHANGED = "changed.safetensors"
+ROUTERS = "routers.safetensors"
 RECORD = "apply.json"
 PLAN = "plan.json"
 _SPARE_BYTES = 1 << 20
@@ -53,6 +55,7 @@ class Bound:
         factors: LoRA's tensors by PEFT's names.
         changed: weights and biases of the cut base that are not the base's, by name.
         dtype: that the base's weights had in training.
+        routers: of each layer [experts, hidden], where the plan has experts.
     """
 
     base: str
@@ -62,10 +65,13 @@ class Bound:
     factors: dict[str, Tensor]
     changed: dict[str, Tensor]
     dtype: torch.dtype
+    routers: dict[str, Tensor] = field(default_factory=dict)
 
 
 @torch.no_grad()
-def taken(model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan) -> Bound | None:
+def taken(
+    model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan, routers: Sequence[Tensor] = ()
+) -> Bound | None:
     """The adapter of ``model``, which was cut by ``plan``; None where all weights were drawn, so that there is no base.
 
     The base is opened once more, on the CPU, in the type of its files, and held to the model weight by weight: what is not its
@@ -80,7 +86,7 @@ def taken(model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan)
     }
     dtype = next(iter(own.values())).dtype
     fresh = load_model(base, "cpu", stored_dtype(base) or dtype)
-    for name, theirs in cut_values(fresh, structure, plan):
+    for name, theirs in cut_values(fresh, structure, plan.for_good):
         if name in own and torch.equal(theirs.to(dtype), own[name].cpu()):
             del own[name]
     changed = {name: tensor.cpu().clone() for name, tensor in own.items()}
@@ -90,7 +96,8 @@ def taken(model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan)
     config.base_model_name_or_path = told
     config.inference_mode = True
     kept = {name: each.detach().cpu().clone() for name, each in factors.items()}
-    return Bound(told, base.revision, plan, config, kept, changed, dtype)
+    routing = {str(layer): each.detach().cpu().clone() for layer, each in enumerate(routers)}
+    return Bound(told, base.revision, plan, config, kept, changed, dtype, routing)
 
 
 def write(folder: Path, bound: Bound, digest: str, dtype: torch.dtype) -> None:
@@ -103,15 +110,16 @@ def write(folder: Path, bound: Bound, digest: str, dtype: torch.dtype) -> None:
     Raises:
         UserError: the disk is full, or the folder may not be replaced.
     """
-    needed = sum(each.numel() * each.element_size() for each in (*bound.factors.values(), *bound.changed.values()))
+    parts = {WEIGHTS: bound.factors, CHANGED: bound.changed, ROUTERS: bound.routers}
+    needed = sum(each.numel() * each.element_size() for tensors in parts.values() for each in tensors.values())
     with replacing(folder, needed + _SPARE_BYTES, marker=CONFIG) as partial:
         bound.config.save_pretrained(str(partial))
-        save_file({name: each.contiguous() for name, each in bound.factors.items()}, partial / WEIGHTS, {"format": "pt"})
-        if bound.changed:
-            save_file({name: each.contiguous() for name, each in bound.changed.items()}, partial / CHANGED, {"format": "pt"})
+        for name, tensors in parts.items():
+            if tensors or name == WEIGHTS:
+                save_file({key: each.contiguous() for key, each in tensors.items()}, partial / name, {"format": "pt"})
         (partial / PLAN).write_text(bound.plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(_CARD.format(base=bound.base), encoding="utf-8")
-        files = {name: _sha256(partial / name) for name in (WEIGHTS, CHANGED) if (partial / name).is_file()}
+        files = {name: _sha256(partial / name) for name in parts if (partial / name).is_file()}
         record = asdict(Record(bound.base, bound.revision, _name(bound.dtype), _name(dtype), digest, files))
         (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

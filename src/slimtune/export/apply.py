@@ -11,10 +11,12 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor
 
 from slimtune.errors import UserError
 from slimtune.export import adapter, card_facts, huggingface
 from slimtune.export.folder import check_target
+from slimtune.models import moe
 from slimtune.models.identity import stored_dtype, weight_bytes
 from slimtune.models.load import BUILTIN, check_weights, load_config, load_model, structure_of
 from slimtune.models.surgery import cut, merge_lora, put
@@ -66,11 +68,12 @@ def apply_plan(
     check_weights(origin)
     say(f"loading {base}{f', merging {found}' if found else ''} ...")
     model, dtype = _built(origin, structure, decided, found, record)
+    laid = _laid(model, origin, structure, decided, found, dtype) if decided.experts else None
     counts = count(structure, decided)
     decided = replace(decided, notes={**decided.notes, "base": card_facts.public(base), "total_ratio": counts.total_ratio})
     say(f"writing {target} ...")
     facts = _facts(base, structure, found)
-    huggingface.save(model.eval(), origin, decided, target, dtype, facts, say=say)
+    huggingface.save(model.eval(), origin, decided, target, dtype, facts, say=say, laid=laid)
     return {
         "file": str(target),
         "bytes": weight_bytes(target),
@@ -80,6 +83,22 @@ def apply_plan(
         "dtype": str(dtype).removeprefix("torch."),
         "same": True if record else None,
     }
+
+
+def _laid(
+    model: Any, origin: ModelConfig, structure: Structure, plan: Plan, found: Path | None, dtype: torch.dtype
+) -> tuple[Any, dict[str, Tensor]]:
+    """Config and weights of the stock class that holds the experts of ``plan``."""
+    file = found / adapter.ROUTERS if found else None
+    if file is None or not file.is_file():
+        raise UserError(
+            "this plan divides the model among experts, and their routers lie in its adapter: give it with --adapter"
+        )
+    routers = load_file(file)
+    weights = [routers[str(layer)].to(dtype) for layer in range(len(plan.experts))]
+    return moe.config_of(load_config(origin, "BASE"), structure, moe.Layout.of(plan)), moe.tensors_of(
+        model, structure, plan, weights
+    )
 
 
 def _facts(base: str, structure: Structure, found: Path | None) -> dict[str, Any]:
@@ -102,7 +121,7 @@ def _built(
     dtype = getattr(torch, record.dtype) if record else own
     trained = getattr(torch, record.base_dtype) if record else own
     model: Any = load_model(origin, "cpu", stored_dtype(origin) or trained)
-    cut(model, structure, plan)
+    cut(model, structure, plan.for_good)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(trained)
     if found:

@@ -30,7 +30,15 @@ _WRITTEN = {
         "model.onnx*",
         *TOKENIZER_FILES,
     ),
-    _ADAPTER: (_ADAPTER, "adapter_model.safetensors", "changed.safetensors", "apply.json", "plan.json", "README.md"),
+    _ADAPTER: (
+        _ADAPTER,
+        "adapter_model.safetensors",
+        "changed.safetensors",
+        "routers.safetensors",
+        "apply.json",
+        "plan.json",
+        "README.md",
+    ),
 }
 """By marker: names of the files that slimtune writes. A folder with any other is a user's, and is not replaced."""
 _CODE = ("modeling_slimtune*.py", "tokenization_*.py")

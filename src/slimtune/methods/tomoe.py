@@ -151,7 +151,7 @@ class _ToMoE:
         """Attention becomes smaller for good; what a token does not see of the MLP stays, for others do."""
         assert self.plan is not None
         self.bank.open()
-        self.model, replaced = cut_model(self.model, self.structure, self.plan.of_attention)
+        self.model, replaced = cut_model(self.model, self.structure, self.plan.for_good)
         self.tuner.carry_over(self.model, replaced)
 
     def _fixed(self) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimtune.errors import UserError
 from slimtune.models.load import meta_shapes
@@ -89,6 +90,7 @@ def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> P
             f"{host.model_type}, the stock class for such experts, and this {base.model_type!r} model differ in {differ[0]}; "
             "use method=atp, which keeps what the model has"
         )
+    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type]]  # by which other software knows the class
     return config
 
 

@@ -70,8 +70,10 @@ class Plan:
         return plan
 
     @property
-    def of_attention(self) -> Plan:
-        """The same with all channels and no experts."""
+    def for_good(self) -> Plan:
+        """What is cut while the model trains: all of a Plan without experts; of one with experts what it says of attention."""
+        if not self.experts:
+            return self
         kept = [{**layer, FFN: tuple(range(full[FFN]))} for layer, full in zip(self.kept, self.full, strict=True)]
         return replace(self, kept=tuple(kept), experts=(), top_k=0)
 
