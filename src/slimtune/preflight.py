@@ -10,14 +10,12 @@ from transformers import PreTrainedConfig
 
 from slimtune.data.batches import Splits, load_splits
 from slimtune.errors import UserError
-from slimtune.estimate import job_of, phases, present, with_compiling, with_room
+from slimtune.estimate import check_experts, job_of, phases, present, with_compiling, with_room
 from slimtune.evaluate.rows import held_out
 from slimtune.evaluate.tasks import find_task
-from slimtune.models import moe
 from slimtune.models.load import check_weights, load_config, locate
 from slimtune.models.quantized import check_bitsandbytes, check_quantizable
 from slimtune.prune.depth import drop_layers
-from slimtune.prune.shape import shape_of
 from slimtune.prune.solve import check_budget
 from slimtune.recipe import Recipe
 from slimtune.runtime import pick_precision
@@ -70,10 +68,7 @@ def check_method(recipe: Recipe, config: PreTrainedConfig, structure: Structure)
         level = {site: torch.zeros(structure.layers[site[0]].units[site[1]]) for site in structure.sites()}
         drop_layers([0.0] * len(structure.layers), level, structure, recipe.budget)
     elif recipe.method == "tomoe":
-        if recipe.model.quantize != "none":
-            raise UserError(f"model.quantize={recipe.model.quantize} does not go with method=tomoe; leave it out")
-        shape = shape_of(structure, recipe.budget, recipe.moe)
-        moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares, shape.groups))
+        check_experts(recipe, config, structure)
     elif recipe.prunes:
         check_budget(structure, recipe.budget)
     if scores == "flap" and recipe.twostage.compensate:

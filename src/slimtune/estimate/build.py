@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from slimtune import runtime
 from slimtune.errors import UserError
+from slimtune.estimate import experts
 from slimtune.estimate.cost import Job
 from slimtune.estimate.machines import Machine, named, present, timed
 from slimtune.estimate.memory import host_memory, memory, with_room
@@ -40,6 +41,8 @@ class Estimate:
 
     Attributes:
         units: (layers, units by axis), equal neighbours together.
+        after: what is stored; ``active``: what a token uses of it, where that is less (experts).
+        smallest: None for experts: ``problem`` tells the part nearest to one that cannot be met.
         memory: bytes of one process, by item; ``host_memory``: of all processes of one host, beside it.
         machine: whose times are told, or None.
         compiled: whether blocks and loss are, as the recipe says or, of ``auto``, as it is expected to pay.
@@ -50,7 +53,8 @@ class Estimate:
     units: tuple[tuple[str, dict[str, int]], ...]
     before: Size
     after: Size
-    smallest: Size
+    active: Size | None
+    smallest: Size | None
     lora_params: int
     lora_params_after: int
     generator_params: int
@@ -84,7 +88,7 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
     machine = named(gpu, dtype) if gpu else None
     config = load_config(recipe.model)
     structure = structure_of(config)
-    smallest, after = _sizes(recipe, structure)
+    smallest, after, active = _sizes(recipe, structure)
     if machine is None and measure and (kind == "cpu" or torch.cuda.is_available()):
         machine = timed(kind, dtype)
     job = with_room(job_of(recipe, config, structure, kind), kind, machine.memory if machine else None)
@@ -95,9 +99,10 @@ def estimate(recipe: Recipe, *, measure: bool = True, gpu: str | None = None) ->
         units=_units(structure),
         before=Size(structure.total_params, structure.prunable_params, 1.0, 1.0),
         after=after,
-        smallest=smallest,
+        active=active,
+        smallest=None if active else smallest,
         lora_params=job.lora(),
-        lora_params_after=job.lora(job.part),
+        lora_params_after=experts.cut(job).lora() if job.shape else job.lora(job.part),
         generator_params=job.generator,
         phases=tuple(phases(job, machine, runtime.world_size())),
         memory=memory(job, kind),
@@ -114,6 +119,10 @@ def job_of(recipe: Recipe, config: PreTrainedConfig, structure: Structure, kind:
     """What the formulas of ``cost`` need to know of a run, on ``cpu`` or ``cuda``; by default where the recipe says."""
     dtype = runtime.pick_precision(recipe.train.precision, kind or _device_kind(recipe.device))
     whole = recipe.method == "finetune" and recipe.model.init == "config"
+    if recipe.method == "tomoe":
+        shape = experts.shape_or_base(recipe, structure)
+        generator = experts.generator_params(recipe, structure, shape)
+        return Job(recipe, config, structure, 1.0, whole, generator, dtype.itemsize, shape)
     generator = _generator_params(recipe, structure) if recipe.prunes else 0
     return Job(recipe, config, structure, _sizes(recipe, structure)[1].block_ratio, whole, generator, dtype.itemsize)
 
@@ -123,8 +132,8 @@ def _device_kind(device: str) -> str:
     return "cuda" if device.startswith("cuda") else runtime.pick_device(device).partition(":")[0]
 
 
-def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size]:
-    """The smallest possible size, and the target's (or the smallest, where that is more)."""
+def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size, Size | None]:
+    """The smallest possible size, the target's (or the smallest, where that is more), and of experts what a token uses."""
 
     def size(block: float) -> Size:
         total = structure.constant_params + block
@@ -134,9 +143,12 @@ def _sizes(recipe: Recipe, structure: Structure) -> tuple[Size, Size]:
     multiple = min(MULTIPLES) if budget.ffn_multiple == "auto" else budget.ffn_multiple
     smallest = size(smallest_ratio(structure, "block", multiple) * whole)
     if not recipe.prunes:
-        return smallest, size(whole)
+        return smallest, size(whole), None
+    if recipe.method == "tomoe":
+        stored, used = experts.block_params(structure, experts.shape_or_base(recipe, structure))
+        return smallest, size(stored), size(used)
     wanted = budget.keep * structure.total_params - structure.constant_params if budget.of == "total" else budget.keep * whole
-    return smallest, smallest if budget.keep < _least(recipe, smallest) else size(wanted)
+    return smallest, smallest if budget.keep < _least(recipe, smallest) else size(wanted), None
 
 
 def _least(recipe: Recipe, smallest: Size) -> float:
@@ -155,9 +167,11 @@ def _problem(recipe: Recipe, config: PreTrainedConfig, structure: Structure, sma
         check_sharded(recipe)
         check_quantizable(recipe)
         _check_steps(recipe)
+        if recipe.method == "tomoe":
+            experts.check(recipe, config, structure)
     except UserError as error:
         return str(error)
-    if not recipe.prunes:
+    if not recipe.prunes or recipe.method == "tomoe":
         return None
     if budget.keep < least:
         other = ", or use budget.of=block" if budget.of == "total" else ""

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedConfig
 
 from slimtune import runtime
+from slimtune.prune.shape import Shape
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import KV_GROUP, Side, Structure
 
@@ -60,6 +61,20 @@ class Solves:
 NONE = Solves()
 
 
+@dataclass(frozen=True)
+class Turn:
+    """``steps`` of ``train.batch`` windows, and what one of their tokens costs: operations, bytes of memory, launches."""
+
+    steps: float
+    flops: float
+    traffic: float
+    launched: float
+
+    def beside(self, other: Turn) -> Turn:
+        """The same, in which each token goes through ``other`` as well."""
+        return Turn(self.steps, self.flops + other.flops, self.traffic + other.traffic, self.launched + other.launched)
+
+
 def windows(recipe: Recipe, batch: int) -> tuple[int, int]:
     """Windows of one process in a step of ``batch``, and in one of its passes."""
     mine = -(-batch // runtime.world_size())
@@ -68,7 +83,11 @@ def windows(recipe: Recipe, batch: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Job:
-    """What the formulas need, collected once."""
+    """What the formulas need, collected once.
+
+    Attributes:
+        shape: of the experts that MLPs become, where they do.
+    """
 
     recipe: Recipe
     config: PreTrainedConfig
@@ -77,6 +96,13 @@ class Job:
     whole: bool
     generator: int
     bytes_: int
+    shape: Shape | None = None
+
+    @property
+    def experts(self) -> Shape:
+        """``shape``, of a run that has one."""
+        assert self.shape
+        return self.shape
 
     @property
     def step_tokens(self) -> int:

@@ -26,6 +26,7 @@ from dataclasses import replace
 import torch
 
 from slimtune import runtime
+from slimtune.estimate import experts
 from slimtune.estimate.cost import GRADIENTS, Job, windows
 from slimtune.models.head import AFTERWARDS, MOST, MOST_COMPILED
 from slimtune.models.weights import BITS
@@ -51,6 +52,8 @@ def with_room(job: Job, kind: str, room: int | None) -> Job:
 
 def memory(job: Job, kind: str) -> dict[str, int]:
     """Bytes of one process at the fullest moment: before the cut, or after it where the recovery keeps more."""
+    if job.shape:
+        return _of_experts(job, _weight_bytes(job, kind))
     recipe, one = job.recipe, _weight_bytes(job, kind)
     tokens = job.pass_tokens
     teacher = 2 if recipe.distill.weight > 0 and recipe.method == "atp" else 1
@@ -76,10 +79,36 @@ def memory(job: Job, kind: str) -> dict[str, int]:
     return {name: int(value) for name, value in items.items() if value}
 
 
-def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float = 1.0) -> float:
-    """Of all blocks, ``checkpointed`` of which keep what comes in alone."""
+def _of_experts(job: Job, one: int) -> dict[str, int]:
+    """The same of a run that makes experts: its prior, its search, its fits, or its recovery."""
+    recipe, small = job.recipe, experts.cut(job)
+    deciding = _decide_windows(recipe) * recipe.data.max_length
+    searching, both = job.pass_tokens if recipe.moe.tune else deciding, 2 if recipe.moe.factors[0] else 1
+    learned = {"generator, gradients, AdamW": 16 * job.generator, "routers, gradients, AdamW": 16 * experts.router_params(job)}
+    dense = _trained(job, one) | learned
+    squares = experts.closes(job)
+    prior: dict[str, float] = {"tokens of the prior": experts.prior_bytes(job) if recipe.moe.prior != "none" else 0}
+    prior |= {"activations": squares * _activations(job, deciding), "logits": squares * _whole_logits(job, deciding)}
+    masks = {"masks": experts.mask_bytes(job)}
+    search = masks | {
+        "activations": _activations(job, searching, more=experts.token_bytes(job, searching=True)),
+        "logits": _pass_logits(job, searching, both),
+    }
+    refit = masks | {"moments of refit": experts.refit_bytes(job) if recipe.moe.refit else 0}
+    recover = _trained(small, one) | learned | {"generator, gradients, AdamW": 12 * job.generator} | masks
+    recover["activations"] = _activations(small, job.pass_tokens, more=experts.token_bytes(small, searching=False))
+    recover["logits"] = _pass_logits(job, job.pass_tokens, 2 if recipe.distill.weight > 0 else 1)
+    moments = [dense | prior, dense | search, dense | refit, recover]
+    items = max(moments, key=lambda each: sum(each.values()))
+    if recipe.distill.teacher:
+        items["teacher weights"] = dense["weights"]
+    return {name: int(value) for name, value in items.items() if value}
+
+
+def _activations(job: Job, tokens: int, part: float = 1.0, checkpointed: float = 1.0, more: float = 0.0) -> float:
+    """Of all blocks, ``checkpointed`` of which keep what comes in alone; ``more``: of a token in all of them."""
     layers = len(job.structure.layers)
-    block = activation_bytes(job, part) * tokens / layers
+    block = (activation_bytes(job, part) + more) * tokens / layers
     if job.recipe.model.checkpointing == "none":
         return layers * block
     again = round(checkpointed * layers)
@@ -170,17 +199,28 @@ def _logits(job: Job, tokens: int, models: int) -> int:
     Args:
         models: that read the tokens in an adapt turn; two with a teacher.
     """
-    recipe, vocabulary = job.recipe, int(job.config.vocab_size)
-    each = 12 if job.bytes_ == 4 else 14
+    deciding = _decide_windows(job.recipe) * job.recipe.data.max_length
+    return int(max(_pass_logits(job, tokens, models), _whole_logits(job, deciding)))
+
+
+def _pass_logits(job: Job, tokens: int, models: int) -> float:
+    """Of a pass of training."""
+    if models == 1:
+        return _whole_logits(job, tokens, job.compiled)
+    return models * tokens * int(job.config.vocab_size) * _logit_bytes(job)
+
+
+def _whole_logits(job: Job, tokens: int, compiled: bool = False) -> float:
+    """Of one model, in chunks where they are many."""
+    vocabulary = int(job.config.vocab_size)
     chunked = not job.whole and not any(getattr(job.config, key, None) not in (None, 1, 1.0) for key in AFTERWARDS)
+    if chunked and tokens * vocabulary > (MOST_COMPILED if compiled else MOST):
+        return 12 * MOST + job.bytes_ * job.config.hidden_size * tokens
+    return tokens * vocabulary * (2 * job.bytes_ if compiled else _logit_bytes(job))
 
-    def whole(count: int, compiled: bool = False) -> float:
-        if chunked and count * vocabulary > (MOST_COMPILED if compiled else MOST):
-            return 12 * MOST + job.bytes_ * job.config.hidden_size * count
-        return count * vocabulary * (2 * job.bytes_ if compiled else each)
 
-    adapt = whole(tokens, job.compiled) if models == 1 else models * tokens * vocabulary * each
-    return int(max(adapt, whole(_decide_windows(recipe) * recipe.data.max_length)))
+def _logit_bytes(job: Job) -> int:
+    return 12 if job.bytes_ == 4 else 14
 
 
 def _decide_windows(recipe: Recipe) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from slimtune.estimate import launches, traffic
-from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves
+from slimtune.estimate import experts, launches, traffic
+from slimtune.estimate.cost import GRADIENTS, NONE, Job, Rounds, Solves, Turn
 from slimtune.estimate.machines import FIRST_GRAPH, SYMBOLIC, Machine
 from slimtune.models.compiled import MOST_GRAPHS, decided
 
@@ -35,16 +35,6 @@ class Phase:
     carried: float = 0.0
 
 
-@dataclass(frozen=True)
-class Turn:
-    """``steps`` of ``train.batch`` windows, and what one of their tokens costs: operations, bytes of memory, launches."""
-
-    steps: float
-    flops: float
-    traffic: float
-    launched: float
-
-
 def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     """The phases of the run, and their time on ``ranks`` of a machine."""
     recipe, phase = job.recipe, _timed(job, machine, ranks)
@@ -55,6 +45,10 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
     search, recover = recipe.search.steps, recipe.recover.steps
     updates = search + recover
     reference = [phase("dense LoRA", updates, [Turn(updates, *dense)])] if recipe.evaluate.dense_lora else []
+    if job.shape:
+        rows = [phase("search", search, [experts.search(job)], first=experts.passes(job), solves=experts.solves(job))]
+        rows.append(phase("recover", recover, [experts.recovery(job, recover)]))
+        return _compiling(rows + reference, job, machine)
     kept = recipe.recover.checkpointed
     moved = traffic.turn(job.recovering, part, compiled=compiled, checkpointed=kept)
     small = job.adapt(part, kept), moved, launches.turn(job, kept, compiled)
@@ -66,13 +60,13 @@ def phases(job: Job, machine: Machine | None, ranks: int = 1) -> list[Phase]:
         rows.append(phase("recover", recipe.tuning_steps, [Turn(recipe.tuning_steps, *small)]))
         return _compiling(rows + reference, job, machine)
     settle, teacher = recipe.settle_steps, _teacher(job)
-    gated = _both(Turn(search, job.adapt(), traffic.turn(job, gates=traffic.GATES), launches.turn(job)), teacher)
+    gated = Turn(search, job.adapt(), traffic.turn(job, gates=traffic.GATES), launches.turn(job)).beside(teacher)
     rows = [phase("search", search, [gated, decide], first=prior, solves=job.solves())]
     if settle:  # on the uncut model, out of the recovery's steps
         rows.append(phase("settle", settle, [replace(gated, steps=settle)]))
     after = Turn(recover - settle, *small)
     taught = recipe.distill.recover or recipe.distill.teacher
-    rows.append(phase("recover", recover - settle, [_both(after, teacher) if taught else after]))
+    rows.append(phase("recover", recover - settle, [after.beside(teacher) if taught else after]))
     return _compiling(rows + reference, job, machine)
 
 
@@ -98,18 +92,13 @@ def _compiling(rows: list[Phase], job: Job, machine: Machine | None) -> list[Pha
     differ = budget.layout == "per-layer" and budget.keep < 1
     layers = len(job.structure.layers) if differ else 1
     cut = SYMBOLIC if layers > MOST_GRAPHS else max(FIRST_GRAPH, machine.graph * layers)
-    taken = {"recover": cut, "tune": FIRST_GRAPH, "dense LoRA": FIRST_GRAPH}
+    taken = {"recover": 0.0 if job.shape else cut, "tune": FIRST_GRAPH, "dense LoRA": FIRST_GRAPH}
     return [replace(row, seconds=(row.seconds or 0.0) + taken.get(row.name, 0.0)) for row in rows]
 
 
 def _teacher(job: Job) -> Turn:
     looks = Turn(0, job.forward(), traffic.look(job), launches.look(job))
     return looks if job.recipe.distill.weight > 0 else Turn(0, 0.0, 0.0, 0.0)
-
-
-def _both(turn: Turn, other: Turn) -> Turn:
-    """``turn``, in which each token goes through ``other`` as well."""
-    return Turn(turn.steps, turn.flops + other.flops, turn.traffic + other.traffic, turn.launched + other.launched)
 
 
 def _decide(job: Job) -> tuple[Turn, list[Turn]]:

@@ -36,9 +36,12 @@ def _units(estimate: Estimate) -> Table:
 def _sizes(estimate: Estimate, recipe: Recipe) -> Table:
     target = f"budget.keep={recipe.budget.keep} of {recipe.budget.of}" if recipe.prunes else "after (nothing is cut)"
     table = Table("parameters", title="Size", title_justify="left")
-    for name in ("before", target, "smallest possible"):
+    columns = {"before": estimate.before, target: estimate.after, "smallest possible": estimate.smallest}
+    if estimate.active:
+        columns = {"before": estimate.before, "stored": estimate.after, f"a token uses: {target}": estimate.active}
+    for name in columns:
         table.add_column(name, justify="right")
-    sizes = (estimate.before, estimate.after, estimate.smallest)
+    sizes = [size for size in columns.values() if size]
     table.add_row("total", *(f"{size.total:,} ({size.total_ratio:.3f})" for size in sizes))
     table.add_row("in prunable units", *(f"{size.block:,} ({size.block_ratio:.3f})" for size in sizes))
     table.add_row("LoRA", f"{estimate.lora_params:,}", f"{estimate.lora_params_after:,}", "")
