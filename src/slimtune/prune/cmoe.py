@@ -2,7 +2,8 @@
 
 A channel is active for a token whose ``ACTIVE`` largest |h| it is among. The channels that are active most often are shared,
 the others are clustered by the tokens for which they are active, into experts of one size. CMoE routes by the hidden values of
-the channels nearest to the experts' centres, which no stock class can; here a linear router is fitted to those.
+the channels nearest to the experts' centres, which no stock class can; here a linear router is fitted to what the experts'
+channels hold, which catches more than one that is fitted to those nearest channels.
 Shapes: T tokens, F mlp channels, D model, E experts, S slots (1 + E + 1).
 """
 
@@ -13,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slimtune.prune.assign import assign
-from slimtune.prune.split import Split, ridge
+from slimtune.prune.split import Split, lead, ridge
 
-ACTIVE = 10
+ACTIVE = 50
+"""Published: 10 of 11,008 channels. On a base of 1,408 the split catches more of what its channels add with 50."""
 _ROUNDS = 10
 
 
@@ -42,8 +44,6 @@ def cmoe_split(squares: Tensor, x: Tensor, sizes: Tensor) -> Split:
         centres = members.T @ columns / sizes[1].clamp(min=1)
     slots = torch.full((channels,), number + 1, device=x.device)
     slots[shared], slots[rest] = 0, belongs + 1
-    distance = torch.cdist(columns, centres).masked_fill(F.one_hot(belongs, number) == 0, torch.inf)
-    speakers = rest[distance.argmin(0)]
-    told = squares[:, speakers].float().sqrt()
-    weight = ridge(x.float(), told / told.mean(0).clamp(min=1e-12))
-    return Split(F.one_hot(slots, number + 2).float(), weight)
+    masks = F.one_hot(slots, number + 2).float()
+    squares = squares.float() / squares.float().sum(1).mean().clamp(min=1e-30)
+    return Split(masks, ridge(x.float(), lead(squares, masks[:, 1:-1])))

@@ -56,10 +56,7 @@ def split(energy: Tensor, x: Tensor, sizes: Tensor, top_k: int, seed: int, overl
             experts = widest(scores[None, :, 1:-1], int(sizes[1]))[0].to(energy)
         else:
             experts = F.one_hot(assign(scores[None], sizes)[0], len(sizes)).to(energy)[:, 1:-1]
-        added = (energy @ experts + 1e-4).log()
-        added = added - added.mean(1, keepdim=True)
-        added = added - _EVEN * added.mean(0)
-        weight = (inverse @ (x.T @ added)).T
+        weight = (inverse @ (x.T @ lead(energy, experts))).T
         logits = x @ weight.T
         used = torch.zeros_like(logits).scatter_(1, logits.topk(top_k, 1).indices, 1.0)
         scores = _scores(energy, used)
@@ -80,6 +77,13 @@ def _scores(energy: Tensor, used: Tensor) -> Tensor:
     parts = [energy.sum(0)[:, None], energy.T @ used, energy.new_zeros(energy.shape[1], 1)]
     scores = torch.cat(parts, 1)
     return scores / scores[:, :1].mean().clamp(min=1e-30)
+
+
+def lead(energy: Tensor, experts: Tensor) -> Tensor:
+    """By how much more an expert of ``experts`` [F, E] adds for a token than the others, in logarithms, partly evened: [T, E]."""
+    added = (energy @ experts + 1e-4).log()
+    added = added - added.mean(1, keepdim=True)
+    return added - _EVEN * added.mean(0)
 
 
 def ridge(x: Tensor, wanted: Tensor) -> Tensor:
