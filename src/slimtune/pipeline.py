@@ -52,6 +52,7 @@ from slimtune.train.claim import check_model, claim, open_folder, read_stages, s
 from slimtune.train.judgement import Judgement, not_judged
 from slimtune.train.progress import Progress
 from slimtune.train.session import Figures, Session, check_launcher, make_accelerator, shards
+from slimtune.train.task_figures import OF_EXPERTS
 from slimtune.train.trackers import Trackers
 from slimtune.version import __version__, versions
 
@@ -276,14 +277,19 @@ class Run:
         self.appraisal.refer("dense", lambda: self.figures.valid(model))
         preflight.check_base(found["loss"], self.recipe)
         location, local = locate(self.recipe.model.path)
-        found |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
+        found |= self._sizes()
         found |= {"bytes": weight_bytes(Path(location))} if local else {}
         return found if self.recipe.evaluate.base else {}
+
+    def _sizes(self) -> Figures:
+        """Of the uncut model, of which a token uses all."""
+        found = {"parameters": self.structure.total_params, "block_ratio": 1.0}
+        return found | ({name: found[stored] for name, stored in OF_EXPERTS.items()} if self.recipe.method == "tomoe" else {})
 
     def _measure_dense(self) -> Figures:
         self.progress.say("reference: LoRA on the uncut model, same tokens")
         outcome, cost = self.train(finetune.run, "dense_lora")
-        cost |= {"parameters": self.structure.total_params, "block_ratio": 1.0}
+        cost |= self._sizes()
         model = outcome.model
         if self.recipe.model.quantize != "none":
             model = to_measure(

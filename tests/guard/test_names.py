@@ -28,6 +28,7 @@ def recipe(guard: dict[str, str], **changed: Any) -> Recipe:
     [
         ("ppl", ["ppl"]),
         ("block_ratio", ["block_ratio"]),
+        ("active_ratio", ["active_ratio"]),
         ("healthcare.pubmedqa.accuracy", ["pubmedqa.accuracy"]),
         ("pubmedqa.macro_f1", ["pubmedqa.macro_f1"]),
         ("healthcare.accuracy", ["pubmedqa.accuracy", "rqe.accuracy"]),
@@ -151,6 +152,13 @@ SCRATCH = {"model": {"init": "config", "path": "x"}, "method": "finetune"}
 def test_what_cannot_be_held_is_refused(guard: dict[str, str], changed: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         check(recipe(guard, **changed))
+
+
+@pytest.mark.parametrize(("guard", "instead"), [("active_parameters", "parameters"), ("active_ratio", "block_ratio")])
+def test_what_a_token_uses_is_held_where_experts_are_made(guard: str, instead: str) -> None:
+    assert check(parse({"method": "tomoe", "guard": {guard: "<= 0.7 x dense"}}))
+    with pytest.raises(UserError, match=rf"method=atp makes no experts, .*: write {instead} for {guard}"):
+        check(parse({"guard": {guard: "<= 0.7 x dense"}}))
 
 
 def test_what_is_measured_without_the_base_or_by_the_bench_may_be_held() -> None:

@@ -12,12 +12,13 @@ from slimtune.guard.names import at_steps, check
 from slimtune.guard.ruling import Figures, Ruling, rule
 from slimtune.recipe import Recipe
 from slimtune.train.judgement import Breach, Judgement
+from slimtune.train.task_figures import OF_EXPERTS
 
 Bounds = Mapping[str, Sequence[tuple[str, Condition]]]
 SEARCHES = ("search", "settle", "decide")
 """Phases before the cut."""
-_LATER = ("parameters", "block_ratio", "bytes", "seconds")
-"""Figures that every written model has, and ``Measure`` does not take."""
+_LATER = ("parameters", "block_ratio", *OF_EXPERTS, "bytes", "seconds")
+"""Figures that a written model has, and ``Measure`` does not take."""
 
 
 class Judge:

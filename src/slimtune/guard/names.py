@@ -14,6 +14,7 @@ from slimtune.errors import UserError, nearest
 from slimtune.evaluate.shipped import built_in
 from slimtune.evaluate.tasks import Task, find_suites, find_task
 from slimtune.recipe import Recipe
+from slimtune.train.task_figures import OF_EXPERTS
 
 OWN = {
     "ppl": "perplexity: at steps on validation, at the end on test windows",
@@ -21,7 +22,9 @@ OWN = {
     "valid_ppl": "perplexity on validation windows, at the end",
     "accuracy": "of test rows with choices, at the end",
     "parameters": "of the written model",
-    "block_ratio": "kept part of the blocks",
+    "block_ratio": "kept part of the blocks; of experts all that is stored",
+    "active_parameters": "that a token uses, of experts",
+    "active_ratio": "part of the blocks that a token uses, of experts",
     "bytes": "of the written weights",
     "memory": "most bytes on a GPU while training",
     "seconds": "of training",
@@ -120,6 +123,11 @@ def check(recipe: Recipe) -> dict[str, list[tuple[str, Condition]]]:
     for name, text in recipe.guard.items():
         condition = Condition.of(text, f"guard.{name}")
         _check_speed(name, condition, recipe)
+        if name in OF_EXPERTS and recipe.method != "tomoe":
+            raise UserError(
+                f"guard.{name}: method={recipe.method} makes no experts, so a token uses all that is stored: "
+                f"write {OF_EXPERTS[name]} for {name}"
+            )
         for figure in figures_of(name, recipe.evaluate.tasks):
             _check_words(name, figure, condition, recipe)
             found.setdefault(figure, []).append((name, condition))

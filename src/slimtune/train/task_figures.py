@@ -8,6 +8,8 @@ from typing import Literal
 Better = Literal["lower", "higher"]
 LOWER = ("perplexity", "bits_per_byte", "ppl", "loss")
 """Figures that are the better the lower they are; all others, but those of which a task says so, the higher."""
+OF_EXPERTS = {"active_parameters": "parameters", "active_ratio": "block_ratio"}
+"""Figures that only models with experts have, and what they are of a model of which a token uses all."""
 _BASELINES = ("_majority", "_chance")
 _BESIDE = (".rows", "_low", "_high", *_BASELINES)
 
