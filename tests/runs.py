@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from slimtune.structure.axes import FFN, KV_GROUP
+from slimtune.structure.experts import Division
 from slimtune.structure.plan import Plan
 
 WIDTH, GROUPS = 1024, 8
@@ -173,4 +174,63 @@ def write_run(
     (folder / "summary.json").write_text(json.dumps(summary))
     if bench:
         (folder / "bench.json").write_text(json.dumps(bench_of(small, base)))
+    return folder
+
+
+def experts_of(layers: int = 3, overlap: bool = False) -> Plan:
+    """Experts of which a token uses two: four and a shared one, or three that overlap; a quarter of the channels is in none."""
+    quarter, eighth = WIDTH // 4, WIDTH // 8
+    parts = [tuple(range(start, start + eighth)) for start in range(quarter, 3 * quarter, eighth)]
+    shared: tuple[int, ...] = tuple(range(quarter))
+    if overlap:
+        three = [tuple(range(start, start + quarter)) for start in range(0, 3 * quarter, quarter)]
+        shared, parts = (), [three[one] + three[other] for one, other in ((0, 1), (1, 2), (0, 2))]
+    division = Division.of(shared, parts)
+    kept = {KV_GROUP: tuple(range(GROUPS - 2)), FFN: division.union}
+    full = tuple({KV_GROUP: GROUPS, FFN: WIDTH} for _ in range(layers))
+    return Plan("llama", 4, full, (kept,) * layers, experts=(division,) * layers, top_k=2)
+
+
+def write_experts(
+    folder: Path,
+    *,
+    layers: int = 3,
+    overlap: bool = False,
+    finished: bool = True,
+    shares: list[list[float]] | None = None,
+    changes: dict[str, Any] | None = None,
+    **recipe: Any,
+) -> Path:
+    """The folder of a run that makes experts: three steps of a search and three that recover.
+
+    Args:
+        shares: of the experts of each layer; by default the last layer's last one has half of its choices.
+        changes: of the result's figures.
+    """
+    budget = {"keep": 0.6, "of": "block"}
+    write_run(folder, steps=6, search=3, layers=layers, bench=False, finished=finished, method="tomoe", budget=budget, **recipe)
+    rows = []
+    for index in range(6):
+        row = {
+            "stage": "main",
+            "phase": "search" if index < 3 else "recover",
+            "step": index % 3,
+            "adapt_loss": 3.0 - index / 10,
+        }
+        row |= {"adapt_generator_target": 0.9 - index / 10} if index < 3 else {}
+        rows.append({**row, "kept": 0.6, "seconds": 0.5, "valid_ppl": 20.0 - index})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not finished:
+        return folder
+    plan = experts_of(layers, overlap)
+    number = len(plan.experts[0].routed)
+    (folder / "plan.json").write_text(plan.to_json())
+    summary = json.loads((folder / "summary.json").read_text())
+    active = {"active_parameters": 620_000, "active_ratio": 0.6}
+    result = {**summary["result"], "parameters": 950_000, "block_ratio": 0.9, "class": "Glm4MoeForCausalLM", **active}
+    base = {**summary["base"], "active_parameters": 1_000_000, "active_ratio": 1.0}
+    even = [[1 / number] * number for _ in range(layers)]
+    given = shares or [*even[:-2], [0.1, 0.3, 0.3, 0.3], [0.1, 0.2, 0.2, 0.5]] if number == 4 else shares or even
+    told = {"method": "tomoe", "plan": plan.digest, "shares": given, "base": base, "dense_lora": {}}
+    (folder / "summary.json").write_text(json.dumps({**summary, **told, "result": {**result, **(changes or {})}}))
     return folder

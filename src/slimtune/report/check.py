@@ -20,6 +20,7 @@ from slimtune.guard.ruling import Ruling, rule
 from slimtune.report.quality import task_figures, telling
 from slimtune.report.run import Run, read_run, read_runs
 from slimtune.report.verdict import fastest
+from slimtune.train.task_figures import OF_EXPERTS
 from slimtune.yaml_file import read_yaml
 
 SAME_DATA = "data."
@@ -30,7 +31,7 @@ PLAIN = {"lower": "<= 1.02 x baseline", "higher": ">= 0.98 x baseline"}
 """Of figures of quality without one."""
 SIZE, FASTER = "<= 1.01 x baseline", ">= 0.9 x baseline"
 """Of parameters and bytes; of how many times as fast as its base a model is, which another machine changes little."""
-_SIZES = ("parameters", "bytes")
+_SIZES = ("parameters", "active_parameters", "bytes")
 _FASTER = re.compile(r"speed\.(?:prefill|first_token|decode)_faster")
 _NORMAL = 1.959964
 """Standard errors of half a 95% interval."""
@@ -90,7 +91,7 @@ def check(
     read = read_runs([run, baseline]) if baseline is not None else [read_run(run)]
     for each in read:
         if not each.finished:
-            raise UserError(f"RUN {str(each.path)!r} is not finished: it has no summary.json; go on with tune --resume")
+            raise UserError(f"RUN {str(each.path)!r} is not finished: it has no summary.json; go on with --resume")
     mine, other = read[0], read[1] if len(read) > 1 else None
     given = {**(_from_file(file) if file else {}), **(gates or {})}
     asked = given or dict(mine.recipe.get("guard") or {}) or _held(mine)
@@ -137,6 +138,8 @@ def figures_of(run: Run, model: str = "result", beside: Run | None = None) -> di
         beside: the run that it is compared with: of the ways to launch a model those count that both benches timed.
     """
     found = {name: float(value) for name, value in run.of(model).items() if isinstance(value, (int, float))}
+    if beside and beside.experts and not run.experts:  # a token uses all of it
+        found |= {name: found[stored] for name, stored in OF_EXPERTS.items() if stored in found}
     if not run.bench or model == "dense_lora":
         return found
     timed = list(speeds(run.bench).values())

@@ -7,6 +7,7 @@ from itertools import chain
 from statistics import median
 from typing import Any
 
+from slimtune.report.files import kept as kept_of
 from slimtune.report.ink import FAINT, LEVEL, SERIES, Picture, legend, look, mark, room, sheet, smooth, svg, thin
 from slimtune.report.quality import Table
 from slimtune.report.run import Points, Run
@@ -61,7 +62,7 @@ def kept(runs: Sequence[Run], key: str) -> Picture | None:
     shown = 2 * max((run.cut or 0 for run in runs), default=0)
     short = 0 < shown < max(len(run.main) for run in runs) / 4  # drawn whole, its search would be a line at the edge
     for run in runs:
-        name = run.name if len(runs) > 1 else "kept"
+        name = run.name if len(runs) > 1 else "used" if run.experts else "kept"
         lines.append((name, [(step, 100 * value) for step, value in run.line("kept")]))
     if len(runs) == 1 and (target := runs[0].line("decide_target")):
         lines.append(("target", [(step, 100 * value) for step, value in target]))
@@ -85,7 +86,10 @@ def kept(runs: Sequence[Run], key: str) -> Picture | None:
     note = f"Dotted: the budget, {', '.join(f'{goal:g}%' for goal in sorted(goals))}." if goals else ""
     if short:
         note += f" The first {shown} steps: after the cut nothing changes."
-    title = "Kept ratio against target"
+    if routed := [run.name for run in runs if run.experts]:
+        whose = "" if len(routed) == len(runs) else f" of {', '.join(routed)}"
+        note += f" What a token uses{whose}: more is stored."
+    title = "Used by a token, against target" if len(routed) == len(runs) else "Kept ratio against target"
     return Picture(key, title, svg(figure, key, title), note, *_table(lines, lambda value: f"{value:.2f}"))
 
 
@@ -141,14 +145,15 @@ def evaluations(run: Run, key: str) -> Table | None:
         [
             f"{step:,}",
             row["phase"],
-            share(row.get("kept")),
+            share(kept_of(row)),
             *(number(figure, row.get(f"valid_{figure}")) for figure in figures),
         ]
         for step, row in enumerate(run.main, 1)
         if any(f"valid_{figure}" in row for figure in figures)
     ]
     rows = rows[(len(rows) - 1) % (every := -(-len(rows) // _ROWS)) :: every] if rows else []
-    head = ["step", "phase", "kept", *(label(figure).removesuffix(", test") for figure in figures)]
+    part = "used by a token" if run.experts else "kept"
+    head = ["step", "phase", part, *(label(figure).removesuffix(", test") for figure in figures)]
     return Table(key, "Validation figures", head, rows, "On validation rows, present hard masks.", numbers=2) if rows else None
 
 
@@ -204,7 +209,8 @@ def _cuts(axis: Any, runs: Sequence[Run]) -> None:
     cuts = {run.cut for run in runs}
     if len(cuts) == 1 and (cut := cuts.pop()):
         axis.axvline(cut + 0.5, color=FAINT, linewidth=1)
-        axis.annotate("cut", (cut + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points")
+        fixed = "experts fixed" if all(run.experts for run in runs) else "cut"
+        axis.annotate(fixed, (cut + 0.5, 1), xycoords=("data", "axes fraction"), xytext=(3, -9), textcoords="offset points")
 
 
 def _table(lines: Sequence[Line], told: Callable[[float], str], most: int = 24) -> tuple[list[str], list[list[str]]]:

@@ -17,6 +17,8 @@ from slimtune.structure.plan import Plan
 Row = dict[str, Any]
 MODELS = {"base": "base", "dense_lora": "dense LoRA", "result": "result"}
 """Models that a summary has figures of, and what to call them."""
+TARGETS = ("adapt_generator_target", "decide_generator_target")
+"""Of a search of experts the part that a token is to use: its masks have just that."""
 _TEXTS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 """Numbers that metrics.jsonl has as text, for JSON has no others."""
 _RULING = {"guard": str, "figure": str, "condition": str, "holds": bool, "words": dict}
@@ -89,9 +91,18 @@ def _odd(summary: Mapping[str, Any]) -> list[tuple[str, Any]]:
     figures = [(f"{name}.{key}", value) for name, each in counts.items() for key, value in _mapping(each).items()]
     found += [(name, value) for name, value in figures if not (value is None or _number(value) or name.endswith(".class"))]
     kinds = {"speed": dict, "data": dict, "task_rows": dict, "guard": list, "lower_is_better": list, "seconds": float}
+    found += [("shares", each) for each in _rows(summary.get("shares"))[:1]]
     found += [(name, summary[name]) for name, kind in kinds.items() if summary.get(name) and not _of_kind(summary[name], kind)]
     rulings = summary["guard"] if isinstance(summary.get("guard"), list) else []
     return found + [("guard", each) for each in rulings if not _is_ruling(each)]
+
+
+def _rows(shares: Any) -> list[Any]:
+    """What is odd of the shares of experts: every layer has a number for each, and all have as many."""
+    if not isinstance(shares, list):
+        return [shares] if shares else []
+    number = len(shares[0]) if shares and isinstance(shares[0], list) else 0
+    return [each for each in shares if not (isinstance(each, list) and len(each) == number > 0 and all(map(_number, each)))]
 
 
 def _is_ruling(found: Any) -> bool:
@@ -128,6 +139,12 @@ def is_evaluation(found: Mapping[str, Any]) -> bool:
 
 def _has(row: Any, keys: Mapping[str, type]) -> bool:
     return isinstance(row, dict) and all(_of_kind(row.get(key), kind) for key, kind in keys.items())
+
+
+def kept(row: Mapping[str, Any]) -> Any:
+    """The kept part of the model at a step, with experts the part that a token uses: in a search the step's target."""
+    targets = [row[name] for name in TARGETS if name in row]
+    return targets[0] if targets else row.get("kept")
 
 
 def read_object(file: Path, read: Callable[[str], Any] = json.loads) -> dict[str, Any]:

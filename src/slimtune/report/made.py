@@ -56,6 +56,11 @@ def _processes(summary: dict[str, Any]) -> str:
     return f"{count} processes" if count > 1 else "one process"
 
 
+def verb(method: Any) -> str:
+    """The command of slimtune that runs such a recipe."""
+    return "convert" if method == "tomoe" else "tune"
+
+
 def command(run: Run) -> str:
     """The command that repeats the run, beside it."""
     out = str(run.recipe.get("out") or run.path)
@@ -64,7 +69,7 @@ def command(run: Run) -> str:
     there = f"cd {shlex.quote(run.stages['cwd'])}\n" if run.stages.get("cwd") else ""
     file = f"{out}/recipe.yaml" if there else str(run.path / "recipe.yaml")  # a copy of a run's files is where it is
     recipe, again = shlex.quote(file), shlex.quote(f"out={out}-again")
-    return f"{there}{start} tune {recipe} {again}"
+    return f"{there}{start} {verb(run.recipe.get('method'))} {recipe} {again}"
 
 
 def recipe(run: Run) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from slimtune.report import curves, made, quality, rates, several, shape
+from slimtune.report import curves, experts, made, quality, rates, several, shape
 from slimtune.report.ink import Picture, styled
 from slimtune.report.quality import Table
 from slimtune.report.run import Run, read_runs
@@ -106,10 +106,12 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     other = run.of("dense_lora") or base
     called = "dense LoRA" if run.of("dense_lora") else "base"
     found = []
-    for figure, beside, name in (("parameters", base, "base"), ("bytes", base, "base"), ("ppl", other, called)):
+    sizes = [(figure, base, "base") for figure in ("parameters", "active_parameters", "bytes")]
+    for figure, beside, name in (*sizes, ("ppl", other, called)):
         if result.get(figure) is not None:
             against = f"{name} {number(figure, beside[figure])}" if beside.get(figure) is not None else ""
-            found.append((number(figure, result[figure]), label(figure), against))
+            stored = run.experts and figure == "parameters"
+            found.append((number(figure, result[figure]), label(figure) + (" stored" if stored else ""), against))
     kept, _ = scores_kept(run, other)
     if kept:  # one of the tasks that the sentence is on
         task = next(iter(kept))
@@ -148,9 +150,18 @@ def _one(run: Run) -> list[Section]:
 
 _SHAPES: dict[str, Callable[[Run, str], Picture | None]] = {
     "shape": shape.final,
+    "experts": experts.loads,
     "moving": shape.moving,
     "changing": shape.changing,
 }
+
+
+_FINAL: dict[str, Callable[[Run, str], Picture | None]] = {"shape": shape.final, "experts": experts.loads}
+"""Those of them that each of a few runs has."""
+
+
+def _titled(run: Run, picture: Picture) -> str:
+    return run.name if picture.key.startswith("shape") else f"{run.name}: {picture.title[0].lower()}{picture.title[1:]}"
 
 
 def _how(run: Run, key: str, title: str, folded: bool = False) -> Section:
@@ -188,8 +199,9 @@ def _compared(runs: Sequence[Run]) -> list[Section]:
     sizes = [several.against_size(runs, figure, f"size{index}") for index, figure in enumerate(alike)]
     unlike = ", ".join(label(figure) for figure in figures if figure not in alike)
     told = [f"Not held against size, for the test rows of these runs differ: {unlike}."] if unlike else []
-    shapes = [shape.final(run, f"shape{index}") for index, run in enumerate(runs)] if len(runs) <= _FEW else []
-    named = [replace(picture, title=run.name) for run, picture in zip(runs, shapes, strict=False) if picture]
+    few = list(enumerate(runs)) if len(runs) <= _FEW else []
+    drawn = [(run, draw(run, f"{name}{index}")) for index, run in few for name, draw in _FINAL.items()]
+    named = [replace(picture, title=_titled(run, picture)) for run, picture in drawn if picture]
     apart, tables = _differences(runs)
     return [
         Section("sizes", "Quality against size", told, _kept(*sizes), [several.beside(runs, "beside")]),

@@ -12,7 +12,9 @@ from slimtune.report.run import Run
 from slimtune.report.verdict import general_tasks
 from slimtune.report.words import finite, label, metric_name, number
 
-_OWN = ("parameters", "block_ratio", "bytes", "ppl", "valid_ppl", "accuracy", "seconds", "memory", "speed.memory_bytes")
+SIZES = ("parameters", "block_ratio", "active_parameters", "active_ratio", "bytes")
+"""What a model is of; the active ones are known of models with experts, and of what those are held to."""
+_OWN = (*SIZES, "ppl", "valid_ppl", "accuracy", "seconds", "memory", "speed.memory_bytes")
 
 _ALIKE = (".macro_f1", ".perplexity", ".rouge1", ".rouge2")
 """Figures of tasks that go with another one."""
@@ -42,7 +44,7 @@ def overview(run: Run, key: str) -> Table:
     for figure in _OWN:
         cells = [_with_error(run.of(model), figure) for model in models]
         if any(cells):
-            rows.append([label(figure), *cells])
+            rows.append([label(figure, run.experts), *cells])
     return Table(key, "Size, quality, cost", ["", *(MODELS[model] for model in models)], rows, _errors(run))
 
 

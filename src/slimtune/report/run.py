@@ -14,18 +14,21 @@ import yaml
 from slimtune.errors import UserError
 from slimtune.report.files import (
     MODELS,
+    TARGETS,
     Row,
     is_bench,
     is_evaluation,
+    kept,
     read_object,
     read_plan,
     read_rows,
     read_summary,
 )
 from slimtune.structure.plan import Plan
-from slimtune.train.task_figures import better
+from slimtune.train.task_figures import OF_EXPERTS, better
 
 Figures = Mapping[str, Any]
+_COSTS = ("parameters", "bytes", "memory", "seconds", "block_ratio", *OF_EXPERTS)
 _NUMBERS = frozenset({float, int})
 Points = list[tuple[int, float]]
 """Steps, counted from one over all phases, and values."""
@@ -81,6 +84,8 @@ class Run:
     def line(self, figure: str, stage: str = "main") -> Points:
         """Finite values of one figure of the rows of a stage, ``main`` or ``dense_lora``; empty where there is none."""
         rows = self.main if stage == "main" else self.reference
+        if figure == "kept" and any(name in self.keys for name in TARGETS):
+            rows = [{"kept": kept(row)} for row in rows]
         values: list[Any] = [row.get(figure) for row in rows]  # two passes take half the time of one that does both
         return [(step, value) for step, value in enumerate(values, 1) if type(value) in _NUMBERS and math.isfinite(value)]
 
@@ -91,9 +96,20 @@ class Run:
 
     def better(self, figure: str) -> str:
         """``lower`` or ``higher``."""
-        if figure.startswith("speed.") or figure in ("parameters", "bytes", "memory", "seconds", "block_ratio"):
+        if figure.startswith("speed.") or figure in _COSTS:
             return "lower"
         return better(figure, self.summary.get("lower_is_better", ()))
+
+    @property
+    def experts(self) -> bool:
+        """Whether it makes experts: a token then uses a part of what is stored."""
+        return self.recipe.get("method") == "tomoe" or "active_parameters" in (self.summary.get("result") or {})
+
+    @property
+    def shares(self) -> list[list[float]]:
+        """Of the choices of each layer the part that every expert gets on validation rows; empty where that is not known."""
+        found: list[list[float]] = self.summary.get("shares") or []
+        return found
 
     @property
     def plan_digest(self) -> str:

@@ -21,11 +21,12 @@ from slimtune.report.ink import (
     sheet,
     svg,
 )
-from slimtune.report.quality import Table, interval, task_figures
+from slimtune.report.quality import SIZES, Table, interval, task_figures
 from slimtune.report.run import Figures, Run
 from slimtune.report.shape import NAMES, whole
 from slimtune.report.verdict import fastest, same_rows
 from slimtune.report.words import finite, label, millions, number
+from slimtune.train.task_figures import OF_EXPERTS
 
 _COSTS = ("seconds", "memory")
 """What two runs of the same model differ in."""
@@ -39,7 +40,7 @@ _OPEN = {"markersize": 7, "markerfacecolor": "none", "markeredgewidth": 1.6}
 def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | None:
     """A quality figure of every run against its parameters; bases and dense LoRA as crosses."""
     points: dict[str, tuple[Any, Any]] = {
-        run.name: (run.of("result").get("parameters"), run.of("result").get(figure_name)) for run in runs
+        run.name: (_used(run.of("result")), run.of("result").get(figure_name)) for run in runs
     }
     known = [run for run in runs if all(finite(value) for value in points[run.name])]
     if len(known) < 2:
@@ -57,17 +58,29 @@ def against_size(runs: Sequence[Run], figure_name: str, key: str) -> Picture | N
 
     axis.xaxis.set_major_locator(MaxNLocator(4))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: millions(value)))
-    axis.set_xlabel("parameters")
+    experts = _any_experts(known)
+    axis.set_xlabel("parameters that a token uses" if experts else "parameters")
     axis.set_title(label(figure_name) + (", %" if factor == 100 else ""))
     axis.margins(0.12)
     lines = [line for line in axis.get_lines() if line.get_gid()]
     legend(figure, lines, [line.get_label() for line in lines])
     title = f"Quality against size: {label(figure_name)}"
     models = [*((run.name, run.of("result")) for run in known), *((name, run.of(model)) for name, model, run in uncut(known))]
-    rows = [[name, number("parameters", each.get("parameters")), interval(each, figure_name)] for name, each in models]
+    sizes = ("parameters", "active_parameters") if experts else ("parameters",)
+    rows = [[name, *_sizes(each, sizes), interval(each, figure_name)] for name, each in models]
     rows = [row for row in rows if all(row)]
-    note = f"Better: {'lower' if lower else 'higher'}."
-    return Picture(key, title, svg(figure, key, title), note, ["run", "parameters", label(figure_name)], rows)
+    note = f"Better: {'lower' if lower else 'higher'}." + (" Of experts more is stored than a token uses." if experts else "")
+    return Picture(key, title, svg(figure, key, title), note, ["run", *map(label, sizes), label(figure_name)], rows)
+
+
+def _used(figures: Figures) -> Any:
+    """Parameters that a token uses: all, but of experts."""
+    return figures.get("active_parameters", figures.get("parameters"))
+
+
+def _sizes(figures: Figures, names: Sequence[str]) -> list[str]:
+    values = {"parameters": figures.get("parameters"), "active_parameters": _used(figures)}
+    return [number(name, values[name]) for name in names]
 
 
 def _point(axis: Any, run: Run, figure: str, place: tuple[float, float], factor: int, index: int) -> None:
@@ -113,11 +126,11 @@ def _uncut(axis: Any, runs: Sequence[Run], figure: str, factor: int, limit: floa
 
 def beside(runs: Sequence[Run], key: str) -> Table:
     """A row for each figure, a column for each run and for what they were cut from; with speeds that a bench took."""
-    own = ["parameters", "block_ratio", "bytes", "ppl", "valid_ppl", "accuracy", "seconds", "memory"]
+    own, experts = [*SIZES, "ppl", "valid_ppl", "accuracy", "seconds", "memory"], _any_experts(runs)
     figures = [*own, *dict.fromkeys(figure for run in runs for figure in task_figures(run))]
     others = uncut(runs)
     models = [*((run, "result") for run in runs), *((run, model) for _, model, run in others)]
-    rows = [[label(figure), *(_cell(run.of(model), figure) for run, model in models)] for figure in figures]
+    rows = [[label(figure, experts), *(_cell(run.of(model), figure, experts) for run, model in models)] for figure in figures]
     blank = [""] * len(others)
     settings = [("method", "method"), ("keep", "budget.keep"), ("seed", "seed"), ("steps", "recover.steps")]
     speeds = [[f"{name}, times as fast as its base", *(_faster(run, what) for run in runs)] for what, name in _SPEEDS.items()]
@@ -140,8 +153,10 @@ def _guards(run: Run) -> str:
     return f"out: {', '.join(out)}" if out else "all hold" if run.summary.get("guard") else ""
 
 
-def _cell(figures: Figures, figure: str) -> str:
+def _cell(figures: Figures, figure: str, experts: bool) -> str:
+    """A figure with its error; beside experts it is told of other models too that a token uses all of them."""
     error = figures.get(f"{figure}_se")
+    figures = {**{name: figures[stored] for name, stored in OF_EXPERTS.items() if experts and stored in figures}, **figures}
     told = interval(figures, figure)
     return f"{told} ± {number(figure, error)}" if told and error else told
 
@@ -166,8 +181,13 @@ def shapes(runs: Sequence[Run], key: str) -> Picture | None:
     if len(known) < 2:
         return None
     parts = {name: [_parts(run, name) for run in known] for name in NAMES}
-    note = "Fields: the part of the layer that is kept."
+    of = ", of experts: that some expert has" if _any_experts(known) else ""
+    note = f"Fields: the part of the layer that is kept{of}."
     return _strips([run.name for run in known], parts, key, "Kept part of every layer", note, "kept")
+
+
+def _any_experts(runs: Sequence[Run]) -> bool:
+    return any(run.experts for run in runs)
 
 
 def _parts(run: Run, axis: str) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from slimtune.report import experts
 from slimtune.report.files import Row
 from slimtune.report.ink import FAINT, HATCHES, INK, SERIES, Picture, grey, look, mark, scale, sheet, svg, thin
 from slimtune.report.run import Run
@@ -21,6 +22,8 @@ def final(run: Run, key: str) -> Picture | None:
     """Kept MLP width and KV groups of every layer, as bars before the outline of what was there; None before a decision."""
     if run.plan is None:
         return None
+    if run.plan.experts:
+        return experts.final(run.plan, key)
     plan, layers = run.plan, range(len(run.plan.kept))
     figure, axes = sheet(250, rows=2, sharex=True, hspace=24)
     for axis, name, colour, hatch in zip(axes, (FFN, KV_GROUP), SERIES, HATCHES, strict=False):

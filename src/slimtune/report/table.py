@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from slimtune.guard.ruling import Ruling
-from slimtune.report.words import number
+from slimtune.report.words import LABELS, STORED, number
 from slimtune.train.task_figures import names_of, told
 
 Summary = dict[str, Any]
@@ -25,7 +25,9 @@ def render(summary: Summary) -> RenderableType:
     table.add_column("")
     for name in present:
         table.add_column(COLUMNS[name], justify="right")
+    experts = any("active_ratio" in summary[name] for name in present)
     for label, key, form in _ROWS:
+        label = STORED if experts and key == "block_ratio" else label
         cells = [_cell(summary[name], key, form, summary.get("base")) for name in present]
         if any(cells):
             table.add_row(label, *cells)
@@ -107,6 +109,8 @@ def _seconds(value: float, figures: Summary, base: Summary | None) -> str:
 _ROWS: list[tuple[str, str, Callable[[Any, Summary, Summary | None], str]]] = [
     ("parameters", "parameters", _parameters),
     ("kept of the blocks", "block_ratio", _ratio),
+    (LABELS["active_parameters"], "active_parameters", _parameters),
+    (LABELS["active_ratio"], "active_ratio", _ratio),
     ("perplexity, test", "ppl", _perplexity),
     ("perplexity, validation", "valid_ppl", _plain),
     ("accuracy, test", "accuracy", _accuracy),
@@ -125,8 +129,20 @@ _SPEEDS = {
 """Figures of ``slimtune.bench.named``."""
 
 
+def loads(summary: Summary) -> str:
+    """How evenly tokens are spread over the experts of a layer; nothing of a model without experts."""
+    each = [share for layer in summary.get("shares") or () for share in layer]
+    if not each:
+        return ""
+    even, ends = 1 / len(summary["shares"][0]), (min(each), max(each))
+    least, most = (f"{share:.1%}" for share in ends)
+    return f"of a layer's choices the least used one gets {least}, the most used {most}; evenly {even:.1%}"
+
+
 def _footer(summary: Summary) -> str:
     lines = [f"model      {summary['model']} ({summary['result']['class']})"]
+    if told := loads(summary):
+        lines.append(f"experts    {told}")
     if summary.get("reload_difference") is not None:
         lines.append(f"reload     logits of a fresh process differ by {summary['reload_difference']:.1e}")
     if summary.get("leak") is not None:

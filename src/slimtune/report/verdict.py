@@ -9,8 +9,10 @@ from functools import cache
 from typing import Any
 
 from slimtune.evaluate.shipped import tasks_of
+from slimtune.report.files import kept
 from slimtune.report.run import Figures, Run
 from slimtune.report.words import metric_name, millions, number, share
+from slimtune.train.task_figures import OF_EXPERTS
 
 _MAIN = ("accuracy", "rougeL", "rouge1")
 """Of a task's figures the one that stands for it, the first that it has."""
@@ -68,7 +70,7 @@ def verdict(run: Run, others: Sequence[Run] = ()) -> str:
     """
     if not run.finished:
         return _unfinished(run)
-    parts = [_smaller(run), _faster(run), _keeps(run, reference(run, others)), _general(run)]
+    parts = [_used(run), _smaller(run), _faster(run), _keeps(run, reference(run, others)), _general(run)]
     told = [part for part in parts if part]
     return f"{told[0][0].upper()}{told[0][1:]}{''.join(f'; {part}' for part in told[1:])}."
 
@@ -77,7 +79,8 @@ def _unfinished(run: Run) -> str:
     if not run.main:
         return "This run is not finished, and has no step yet."
     last, steps = run.main[-1], f"{len(run.main):,} step{'s' if len(run.main) > 1 else ''} in all"
-    where = f"{last['phase']} step {last['step'] + 1}, {share(last.get('kept'))} kept, {steps}"
+    part = f"{share(kept(last))} {'used by a token' if run.experts else 'kept'}"
+    where = f"{last['phase']} step {last['step'] + 1}, {part}, {steps}"
     breached = ", ".join(last.get("breached", ()))
     if breached and run.recipe.get("alarm", {}).get("then") == "stop":
         return f"Stopped by a guard ({breached}) at {where}."
@@ -91,7 +94,18 @@ def _smaller(run: Run) -> str:
         return f"{millions(after)} parameters" if after else "size not measured"
     if before == after:
         return f"as large as its base ({millions(after)} parameters)"
-    return f"{1 - after / before:.1%} smaller ({millions(after)} of {millions(before)} parameters)"
+    change = f"{1 - after / before:.1%} smaller" if after < before else f"{after / before:.2f} times as large"
+    what = "stored it is " if run.experts else ""
+    return f"{what}{change} ({millions(after)} {'of' if after < before else 'for'} {millions(before)} parameters)"
+
+
+def _used(run: Run) -> str:
+    """Of experts: what a token uses of what is stored."""
+    active, ratio = (run.of("result").get(name) for name in OF_EXPERTS)
+    if not active:
+        return ""
+    blocks = f", {ratio:.1%} of the base's blocks" if ratio else ""
+    return f"a token uses {millions(active)} parameters{blocks}"
 
 
 def _faster(run: Run) -> str:
@@ -113,7 +127,7 @@ def beside(run: Run) -> str:
 
 
 def _same_size(run: Run) -> bool:
-    return run.of("base").get("parameters") == run.of("result").get("parameters")
+    return not run.experts and run.of("base").get("parameters") == run.of("result").get("parameters")
 
 
 def decode_ratio(ratios: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:

@@ -12,6 +12,8 @@ LABELS = {
     "accuracy": "accuracy, test",
     "parameters": "parameters",
     "block_ratio": "kept of the blocks",
+    "active_parameters": "used by a token",
+    "active_ratio": "used by a token, of the blocks",
     "bytes": "weights on disk",
     "seconds": "training time",
     "memory": "peak GPU memory",
@@ -28,11 +30,15 @@ METRICS = {
 }
 """Figures of the tasks' own metrics, and what to call them."""
 BYTES = ("bytes", "memory", "speed.memory_bytes")
-PERCENT = ("accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "block_ratio")
+PERCENT = ("accuracy", "macro_f1", "rouge1", "rouge2", "rougeL", "block_ratio", "active_ratio")
+STORED = "stored of the blocks"
+"""What ``block_ratio`` is where some model has experts, of which a token uses a few."""
 
 
-def label(figure: str) -> str:
-    """What to call a figure."""
+def label(figure: str, experts: bool = False) -> str:
+    """What to call a figure; with ``experts`` beside one of what a token uses."""
+    if experts and figure == "block_ratio":
+        return STORED
     if figure in LABELS:
         return LABELS[figure]
     if figure.startswith("speed."):
@@ -53,7 +59,7 @@ def number(figure: str, value: float | None) -> str:
         return "" if value is None else str(value)
     if figure in BYTES:
         return size(value)
-    if figure == "parameters":
+    if figure in ("parameters", "active_parameters"):
         return f"{value:,.0f}"
     if figure == "seconds":
         return clock(value)
