@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from runs import plan_of, write_run
+from runs import plan_of, write_experts, write_run
 from slimtune.watch.follow import Watched
 from slimtune.watch.frame import frame
 from watched import RECOVERY, REFERENCE, SEARCH, Folder, closing, finished, guarded, line, step, text
@@ -113,6 +113,35 @@ def test_a_finished_run(tmp_path: Path) -> None:
     total = sum(len(layer["ffn"]) for layer in kept)
     assert f"{total / (12 * 1024):.0%} of 12,288" in shown
     assert "about" not in shown
+
+
+def test_a_run_that_makes_experts(tmp_path: Path) -> None:
+    run = Folder(tmp_path / "run", method="tomoe", budget={"keep": 0.6, "of": "block"}, evaluate={"dense_lora": False})
+    rows = [step("search", number, adapt_generator_target=0.9 - number / 10, kept=0.6) for number in range(3)]
+    shown = run.stages().rows(*rows).shown()
+    assert shown.startswith("run  running  tomoe, a token to use 60% of the blocks\nSearch, step 3 of 5.")
+    assert re.search(r"search +━.* +3/5 ", shown)
+    assert re.search(r"recover .* 0/10 ", shown)
+    assert line(shown, "used").endswith("70.0%, budget 60%")
+    assert "Shape" not in shown
+    assert "kept" not in shown
+    over = text(run.look())
+    assert f"slimtune convert {run.path / 'recipe.yaml'} --resume" in " ".join(over.split())
+    shown = text(_looked(write_experts(tmp_path / "done")))
+    assert "tomoe, a token to use 60% of the blocks\nA token uses 620,000 parameters, 60.0% of the base's blocks;" in shown
+    assert "in experts  " in shown
+    assert "75% of 3,072, 768 in every layer" in shown
+    told = " ".join(shown.split())
+    assert "A layer has 4 experts of 128 channels, of which a token uses 2 beside 256 shared ones" in told
+    assert "Of a layer's choices the least used one gets 10.0%, the most used 50.0%; evenly 25.0%." in told
+    narrow = text(_looked(tmp_path / "done"), 60)
+    assert max(map(len, narrow.splitlines())) <= 60
+
+
+def _looked(folder: Path) -> Watched:
+    watched = Watched(folder)
+    watched.look()
+    return watched
 
 
 @pytest.mark.parametrize("layers", [1, 12, 80, 130])

@@ -17,7 +17,7 @@ import yaml
 
 from slimtune.errors import UserError
 from slimtune.recipe import Recipe, parse
-from slimtune.report.files import Row
+from slimtune.report.files import Row, kept
 from slimtune.structure.axes import AXES
 from slimtune.structure.plan import Plan
 from slimtune.train.claim import is_held, place
@@ -138,7 +138,7 @@ class Seen:
             stretch.spent += seconds
         lines = self.lines.setdefault(stage, {})
         for name in LINES:
-            if (value := number(row, name)) is not None:
+            if (value := number(row, name) if name != "kept" else number({name: kept(row)}, name)) is not None:
                 lines.setdefault(name, array("d")).append(value)
         if any(key.startswith("valid_") for key in row):
             self.evaluated.setdefault(stage, deque(maxlen=2)).append(row)

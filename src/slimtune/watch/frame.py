@@ -11,6 +11,7 @@ from rich.constrain import Constrain
 from rich.table import Table
 from rich.text import Text
 
+from slimtune.report.made import verb
 from slimtune.report.run import read_run
 from slimtune.report.verdict import verdict
 from slimtune.report.words import clock
@@ -64,7 +65,8 @@ def _head(watched: Watched) -> RenderableType:
     title = Text.assemble((watched.name, "bold"), "  ", (_CALLED.get(state, state), _STYLES.get(state, "bold cyan")))
     if recipe and recipe.prunes:
         of = "all parameters" if recipe.budget.of == "total" else "the blocks"
-        title.append(f"  {recipe.method}, to keep {100 * recipe.budget.keep:.4g}% of {of}", "dim")
+        what = "a token to use" if recipe.method == "tomoe" else "to keep"
+        title.append(f"  {recipe.method}, {what} {100 * recipe.budget.keep:.4g}% of {of}", "dim")
     elif recipe:
         title.append(f"  {recipe.method}", "dim")
     return Group(title, Text(verdict(read_run(watched.folder)) if state == "finished" else _doing(watched)))
@@ -73,13 +75,14 @@ def _head(watched: Watched) -> RenderableType:
 def _doing(watched: Watched) -> str:
     """What the run is at, or why it is at nothing."""
     state, age, where = watched.state, clock(watched.age), _where(watched)
+    recipe = watched.recipe
     said = where[0].upper() + where[1:]
     if state == "absent":
         return f"{watched.folder} " + ("holds no run yet." if watched.folder.is_dir() else "is not there yet.")
     if state == "stopped":
         return f"{said}. A guard is out of its bound, and alarm.then=stop; go on with --resume alarm.then=warn."
     if state == "broken off":
-        on = f"slimtune tune {shlex.quote(str(watched.folder / 'recipe.yaml'))} --resume"
+        on = f"slimtune {verb(recipe and recipe.method)} {shlex.quote(str(watched.folder / 'recipe.yaml'))} --resume"
         return f"{said}, {age} ago. No process is at it any more; go on with {on}"
     if state == "silent":
         return f"{said}. No step for {age}, and whether a process is still at it cannot be seen from here."

@@ -11,8 +11,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from slimtune.report.experts import words
 from slimtune.report.quality import telling
 from slimtune.report.shape import NAMES
+from slimtune.report.table import loads
 from slimtune.report.words import clock, label
 from slimtune.report.words import number as told
 from slimtune.structure.axes import FFN, KV_GROUP
@@ -103,9 +105,10 @@ def curves(watched: Watched, room: Room) -> RenderableType | None:
     kept = lines.get("kept")
     if kept and watched.recipe and watched.recipe.prunes and stage == "main":
         now, budget = f"{kept[-1]:.1%}", f"{100 * watched.recipe.budget.keep:.4g}%"
-        target = number(seen.last or {}, "decide_target")
+        experts = watched.recipe.method == "tomoe"  # whose masks have just what is the target of the step
+        target = number(seen.last or {}, "decide_target") if not experts else None
         now += f", target {target:.1%}, then {budget}" if target else f", budget {budget}"
-        grid.add_row("kept", Text(glyphs.spark(glyphs.means(kept, width), room.ascii_only), "cyan"), now)
+        grid.add_row("used" if experts else "kept", Text(glyphs.spark(glyphs.means(kept, width), room.ascii_only), "cyan"), now)
     if not grid.row_count:
         return None
     size = max(1, -(-len(lines.get(loss, ())) // width))
@@ -197,9 +200,10 @@ def shape(watched: Watched, room: Room) -> RenderableType | None:
     step, each = max(1, min(1 if room.tight else 4, columns // count)), max(1, -(-count // columns))
     lines = []
     for axis in (FFN, KV_GROUP):
+        name = "in experts" if axis == FFN and plan is not None and plan.experts else NAMES[axis]
         parts = [kept / of for kept, of in zip(widths[axis], whole[axis], strict=True)]
         bars = glyphs.bars(_joined(parts, each), room.bars, step, room.ascii_only)
-        lines += [_bar("" if row < len(bars) - 1 else NAMES[axis], bar) for row, bar in enumerate(bars)]
+        lines += [_bar("" if row < len(bars) - 1 else name, bar) for row, bar in enumerate(bars)]
         told = _kept(widths[axis], whole[axis], bool(full))
         if room.tight:
             lines[-1].append(f"  {told}", "dim")
@@ -209,7 +213,7 @@ def shape(watched: Watched, room: Room) -> RenderableType | None:
     if plan is None and seen.shape is not seen.last and seen.shape:  # what was decided is written at the end
         note += f", at step {seen.shape['step'] + 1:,} of the {seen.shape['phase']}"
     note += "" if full else "; full height: the widest that was seen"
-    return Group(_title("Shape", note), *lines, *_moving(watched))
+    return Group(_title("Shape", note), *lines, *_moving(watched), *_experts(watched, room))
 
 
 def _joined(parts: Sequence[float], each: int) -> list[float]:
@@ -237,6 +241,14 @@ def _moving(watched: Watched) -> list[Text]:
     closed, back = number(row, "closed") or 0.0, number(row, "reopened") or 0.0
     told = f"Last step: {closed:.2%} of all units removed, {back:.2%} came back (in all steps: {watched.seen.reopened:.1%})."
     return [Text(told)]
+
+
+def _experts(watched: Watched, room: Room) -> list[Text]:
+    """What the experts are, and how evenly tokens are spread over them: what the bars do not tell."""
+    if not (watched.plan and watched.plan.experts) or room.tight:
+        return []
+    even = loads(watched.summary)
+    return [Text(words(watched.plan)), *([Text(f"{even[0].upper()}{even[1:]}.")] if even else [])]
 
 
 def _title(name: str, note: str = "") -> Text:
