@@ -8,6 +8,7 @@ import yaml
 
 import slimtune
 from cuts import UNEVEN, cut_model, even
+from runs import experts_of
 from slimtune.export.card import render, write
 from slimtune.export.card_facts import facts, licence_of
 from slimtune.export.huggingface import save
@@ -79,6 +80,32 @@ def test_figures_of_tasks_have_interval_and_baseline() -> None:
     assert "| rqe, accuracy (baseline 0.573) |  | 0.579 (0.530 to 0.636) |\n" in text
     assert "| a b, rouge1 |  | 0.100 |\n" in text
     assert "302" not in text
+
+
+def test_a_model_of_experts_says_what_a_token_uses() -> None:
+    config = {"model_type": "glm4_moe", "architectures": ["Glm4MoeForCausalLM"], "dtype": "float32"}
+    known = facts(parse({"method": "tomoe"}), 1_000_000, 950_000, {"result": {"active_parameters": 620_000}}, None)
+    text = render(known, experts_of(), config)
+    assert "# Model of experts\n\nA tuned mixture-of-experts version of " in text
+    for row in (
+        "| budget | 0.6 of total, used by a token |\n",
+        "| parameters after | 950,000 |\n",
+        "| parameters that a token uses | 620,000 |\n",
+        "| experts of a layer | 4 |\n| of which a token uses | 2 |\n| channels of an expert | 128 |\n",
+        "| channels of the shared expert, which every token uses | 256 |\n",
+        "| 0 | 24 of 32 | 6 of 8 | 256 of 1024 | 768 of 1024 | 512 of 1024 |\n",
+    ):
+        assert row in text
+    assert "A stock transformers class (`Glm4MoeForCausalLM`) holds this model" in text
+    assert "For `slimtune convert`;" in text
+    assert "lists which channels of the base each expert has" in text
+    assert yaml.safe_load(text.split("---")[1])["tags"] == ["slimtune", "moe"]
+    text = render({}, experts_of(overlap=True), {**config, "model_type": "mixtral"})
+    assert "| experts of a layer | 3 |" in text
+    assert "shared expert" not in text
+    dense = render(facts(parse({}), 10, 6, {}, None), plan_of(UNEVEN), {})
+    assert "For `slimtune tune`;" in dense
+    assert "expert" not in dense
 
 
 def test_a_folder_is_no_hub_id(tmp_path: Path) -> None:

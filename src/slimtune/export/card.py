@@ -12,6 +12,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined, Template
 
 from slimtune.structure.axes import FFN, KV_GROUP
+from slimtune.structure.experts import HOSTS
 from slimtune.structure.plan import Plan
 from slimtune.text_file import write_atomically
 from slimtune.version import __version__
@@ -22,7 +23,9 @@ library_name: transformers
 pipeline_tag: text-generation
 tags:
 - slimtune
-{%- if cut %}
+{%- if experts %}
+- moe
+{%- elif cut %}
 - pruned
 {%- endif %}
 {%- if hub_base %}
@@ -62,7 +65,7 @@ A {{ kind }} version of {{ base }}, made with slimtune {{ version }}.
 {%- if recipe %}
 ## Recipe
 
-For `slimtune tune`; paths are shortened to names, and what stands at its default is left out.
+For `slimtune {{ "convert" if experts else "tune" }}`; paths are shortened to names, and what stands at its default is left out.
 
 ```yaml
 {{ recipe }}
@@ -119,7 +122,9 @@ For vLLM, which this folder was written for and has not been run in:
 vllm serve folder{{ " --trust-remote-code" if per_layer or block_configs }}
 ```
 {% endif %}
-{%- if plan %}
+{%- if plan and experts %}
+`plan.json` lists which channels of the base each expert has, and which heads were kept.
+{% elif plan %}
 `plan.json` lists which units of the base were kept; replayed on the base it gives the same widths
 {%- if zeros %}, without the zeros{% endif %}.
 {% endif %}
@@ -128,8 +133,8 @@ vllm serve folder{{ " --trust-remote-code" if per_layer or block_configs }}
 _REST = """\
 ## Widths
 
-| layer | query heads | KV heads | MLP |
-| --- | --- | --- | --- |
+| layer | query heads | KV heads | {{ mlp | join(" | ") }} |
+| --- | --- | --- | {{ (["---"] * (mlp | length)) | join(" | ") }} |
 {%- for row in widths %}
 | {{ row }} |
 {%- endfor %}
@@ -150,9 +155,11 @@ _LABELS = {
     "budget": "budget",
     "parameters_before": "parameters before",
     "parameters_after": "parameters after",
+    "parameters_used": "parameters that a token uses",
     "size": "weights on disk",
     "reload_difference": RELOADED,
 }
+_OF_EXPERTS = ("MLP, shared", "in some expert", "used by a token")
 _ELSEWHERE = ("title", "license", "figures", "data", "recipe", "kind")
 
 
@@ -171,14 +178,15 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
     base = str(known.get("base", "a base model"))
     order = [key for key in _LABELS if key in known] + [key for key in known if key not in (*_LABELS, *_ELSEWHERE)]
     rows = [(_LABELS.get(key, key.replace("_", " ")), _text(known[key])) for key in order]
+    rows += _experts(plan)
     rows.append(("weights", str(config.get("dtype"))))
     cut = any(len(kept[axis]) < full[axis] for kept, full in zip(plan.kept, plan.full, strict=True) for axis in kept)
     figures = {name: dict(values) for name, values in dict(known.get("figures", {})).items()}
     metrics = list(dict.fromkeys(metric for values in figures.values() for metric in values))
     return _template(_HEAD + _LOADING + _REST).render(
-        title=known.get("title", "Pruned model" if cut else "Tuned model"),
+        title=known.get("title", "Model of experts" if plan.experts else "Pruned model" if cut else "Tuned model"),
         cut=cut,
-        kind=known.get("kind", "smaller, tuned" if cut else "tuned"),
+        kind=known.get("kind", "tuned mixture-of-experts" if plan.experts else "smaller, tuned" if cut else "tuned"),
         base=base,
         # only an id of the hub may stand in the metadata; a folder of the author's machine means nothing elsewhere
         hub_base=base if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) and not Path(base).exists() else None,
@@ -189,6 +197,7 @@ def render(facts: Mapping[str, Any], plan: Plan, config: Mapping[str, Any]) -> s
         figures=[(metric, [_text(row.get(metric, "")) for row in figures.values()]) for metric in metrics],
         data=[_text(source) for source in known.get("data", ())],
         recipe=known.get("recipe"),
+        mlp=_OF_EXPERTS if plan.experts else ("MLP",),
         widths=_widths(plan),
         **_how(config, True),
     )
@@ -213,6 +222,7 @@ def _how(config: Mapping[str, Any], plan: bool) -> dict[str, Any]:
         "heads": config.get("num_attention_heads"),
         "architecture": (config.get("architectures") or ["?"])[0],
         "plan": plan,
+        "experts": config.get("model_type") in HOSTS,
         "vllm": False,
         "zeros": 0,
     }
@@ -238,10 +248,30 @@ def _widths(plan: Plan) -> list[str]:
         pairs = (
             (now["num_attention_heads"], full[KV_GROUP] * plan.group),
             (now["num_key_value_heads"], full[KV_GROUP]),
-            (now["intermediate_size"], full[FFN]),
+            *_of_mlp(plan, layer),
         )
         lines.append(" | ".join([str(layer), *(f"{kept} of {whole}" for kept, whole in pairs)]))
     return lines
+
+
+def _of_mlp(plan: Plan, layer: int) -> list[tuple[int, int]]:
+    """Channels that stay; of experts those of the shared one, those that any has, and as many as a token uses."""
+    kept, full = len(plan.kept[layer][FFN]), plan.full[layer][FFN]
+    if not plan.experts:
+        return [(kept, full)]
+    division = plan.experts[layer]
+    return [(len(division.shared), full), (kept, full), (division.used(plan.top_k), full)]
+
+
+def _experts(plan: Plan) -> list[tuple[str, str]]:
+    """Rows on the experts, which are alike in all layers."""
+    if not plan.experts:
+        return []
+    first, own = plan.experts[0], [len(each.shared) for each in plan.experts]
+    rows = [("experts of a layer", len(first.routed)), ("of which a token uses", plan.top_k)]
+    rows += [("channels of an expert", max(each.width for each in plan.experts))]
+    rows += [("channels of the shared expert, which every token uses", max(own))] if any(own) else []
+    return [(name, _text(value)) for name, value in rows]
 
 
 def _text(value: Any) -> str:

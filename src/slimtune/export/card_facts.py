@@ -35,9 +35,10 @@ def facts(
         "base": base if not drawn else f"random weights of the shape of {base}" if base else "random weights",
         "license": None if drawn else licence_of(recipe.model.path),
         "method": f"twostage ({recipe.twostage.scores})" if recipe.method == "twostage" else recipe.method,
-        "budget": f"{recipe.budget.keep} of {recipe.budget.of}" if recipe.prunes else None,
+        "budget": _budget(recipe),
         "parameters_before": before,
         "parameters_after": after,
+        "parameters_used": figures.get("result", {}).get("active_parameters"),
         "figures": {
             names[name]: {_METRICS[key]: round(values[key], 3) for key in _METRICS if key in values}
             | {label: told(values, key) for key, label in tasks.items() if key in values}
@@ -49,6 +50,11 @@ def facts(
         "data": [public(source.path) for source in recipe.data.train],
         "reload_difference": difference,
     }
+
+
+def _budget(recipe: Recipe) -> str | None:
+    used = ", used by a token" if recipe.method == "tomoe" else ""
+    return f"{recipe.budget.keep} of {recipe.budget.of}{used}" if recipe.prunes else None
 
 
 def licence_of(base: str) -> str | None:
