@@ -120,7 +120,7 @@ def check_teacher(recipe: Recipe, vocabulary: int) -> None:
         vocabulary: rows of the student's embedding.
     """
     path = recipe.distill.teacher
-    if not path or recipe.method != "atp":
+    if not path or recipe.method not in ("atp", "tomoe"):
         return
     locate(path, "distill.teacher")
     theirs = load_config(recipe.model.at(path)).vocab_size

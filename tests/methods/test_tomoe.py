@@ -173,6 +173,14 @@ def test_what_cannot_be_is_refused_before_anything_runs(bench: Bench, tmp_path: 
         tune(bench.recipe(tmp_path / "a", **{**MOE, "budget__keep": 0.1}))
     with pytest.raises(UserError, match=r"moe\.groups=7 is more than the 2 KV groups"):
         tune(bench.recipe(tmp_path / "b", **{**MOE, "moe__groups": 7}))
+    for changes, told in (
+        ({"moe__number": 3, "moe__top_k": 4}, "less than the 4 experts"),
+        ({"moe__shared": False, "moe__top_k": 3}, "exact for 1, 2, 4, 8"),
+        ({"moe__prior": "none", "search__steps": 0}, "nothing to decide by"),
+        ({"model": {"path": bench.base, "quantize": "nf4"}}, "does not go with method=tomoe"),
+    ):
+        with pytest.raises(UserError, match=told):
+            tune(bench.recipe(tmp_path / "c", **{**MOE, **changes}))
     assert not (tmp_path / "a").exists()
 
 

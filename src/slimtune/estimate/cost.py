@@ -152,8 +152,9 @@ class Job:
 
     @property
     def may_compile(self) -> bool:
-        """Whether ``train.compile=auto`` is open: of LoRA, nothing in 4 bits, the model whole in each process."""
-        return not (self.whole or self.parts > 1 or self.recipe.model.quantize != "none")
+        """Whether ``train.compile=auto`` is open: of LoRA, nothing in 4 bits, no experts, the model whole in each process."""
+        recipe = self.recipe
+        return not (self.whole or self.parts > 1 or recipe.model.quantize != "none" or recipe.method == "tomoe")
 
     @property
     def compiled(self) -> bool:

@@ -49,6 +49,10 @@ def check(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Non
     """Raise UserError where no shape meets the budget, a key does not go with experts, or no stock class holds them."""
     if recipe.model.quantize != "none":
         raise UserError(f"model.quantize={recipe.model.quantize} does not go with method=tomoe; leave it out")
+    if recipe.moe.prior == "none" and not recipe.search.steps:
+        raise UserError(
+            "moe.prior=none with search.steps=0 leaves nothing to decide by; set moe.prior=energy or a number of steps"
+        )
     shape = shape_of(structure, recipe.budget, recipe.moe)
     moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares, shape.groups))
 

@@ -27,14 +27,14 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
     config, shape = session.recipe.moe, experts.shape
     bank.open()
     passes = Passes(session, model, batches, config.prior_steps)
-    energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps))
-    sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
     if shape.groups < session.structure.layers[0].units[KV_GROUP]:
         session.progress.say(f"{shape.groups} KV groups a layer stay, by squared gradients on {config.prior_steps} batches")
         experts.keep_groups(_squares(session, model, bank, passes))
     if config.prior == "none":
         return passes.tokens
     session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
+    energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps))
+    sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
     scores, weights = [], {}
     for layer in range(len(session.structure.layers)):
         seed = hash_seed(session.recipe.seed, "split", layer) % 2**31

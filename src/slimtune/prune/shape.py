@@ -62,6 +62,7 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
     Raises:
         UserError: no shape meets the budget, or the base's layers differ.
     """
+    _check(moe)
     channels = structure.layers[0].units[FFN]
     if any(layer.units != structure.layers[0].units for layer in structure.layers):
         raise UserError("method=tomoe needs a base whose layers are all alike: experts of all layers are of one width")
@@ -85,6 +86,19 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
         f"budget.ffn_multiple={budget.ffn_multiple}): the nearest part that a token can use is {best[1]:.4f}; ask for that, or "
         "change those"
     )
+
+
+def _check(moe: MoeConfig) -> None:
+    if moe.number != "auto" and moe.number < moe.chosen:
+        raise UserError(
+            f"moe.number={moe.number} is less than the {moe.chosen} experts that a token uses (moe.top_k); give more of "
+            "them, or a smaller moe.top_k"
+        )
+    if not (moe.shared and moe.experts == "partition") and moe.chosen not in (1, 2, 4, 8, 16):
+        raise UserError(
+            f"moe.top_k={moe.chosen} without a shared expert: the stock class divides weights by it, which is exact for 1, 2, "
+            "4, 8 and 16; give one of those"
+        )
 
 
 def active_ratio(structure: Structure, shape: Shape, of: str) -> float:
@@ -133,7 +147,7 @@ def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int
 def _shapes(channels: int, active: float, groups: int, multiple: int, moe: MoeConfig) -> Iterator[Shape]:
     """Shapes by which a token uses about ``active`` channels."""
     overlap = moe.experts == "overlap"
-    top_k = (1 if overlap else 4) if moe.top_k == "auto" else moe.top_k
+    top_k = moe.chosen
     for width in range(multiple, channels + 1, multiple):
         if overlap:
             number = 8 if moe.number == "auto" else moe.number

@@ -80,7 +80,7 @@ def _scores(energy: Tensor, used: Tensor) -> Tensor:
 
 
 def lead(energy: Tensor, experts: Tensor) -> Tensor:
-    """By how much more an expert of ``experts`` [F, E] adds for a token than the others, in logarithms, partly evened: [T, E]."""
+    """By how much more an expert of ``experts`` [F, E] adds for a token than others, in logarithms, partly evened: [T, E]."""
     added = (energy @ experts + 1e-4).log()
     added = added - added.mean(1, keepdim=True)
     return added - _EVEN * added.mean(0)

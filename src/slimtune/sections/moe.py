@@ -71,6 +71,11 @@ class MoeConfig(Section):
     """Tokens a layer that the prior keeps of what it reads."""
 
     @property
+    def chosen(self) -> int:
+        """Routed experts that a token uses."""
+        return (1 if self.experts == "overlap" else 4) if self.top_k == "auto" else self.top_k
+
+    @property
     def factors(self) -> tuple[float, float]:
         """Of divergence and cross-entropy while experts are found."""
         kd = (0.0 if self.tune else 2.0) if self.kd is None else self.kd
