@@ -162,6 +162,25 @@ def test_fitting_anew_brings_the_layers_nearer_to_what_they_added(bench: Bench, 
     assert after < 0.8 * before
 
 
+def test_layers_may_be_fitted_one_after_another(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where their moments do not fit in memory together: later layers then read what earlier ones were fitted to."""
+    found = []
+    for together in (3, 1):
+        monkeypatch.setattr("slimtune.methods.refit._together", lambda session, together=together: together)
+        session = session_of(bench, tmp_path / str(together), **{**MOE, "moe__refit": False, "search__steps": 0})
+        method = tomoe._ToMoE(session)
+        tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
+        method.bank.close(method.experts.masks(9))
+        tokens = refit(session, method.model, method.bank, method.decision, 2, 0.01)
+        weights = [layer.mlp.down_proj.base_layer.weight.clone() for layer in method.model.get_base_model().model.layers]
+        found.append((tokens, weights))
+    (tokens, at_once), (more, one_by_one) = found
+    assert more == 3 * tokens
+    assert torch.equal(at_once[0], one_by_one[0])
+    assert not torch.equal(at_once[2], one_by_one[2])
+    torch.testing.assert_close(at_once[2], one_by_one[2], rtol=0.5, atol=0.05)
+
+
 def test_the_loss_falls(bench: Bench, tmp_path: Path) -> None:
     tune(bench.recipe(tmp_path / "run", **{**MOE, "search__steps": 5, "recover__steps": 40, "train__lr": 1e-2}))
     found = losses(tmp_path / "run")

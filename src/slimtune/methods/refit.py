@@ -25,8 +25,32 @@ from slimtune.train.session import Batches, Session
 
 @torch.no_grad()
 def refit(session: Session, model: nn.Module, bank: MaskBank, batches: Batches, steps: int, damping: float) -> int:
-    """Fit all consumers under the closed gates of ``bank``, in place; the tokens read."""
-    passes, structure = Passes(session, model, batches, steps), session.structure
+    """Fit all consumers under the closed gates of ``bank``, in place; the tokens read.
+
+    Layers whose moments do not fit in memory together come one part after another, each read anew.
+    """
+    passes, layers = Passes(session, model, batches, steps), len(session.structure.layers)
+    together = _together(session)
+    for first in range(0, layers, together):
+        _refit(session, model, bank, passes, range(first, min(layers, first + together)), damping)
+    return passes.tokens
+
+
+def _together(session: Session) -> int:
+    """Layers whose moments may lie on the device at once: in half of what is free there, the same of all processes."""
+    layers = session.structure.layers
+    if session.device.type != "cuda":
+        return len(layers)
+    rows = [row.into for row in session.structure.family.linears if row.into]
+    widths = [layers[0].units[side.axis] * session.structure.rows(side) for side in rows]
+    free = torch.tensor(float(torch.cuda.mem_get_info(session.device)[0]), device=session.device)
+    if session.accelerator.num_processes > 1:
+        torch.distributed.all_reduce(free, torch.distributed.ReduceOp.MIN)
+    return max(1, min(len(layers), int(float(free) / 2 / sum(8 * width**2 for width in widths))))
+
+
+def _refit(session: Session, model: nn.Module, bank: MaskBank, passes: Passes, layers: range, damping: float) -> None:
+    structure = session.structure
     sides: dict[str, Side] = {row.into.axis: row.into for row in structure.family.linears if row.into}
     left: dict[Site, Tensor] = {}
     gone: dict[Site, Tensor] = {}
@@ -35,7 +59,7 @@ def refit(session: Session, model: nn.Module, bank: MaskBank, batches: Batches, 
         at = real.flatten().nonzero().flatten()
 
         def see(layer: int, axis: str, x: Tensor) -> None:
-            mask = bank.consumer(layer, axis)
+            mask = bank.consumer(layer, axis) if layer in layers else None
             if mask is None:
                 return
             spread = mask.repeat_interleave(structure.rows(sides[axis]), dim=-1) if mask.ndim == 1 else mask.flatten(0, 1)[at]
@@ -55,7 +79,6 @@ def refit(session: Session, model: nn.Module, bank: MaskBank, batches: Batches, 
             moments, missing = (session.accelerator.reduce(sums.pop(site)) for sums in (left, gone))
             inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
             inner.weight.add_(_correction(_effective(module), moments, missing, damping).to(inner.weight))
-    return passes.tokens
 
 
 def taken_refit(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
