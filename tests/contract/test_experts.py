@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,7 @@ def test_what_is_masked_is_what_is_written(name: str, shares: int, top_k: int, t
         found = stock(input_ids=ids).logits
     assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
     assert type(stock).__name__ == CLASSES[name, shares]
+    assert json.loads((tmp_path / "m" / "config.json").read_text())["architectures"] == [CLASSES[name, shares]]
     assert type(stock).__module__.startswith("transformers.")
     assert not list((tmp_path / "m").glob("*.py"))
     assert sum(each.numel() for each in stock.parameters()) == count(structure, plan).total

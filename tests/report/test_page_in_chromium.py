@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from runs import write_run
+from runs import write_experts, write_run
 from slimtune.report.page import report
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
@@ -69,6 +69,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     alone = {
         "twelve-runs": report(many, root / "twelve-runs.html"),
         "one-run": report([runs[0]], root / "one-run.html"),
+        "experts": report([write_experts(root / "experts", layers=8)], root / "experts.html"),
         "several-runs": report(runs, root / "several-runs.html"),
     }
     examples = Path(__file__).parents[2] / "docs" / "reports"
@@ -83,6 +84,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         ("several-runs", "light-1280"),
         ("several-runs", "dark-375"),
         ("going-on", "light-375"),
+        ("experts", "light-1280"),
+        ("experts", "dark-375"),
         ("twelve-runs", "light-375"),
         ("health", "light-1280"),
         ("legal", "dark-375"),
@@ -100,7 +103,7 @@ def test_the_page(browser: Any, pages: dict[str, Path], name: str, view: str) ->
     assert [url for url in asked if not url.startswith("data:")] == [pages[name].as_uri()]
     assert page.evaluate("document.documentElement.scrollWidth") <= VIEWS[view]["viewport"]["width"]  # type: ignore[index]
     figures = page.evaluate(MARKS)
-    assert len(figures) >= {"one-run": 9, "several-runs": 13, "going-on": 4, "twelve-runs": 10}.get(name, 12)
+    assert len(figures) >= {"one-run": 9, "several-runs": 13, "going-on": 4, "experts": 6, "twelve-runs": 10}.get(name, 12)
     for figure in figures:
         assert figure["marks"] > 0, figure
         assert figure["drawn"] == figure["marks"], figure
