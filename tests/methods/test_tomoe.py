@@ -178,7 +178,7 @@ def test_layers_may_be_fitted_one_after_another(bench: Bench, tmp_path: Path, mo
     assert more == 3 * tokens
     assert torch.equal(at_once[0], one_by_one[0])
     assert not torch.equal(at_once[2], one_by_one[2])
-    torch.testing.assert_close(at_once[2], one_by_one[2], rtol=0.5, atol=0.05)
+    assert (at_once[2] - one_by_one[2]).norm() < 0.5 * at_once[2].norm()
 
 
 def test_the_loss_falls(bench: Bench, tmp_path: Path) -> None:

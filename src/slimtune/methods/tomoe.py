@@ -50,7 +50,7 @@ class _ToMoE:
         self.teacher = Teacher(session, self.model, self.bank, untuned=True)
         self.masks: dict[Site, Tensor] = {}
         self.plan: Plan | None = None
-        self.tokens = {"prior": 0, "decide": 0}
+        self.tokens, self.target = {"prior": 0, "decide": 0}, 1.0
 
     def run(self) -> Outcome:
         """All phases, from wherever the checkpoint left off."""
@@ -94,6 +94,7 @@ class _ToMoE:
 
     def _learned(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
         learned = self.experts.learn(step, sampled, leaves)
+        self.target = self.experts.target(step)
         learned["router_grad_norm"] = self.experts.learn_router(step)
         self.masks = self.experts.masks(step)
         return {f"generator_{name}": value for name, value in learned.items()}
@@ -168,8 +169,7 @@ class _ToMoE:
 
     def _kept(self) -> float:
         if self.plan is None:
-            step = self.session.recipe.search.steps
-            return self.experts.target(step)
+            return self.target
         counts = count(self.structure, self.plan, active=True)
         return counts.total_ratio if self.recipe.budget.of == "total" else counts.block_ratio
 
