@@ -49,6 +49,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": "tomoe",
         "budget": {"keep": 0.7, "of": "block", "ffn_multiple": 4, "tolerance": 0.03},
         "moe": {"number": 5, "top_k": 2, "prior_steps": 2, "groups": 1, "explore": 0.5},
+        "distill__weight": 0.5,
     },
     "frozen experts": {
         "method": "tomoe",

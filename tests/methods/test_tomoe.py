@@ -225,3 +225,19 @@ def test_apply_rebuilds_the_model_from_plan_and_adapter(runs: Any, bench: Bench,
     assert (out / "model" / "config.json").read_bytes() == (tmp_path / "again" / "config.json").read_bytes()
     with pytest.raises(UserError, match="their routers lie in its adapter"):
         apply_plan(out / "plan.json", bench.base, use_adapter=False, out=tmp_path / "no")
+
+
+def test_the_base_teaches_the_recovery(bench: Bench, tmp_path: Path) -> None:
+    """Not what least squares and the cut have made of it, with its gates open."""
+    session = session_of(bench, tmp_path / "run", **{**MOE, "moe__groups": 1, "distill__weight": 0.5, "search__steps": 0})
+    method = tomoe._ToMoE(session)
+    batch = method.tuner.batches.at(0)[0]
+    before = method.teacher.logits(batch)
+    tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
+    method._freeze()
+    method._recover(0)
+    torch.testing.assert_close(method.teacher.logits(batch), before, rtol=0, atol=0)
+    with torch.no_grad():
+        method.bank.open()
+        opened = method.model(input_ids=batch["input_ids"]).logits
+    assert (opened - before).abs().max() > 0.1

@@ -78,26 +78,31 @@ def _refit(session: Session, model: nn.Module, bank: MaskBank, passes: Passes, l
             site = (layer, row.into.axis)
             moments, missing = (session.accelerator.reduce(sums.pop(site)) for sums in (left, gone))
             inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
-            inner.weight.add_(_correction(_effective(module), moments, missing, damping).to(inner.weight))
+            change = _correction(_effective(module), moments, missing, damping).to(inner.weight)
+            inner.weight = _frozen(inner.weight + change)
 
 
 def taken_refit(model: nn.Module, structure: Structure) -> dict[str, Tensor]:
     """The weights of all consumers, by layer and path: of a model whose attention is cut already."""
-    return {f"{layer}.{path}": weight.detach() for layer, path, weight in _consumers(model, structure)}
+    return {f"{layer}.{path}": inner.weight.detach() for layer, path, inner in _consumers(model, structure)}
 
 
 @torch.no_grad()
 def put_refit(model: nn.Module, structure: Structure, saved: dict[str, Tensor]) -> None:
     """Give the consumers what ``taken_refit`` took."""
-    for layer, path, weight in _consumers(model, structure):
-        weight.copy_(saved[f"{layer}.{path}"])
+    for layer, path, inner in _consumers(model, structure):
+        inner.weight = _frozen(saved[f"{layer}.{path}"].to(inner.weight))
 
 
-def _consumers(model: nn.Module, structure: Structure) -> Iterator[tuple[int, str, Tensor]]:
+def _consumers(model: nn.Module, structure: Structure) -> Iterator[tuple[int, str, Any]]:
     for layer, row, module in linears_of(model, structure):
         if row.into:
-            inner: Any = module.base_layer if isinstance(module, LoraLayer) else module
-            yield layer, row.path, inner.weight
+            yield layer, row.path, module.base_layer if isinstance(module, LoraLayer) else module
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    """Another parameter: a teacher may share the one that was there."""
+    return nn.Parameter(weight, requires_grad=False)
 
 
 def _effective(module: Any) -> Tensor:

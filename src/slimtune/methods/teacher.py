@@ -50,10 +50,11 @@ class Teacher:
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V]; opens the gates."""
         self.bank.open()
-        if self.model is None and self.untuned and isinstance(self.student, PeftModel):
-            with without_lora(self.student):
-                return forward(self.student, batch)
-        return forward(self.model or self.student, batch)
+        model = self.model or self.student
+        if self.untuned and not self.outside and isinstance(model, PeftModel):
+            with without_lora(model):
+                return forward(model, batch)
+        return forward(model, batch)
 
     def capture(self) -> dict[str, Tensor] | None:
         """The trained weights of an earlier state of the student, where that is the teacher."""

@@ -132,6 +132,7 @@ class _ToMoE:
     def _freeze(self) -> None:
         self.plan = self.experts.plan()
         self._fixed()
+        self._keep_teacher()
         if self.recipe.moe.refit:
             self.session.progress.say("o_proj and down_proj are fitted to what they added before")
             self.bank.close({**self.masks, **self.experts.attention})
@@ -147,6 +148,11 @@ class _ToMoE:
             f"{shape.shares * shape.width} channels shared; a token uses {active.total_ratio:.2%} of all parameters, "
             f"{active.block_ratio:.2%} of the blocks, and {stored.total_ratio:.2%} are stored"
         )
+
+    def _keep_teacher(self) -> None:
+        """Where the base teaches the recovery: what is fitted and cut next is no base any more, whatever its gates."""
+        if self.recipe.distill.weight and self.recover and self.teacher.model is None:
+            self.teacher.stay()
 
     def _cut(self) -> None:
         """Attention becomes smaller for good; what a token does not see of the MLP stays, for others do."""
@@ -195,6 +201,7 @@ class _ToMoE:
             self.plan = Plan.from_json(saved["plan"])
             self.plan.check(self.structure)
             self._fixed()
+            self._keep_teacher()
             self._cut()
         elif saved["step"]:
             self.masks = self.experts.masks(saved["step"] - 1)
