@@ -5,7 +5,7 @@ Shapes: L layers, F mlp channels, E experts, S slots, B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimtune.models.hooks import place_gates
+from slimtune.models.sharded import share_gradients
 from slimtune.prune import budget
 from slimtune.prune.assign import assign, widest
 from slimtune.prune.experts import ExpertGenerator, partitioned, topped, union_loss
@@ -158,7 +159,8 @@ class Experts:
     def learn_router(self, step: int) -> Tensor:
         """Update the routers by the gradients that the loss left at them; ``step`` of the run."""
         parameters = list(self.router.parameters())
-        _share([each.grad for each in parameters if each.grad is not None])
+        if self.session.accelerator.num_processes > 1:
+            share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
         set_lr(self.router_optimizer, lr_factor(step, self.total, self.session.recipe.train))
         self.router_optimizer.step()
@@ -263,15 +265,3 @@ def _flat(leaf: Tensor) -> Tensor:
     found = leaf.detach().flatten()
     found.grad = None if leaf.grad is None else leaf.grad.flatten()
     return found
-
-
-def _share(gradients: Iterable[Tensor]) -> None:
-    """Mean over ranks, in one all-reduce."""
-    parts = list(gradients)
-    if not parts or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    flat = torch.cat([each.flatten() for each in parts])
-    torch.distributed.all_reduce(flat)
-    flat /= torch.distributed.get_world_size()
-    for each, value in zip(parts, flat.split([each.numel() for each in parts]), strict=True):
-        each.copy_(value.view_as(each))
