@@ -60,13 +60,13 @@ class Host:
     model_type: str
     score: Literal["softmax", "sigmoid"]
     wide_router: bool
-    block: str
-    module: str
-    linears: tuple[str, str, str]
-    shared: str
     windows: bool
     keys: Mapping[str, Any]
     counted: Mapping[str, str]
+    shared: str = ""
+    block: str = "mlp"
+    module: str = "mlp"
+    linears: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     idle: int = 0
     idle_gate: str = ""
 
@@ -75,7 +75,7 @@ class Host:
         return hidden * (number + (1 + 3 * self.idle if self.idle else 0))
 
 
-_GATED = ("gate_proj", "up_proj", "down_proj")
+_IDLE = 64
 _GROUPLESS = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "first_k_dense_replace": 0}
 _SPARSE: Mapping[str, Any] = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
 _ROUTED = {"n_routed_experts": "number", "n_shared_experts": "shared", "moe_intermediate_size": "width"}
@@ -89,9 +89,7 @@ HOSTS: Mapping[str, Host] = {
             "softmax",
             wide_router=False,
             block="block_sparse_moe",
-            module="mlp",
             linears=("w1", "w3", "w2"),
-            shared="",
             windows=True,
             keys={"router_jitter_noise": 0.0},
             counted={"num_local_experts": "number", "intermediate_size": "width"},
@@ -100,24 +98,17 @@ HOSTS: Mapping[str, Host] = {
             "qwen2_moe",
             "softmax",
             wide_router=False,
-            block="mlp",
-            module="mlp",
-            linears=_GATED,
             shared="mlp.shared_expert",
             windows=True,
-            keys={**_SPARSE, "qkv_bias": True, "shared_expert_intermediate_size": 64},
+            keys={**_SPARSE, "qkv_bias": True, "shared_expert_intermediate_size": _IDLE},
             counted=_NUMBERED,
-            idle=64,
+            idle=_IDLE,
             idle_gate="mlp.shared_expert_gate",
         ),
         Host(
             "qwen3_moe",
             "softmax",
             wide_router=False,
-            block="mlp",
-            module="mlp",
-            linears=_GATED,
-            shared="",
             windows=True,
             keys=_SPARSE,
             counted=_NUMBERED,
@@ -126,9 +117,6 @@ HOSTS: Mapping[str, Host] = {
             "glm4_moe",
             "sigmoid",
             wide_router=True,
-            block="mlp",
-            module="mlp",
-            linears=_GATED,
             shared="mlp.shared_experts",
             windows=False,
             keys={**_GROUPLESS, "use_qk_norm": False},
@@ -138,9 +126,6 @@ HOSTS: Mapping[str, Host] = {
             "dots1",
             "sigmoid",
             wide_router=True,
-            block="mlp",
-            module="mlp",
-            linears=_GATED,
             shared="mlp.shared_experts",
             windows=True,
             keys=_GROUPLESS,
