@@ -163,8 +163,10 @@ def test_the_folder_takes_lora_again(made: Made) -> None:
 
 
 @pytest.mark.parametrize(("bits", "least"), [(8, 0.999), (4, 0.9)])
-def test_the_folder_loads_quantised(made: Made, bits: int, least: float) -> None:
+def test_the_folder_loads_quantised(made: Made, bits: int, least: float, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    # its kernel for processors with bf16 products wants rows by the 32, which one head of a model this small has not
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
     kind = BitsAndBytesConfig(load_in_8bit=bits == 8, load_in_4bit=bits == 4)
     how = {"device_map": {"": "cpu"}, "dtype": torch.float32}
     with warnings.catch_warnings():

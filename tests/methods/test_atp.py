@@ -394,8 +394,7 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
         for name, module in model.base_model.model.named_modules():
             if hasattr(module, "lora_A"):
                 a, b = (side["default"].weight.float() for side in (module.lora_A, module.lora_B))
-                whole = module.base_layer.weight.float() + module.scaling["default"] * (b @ a)
-                expected[f"{name}.weight"] = whole.to(getattr(torch, dtype))
+                expected[f"{name}.weight"] = module.base_layer.weight.float() + module.scaling["default"] * (b @ a)
         return real(model, *rest)
 
     monkeypatch.setattr(delivery, "merge_lora", spy)
@@ -404,7 +403,10 @@ def test_lora_is_merged_in_fp32_and_rounded_once(
     written = load_file(tmp_path / "model" / "model.safetensors")
     assert len(expected) == 3 * 7
     for name, weight in expected.items():
-        torch.testing.assert_close(written[name], weight, rtol=1e-6 if dtype == "float32" else 0, atol=1e-7)
+        once = weight.to(getattr(torch, dtype)).float()
+        assert written[name].dtype == getattr(torch, dtype)
+        # as near as what is rounded once; products of other processors differ in the last bit, which decides where two are as near
+        assert ((written[name].float() - weight).abs() <= (once - weight).abs() + 1e-6 * weight.abs() + 1e-8).all(), name
 
 
 def test_another_teacher_teaches_in_every_phase(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
