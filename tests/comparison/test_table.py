@@ -38,6 +38,19 @@ def test_one_row_a_method_and_budget() -> None:
     assert "INCOMPLETE" not in found
 
 
+def test_experts_tell_what_a_token_uses_and_how_evenly_they_are_used() -> None:
+    shares = [{"least_share": 0.9, "most_share": 1.1}, {"least_share": 0.7, "most_share": 1.05}]
+    moe = [{**row("tomoe", 0.6, seed, 14.0), "block_ratio": 0.9, "active_ratio": 0.61, **shares[seed]} for seed in (0, 1)]
+    cut = [{**row("atp", 0.6, seed, 15.0), "block_ratio": 0.6 + 0.01 * seed} for seed in (0, 1)]
+    found = text([*some()[:2], *cut, *moe])
+    assert "| M params | used of blocks | expert shares | perplexity |" in found
+    assert "| atp | 0.6 |  | 60.5% |  | 15.00 ± 0.00 |" in found
+    assert "| tomoe | 0.6 |  | 61.0% | 0.70 to 1.10 | 14.00 ± 0.00 |" in found
+    assert "| dense_lora | all |  |  |  | 12.50 ± 0.71 |" in found
+    assert "what is stored" in found
+    assert "used of blocks" not in text(some())
+
+
 def test_tasks_have_a_table_for_each_kind_of_metric() -> None:
     rows = [*some(), row("atp", 0.6, 0, 40.0, "wikitext2.perplexity"), row("atp", 0.6, 0, 0.2, "meqsum.rougeL")]
     rows += [row("dense_lora", 1.0, seed, 0.5, "mine.exact") for seed in (0, 1)]

@@ -240,6 +240,7 @@ TEXTS = ("base", "domain", "method", "metric")
 MAY = {
     **dict.fromkeys(("machine", "program", "words", "windows"), "text"),
     **dict.fromkeys(("se", "base_value", "dense_value", "tokens", "gpu_seconds", "kv_groups", *BESIDE), "number"),
+    **dict.fromkeys(("block_ratio", "active_ratio", "least_share", "most_share"), "number"),
 }
 """What else of a row is read, if it is there and not null."""
 

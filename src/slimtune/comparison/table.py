@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Literal
 
+from slimtune.comparison import experts
 from slimtune.comparison.jobs import ALL, Job, Part
 from slimtune.comparison.rows import DENSE, GAIN, Row
 from slimtune.comparison.sheet import Sheet
@@ -60,7 +61,8 @@ def _figures(board: Board) -> Sheet:
     seconds = "GPU s" if _on_gpus(board) else "s"
     groups = ["KV groups"] if any(row.get("kv_groups") for row in board.rows) else []
     measured = [metric for metric in board.metrics if "." not in metric and metric != GAIN]  # the others: _tasks
-    before = ["method", "keep", "M params", *groups, "perplexity", "retention"]
+    beside = experts.columns(board)
+    before = ["method", "keep", "M params", *beside, *groups, "perplexity", "retention"]
     columns = [*before, *(_headed(board, metric) for metric in measured), "M tokens", seconds, "seeds"]
     sheet = Sheet("figures", f"{board.name}: all figures", columns)
     for method, keep in board.seeds:
@@ -69,6 +71,7 @@ def _figures(board: Board) -> Sheet:
                 method,
                 _budget(keep),
                 _millions(board.of(method, keep, "parameters").values()),
+                *(experts.cells(_rows(board, method, keep)) if beside else ()),
                 *(_count(_column(board, method, keep, "kv_groups")) for _ in groups),
                 _of_seeds(board, method, keep, PPL, 2),
                 _mean_of(board, method, keep, board.retention(method, keep)),
@@ -79,7 +82,7 @@ def _figures(board: Board) -> Sheet:
             ]
         )
     sheet.legend += ["± standard deviation over seeds; retention: perplexity of dense LoRA over the method's, seed by seed"]
-    sheet.legend += _signs(sheet)
+    sheet.legend += [*_signs(sheet), *([experts.LEGEND] if beside else [])]
     sheet.notes += _warnings(board)
     return sheet
 
@@ -157,9 +160,12 @@ def _headed(board: Board, metric: str) -> str:
     return metric if baseline is None else f"{metric} [{baseline:.3f}]"
 
 
+def _rows(board: Board, method: str, keep: float) -> list[Row]:
+    return [row for row in board.rows if (row["method"], row.get("keep") or 1.0, row["metric"]) == (method, keep, PPL)]
+
+
 def _column(board: Board, method: str, keep: float, key: str) -> list[float]:
-    mine = [row for row in board.rows if (row["method"], row.get("keep") or 1.0, row["metric"]) == (method, keep, PPL)]
-    return [row[key] for row in mine if row.get(key) is not None]
+    return [row[key] for row in _rows(board, method, keep) if row.get(key) is not None]
 
 
 def _count(values: Iterable[float]) -> str:
