@@ -146,7 +146,7 @@ def test_phases_are_the_search_and_the_recovery_on_a_model_whose_mlp_is_whole() 
     found = cost(evaluate={"dense_lora": True})
     assert [(phase.name, phase.steps) for phase in found.phases] == [("search", 5), ("recover", 10), ("dense LoRA", 15)]
     search, recover, reference = found.phases
-    assert search.tokens == (5 + 3 * 3) * TOKENS  # gradients of groups, prior, refit
+    assert search.tokens == (5 + 5 * 3) * TOKENS  # gradients of groups, prior, a fit on the way and two at the end
     assert recover.tokens == 10 * TOKENS
     of = job()
     generator = 8 * (of.experts.number + 2) * of.generator
@@ -165,7 +165,15 @@ def test_phases_are_the_search_and_the_recovery_on_a_model_whose_mlp_is_whole() 
 
 @pytest.mark.parametrize(
     ("moe", "passes"),
-    [({}, 3), ({"groups": "all"}, 2), ({"prior": "none"}, 2), ({"refit": False}, 2), ({"groups": "all", "prior": "none"}, 1)],
+    [
+        ({}, 5),
+        ({"groups": "all"}, 4),
+        ({"prior": "none"}, 4),
+        ({"refit": False}, 2),
+        ({"refit_every": 0}, 4),
+        ({"refit_every": 2, "refit_rounds": 1}, 6),
+        ({"groups": "all", "prior": "none"}, 3),
+    ],
 )
 def test_passes_are_those_of_what_is_asked_for(moe: dict[str, Any], passes: int) -> None:
     search = cost(moe=moe, search={"batch": 1}).phases[0]
@@ -175,7 +183,7 @@ def test_passes_are_those_of_what_is_asked_for(moe: dict[str, Any], passes: int)
 
 def test_groups_that_all_stay_need_no_gradients() -> None:
     assert job(moe={"groups": "auto"}).experts.groups == 2, "of two"
-    assert cost(moe={"groups": "auto"}).phases[0].tokens == (5 + 2 * 3) * TOKENS
+    assert cost(moe={"groups": "auto"}).phases[0].tokens == (5 + 4 * 3) * TOKENS
 
 
 def test_a_teacher_costs_a_forward_pass_and_logits() -> None:
@@ -195,13 +203,15 @@ def test_without_lora_in_the_search_its_turns_are_decide_turns_with_the_teacher(
     found, of = cost(moe={"tune": False}, search={"batch": 1}).phases[0], job()
     each = 3 * of.forward() + 4 * of.lora() + experts._routed(of, 4)
     assert found.step_flops == pytest.approx(5 * (TOKENS / 2 * each + 8 * (of.experts.number + 2) * of.generator))
-    assert found.tokens == (5 + 9) * TOKENS / 2
+    assert found.tokens == (5 + 15) * TOKENS / 2
 
 
 def test_a_refit_takes_moments_and_a_fit_of_every_consumer() -> None:
     squares = LAYERS * (QUERIES**2 + CHANNELS**2)
     fits = LAYERS * (QUERIES**3 + CHANNELS**3) / 3 + 4 * HIDDEN * squares
-    assert cost().phases[0].solve_flops == pytest.approx(3 * TOKENS * 4 * squares + fits)
+    assert cost().phases[0].solve_flops == pytest.approx(3 * (3 * TOKENS * 4 * squares + fits))
+    one = cost(moe={"refit_every": 0, "refit_rounds": 1})
+    assert one.phases[0].solve_flops == pytest.approx(3 * TOKENS * 4 * squares + fits)
     assert cost(moe={"refit": False}).phases[0].solve_flops == 0
     assert experts.refit_bytes(job()) == 8 * squares + 24 * CHANNELS**2
 
@@ -221,6 +231,7 @@ def test_memory_is_that_of_the_fullest_phase() -> None:
     assert cost(moe={"tokens": 3}, train={"micro_batch": 1, "batch": 4}).memory["masks"] == 4 * 12 * LAYERS * CHANNELS * slots
     few = {"tokens": 3, "groups": "all"}
     assert cost(moe=few, data={"max_length": 4}).memory["moments of refit"] == experts.refit_bytes(of)
+    assert cost(moe=few, data={"max_length": 4}).memory["fitted consumers"] == 4 * HIDDEN * LAYERS * (QUERIES + CHANNELS)
     assert "moments of refit" not in cost(moe={**few, "refit": False}, data={"max_length": 4}).memory
 
 

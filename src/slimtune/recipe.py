@@ -102,7 +102,7 @@ class Recipe(Section):
     @property
     def moe_windows(self) -> int:
         """Windows that ``tomoe`` reads: of its passes over decision batches, its search and its recovery."""
-        passes = (self.moe.groups != "all") + (self.moe.prior != "none") + self.moe.refit
+        passes = (self.moe.groups != "all") + (self.moe.prior != "none") + self.moe.fits(self.search.steps)
         batch = self.search.batch or self.train.batch
         searched = self.search.steps * (self.train.batch if self.moe.tune else batch)
         return passes * self.moe.prior_steps * batch + searched + self.recover.steps * self.train.batch

@@ -15,7 +15,7 @@ from bases import Bench, losses, metrics, plan_of, session_of, verify_here
 from slimtune.errors import UserError
 from slimtune.export.apply import apply_plan
 from slimtune.methods import tomoe
-from slimtune.methods.refit import refit
+from slimtune.methods.refit import Fits
 from slimtune.models.load import load_config, structure_of
 from slimtune.pipeline import tune
 from slimtune.structure.axes import FFN, KV_GROUP
@@ -139,7 +139,7 @@ def test_on_the_way_the_masks_are_at_the_present_target(bench: Bench, tmp_path: 
 
 
 def test_fitting_anew_brings_the_layers_nearer_to_what_they_added(bench: Bench, tmp_path: Path) -> None:
-    session = session_of(bench, tmp_path / "run", **{**MOE, "moe__refit": False, "search__steps": 0})
+    session = session_of(bench, tmp_path / "run", **{**MOE, "search__steps": 0})
     method = tomoe._ToMoE(session)
     method.tokens["prior"] += tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
     batch = method.decision.at(0)[0]
@@ -156,10 +156,36 @@ def test_fitting_anew_brings_the_layers_nearer_to_what_they_added(bench: Bench, 
     whole = output(None)
     only = {(0, FFN): method.experts.masks(9)[0, FFN]}
     before = (output(only) - whole).norm()
-    method.bank.close(only)
-    assert refit(session, method.model, method.bank, method.decision, 2, 0.01) > 0
+    assert method.fits is not None
+    assert method.fits.renew(only, method.decision, 2, 0.01) > 0
     after = (output(only) - whole).norm()
     assert after < 0.8 * before
+    assert torch.equal(output(None), whole)  # with open gates it is the base, which may teach
+
+
+def test_a_fit_is_of_the_base_and_not_of_the_last_fit(bench: Bench, tmp_path: Path) -> None:
+    session = session_of(bench, tmp_path / "run", **{**MOE, "search__steps": 0})
+    method = tomoe._ToMoE(session)
+    fits, masks = method.fits, method.experts.masks(9)
+    assert fits is not None
+    site, consumer = (0, FFN), method.model.get_base_model().model.layers[0].mlp.down_proj.base_layer
+    base = consumer.weight
+    fits.renew(masks, method.decision, 2, 0.01)
+    first = consumer.weight
+    assert not torch.equal(first, base)
+    method.bank.open()
+    assert consumer.weight is base
+    method.bank.leaves(masks)
+    assert consumer.weight is first
+    fits.renew(masks, method.decision, 2, 0.01)
+    torch.testing.assert_close(fits.fitted[site], first)  # the first layer's inputs are the same
+    last = fits.fitted[2, FFN]
+    fits.renew(masks, method.decision, 2, 0.01)
+    assert (fits.fitted[2, FFN] - last).abs().max() > 0  # those of a later one are not
+    stays = fits.fitted[site]
+    fits.settled()
+    method.bank.open()
+    assert consumer.weight is stays
 
 
 def test_layers_may_be_fitted_one_after_another(bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +193,10 @@ def test_layers_may_be_fitted_one_after_another(bench: Bench, tmp_path: Path, mo
     found = []
     for together in (3, 1):
         monkeypatch.setattr("slimtune.methods.refit._together", lambda session, together=together: together)
-        session = session_of(bench, tmp_path / str(together), **{**MOE, "moe__refit": False, "search__steps": 0})
+        session = session_of(bench, tmp_path / str(together), **{**MOE, "search__steps": 0})
         method = tomoe._ToMoE(session)
         tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
-        method.bank.close(method.experts.masks(9))
-        tokens = refit(session, method.model, method.bank, method.decision, 2, 0.01)
+        tokens = Fits(session, method.model, method.bank).renew(method.experts.masks(9), method.decision, 2, 0.01)
         weights = [layer.mlp.down_proj.base_layer.weight.clone() for layer in method.model.get_base_model().model.layers]
         found.append((tokens, weights))
     (tokens, at_once), (more, one_by_one) = found

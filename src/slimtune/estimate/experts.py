@@ -8,12 +8,13 @@ generator. The MLP stays whole while experts are learned and tuned, attention un
 - router: ``2 E D`` forward, twice that backward
 - a teacher: one forward pass (``moe.kd`` in the search, ``distill.weight`` in the recovery)
 
-and a step ``8 S G`` of the generator (forward, backward, and forward once more for masks without noise). ``refit`` takes two
-products of ``2 d^2`` a token of each consumer's d inputs, in fp32, then ``d^3 / 3 + 4 D d^2`` for its fit, in every process.
+and a step ``8 S G`` of the generator (forward, backward, and forward once more for masks without noise). A fit of ``refit``
+takes two products of ``2 d^2`` a token of each consumer's d inputs, in fp32, then ``d^3 / 3 + 4 D d^2``, in every process.
 
 Bytes: 4 of each number of ``L F S`` logits, their softmax, masks and those in force, and 8 more each pass of a step (masks that
 collect gradients, and these). A gated token keeps its mask and the gated input. The prior keeps ``moe.tokens`` of all layers:
-what channels add, in 16 bits, and the MLP's input. ``refit`` has two fp32 matrices of every consumer at once.
+what channels add, in 16 bits, and the MLP's input. A fit has two fp32 matrices of every consumer at once, and
+what it fitted stays beside the base's until the experts are decided.
 
 Not counted: assignment (Sinkhorn: 16 ms of a step by its bytes, at Llama-3-8B's shape on an H200), clustering of the prior, the
 launching of both, and what processes send one another.
@@ -126,7 +127,7 @@ def recovery(job: Job, steps: int) -> Turn:
 
 
 def passes(job: Job) -> list[Turn]:
-    """What is read around the search: gradients of KV groups, the prior (all of it by every process), moments of ``refit``."""
+    """What is read around the search: gradients of KV groups, the prior (all of it by every process), moments of each fit."""
     config, batch = job.recipe.moe, job.recipe.search.batch
     steps, look, ranks = _decided(job) * config.prior_steps, _look(job, batch), runtime.world_size()
     turns = []
@@ -134,20 +135,19 @@ def passes(job: Job) -> list[Turn]:
         turns.append(Turn(steps, _decide(job), traffic.turn(job, gates=traffic.LEAVES), launches.decide(job)))
     if config.prior != "none":
         turns.append(Turn(steps, ranks * look.flops, ranks * look.traffic, ranks * look.launched))
-    if config.refit:
-        turns.append(Turn(steps, look.flops + _routed(job, 0), look.traffic, look.launched))
+    fits = config.fits(job.recipe.search.steps)
+    turns.append(Turn(fits * steps, look.flops + _routed(job, 0), look.traffic, look.launched))
     return turns
 
 
 def solves(job: Job) -> Solves:
-    """Moments and fits of ``refit``."""
+    """Moments and fits of ``refit``: on the way, and once the experts are decided."""
     config = job.recipe.moe
-    if not config.refit:
-        return Solves()
     tokens = _decided(job) * config.prior_steps * job.step_tokens / runtime.world_size()
     moments = sum(4 * tokens * width**2 for width in job.consumers)
-    fits = sum(width**3 / 3 + 4 * job.config.hidden_size * width**2 for width in job.consumers)
-    return Solves(outside=Rounds(moments + fits))
+    each = moments + sum(width**3 / 3 + 4 * job.config.hidden_size * width**2 for width in job.consumers)
+    last = config.refit_rounds * config.refit
+    return Solves(Rounds((config.fits(job.recipe.search.steps) - last) * each), Rounds(last * each))
 
 
 def _decided(job: Job) -> float:
@@ -210,6 +210,11 @@ def prior_bytes(job: Job) -> int:
     """Of the tokens that are kept for the split."""
     layers = len(job.structure.layers)
     return job.recipe.moe.tokens * (2 * _channels(job) + job.bytes_ * int(job.config.hidden_size) * layers)
+
+
+def fitted_bytes(job: Job) -> int:
+    """Of fitted consumers beside the base's, until the experts are decided."""
+    return int(job.bytes_ * job.config.hidden_size * sum(job.consumers)) if job.recipe.moe.refit else 0
 
 
 def refit_bytes(job: Job) -> int:

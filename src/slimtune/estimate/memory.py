@@ -94,7 +94,9 @@ def _of_experts(job: Job, one: int) -> dict[str, int]:
         "activations": _activations(job, searching, more=experts.token_bytes(job, searching=True)),
         "logits": _pass_logits(job, searching, both),
     }
-    refit = masks | {"moments of refit": experts.refit_bytes(job) if recipe.moe.refit else 0}
+    fitted = {"fitted consumers": experts.fitted_bytes(job)}
+    search |= fitted
+    refit = masks | fitted | {"moments of refit": experts.refit_bytes(job) if recipe.moe.refit else 0}
     recover = _trained(small, one) | learned | {"generator, gradients, AdamW": 12 * job.generator} | masks
     recover["activations"] = _activations(small, job.pass_tokens, more=experts.token_bytes(small, searching=False))
     recover["logits"] = _pass_logits(job, job.pass_tokens, 2 if recipe.distill.weight > 0 else 1)

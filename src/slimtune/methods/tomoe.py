@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimtune.methods.experts import Experts, masks_of
 from slimtune.methods.outcome import Outcome
-from slimtune.methods.refit import put_refit, refit, taken_refit
+from slimtune.methods.refit import Fits, put_refit, taken_refit
 from slimtune.methods.routes import prior_of, shares_of
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
@@ -47,6 +47,7 @@ class _ToMoE:
         self.experts = Experts(session, self.bank, self.search, self.search + self.recover)
         windows = session.splits.train if recipe.search.decide_on == "train" else session.splits.decision
         self.decision = session.batches(windows, "decision", recipe.search.batch or recipe.train.batch)
+        self.fits = Fits(session, self.model, self.bank) if recipe.moe.refit else None
         self.teacher = Teacher(session, self.model, self.bank, untuned=True)
         self.masks: dict[Site, Tensor] = {}
         self.plan: Plan | None = None
@@ -77,6 +78,7 @@ class _ToMoE:
 
     def _adapt_both(self, step: int) -> dict[str, Any]:
         """One backward pass for generator, routers and LoRA, on training data."""
+        self._refit_on_the_way(step)
         self.experts.router.balance = self.recipe.moe.balance / self.tuner.batches.parts
         sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
         figures = self.tuner.update(step, self._loss(leaves, sampled))
@@ -84,6 +86,7 @@ class _ToMoE:
 
     def _decide(self, step: int) -> dict[str, Any]:
         """The same without LoRA: the base stays as it is."""
+        self._refit_on_the_way(step)
         self.experts.router.balance = self.recipe.moe.balance / self.decision.parts
         sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
         with quiet(self.model):
@@ -133,13 +136,11 @@ class _ToMoE:
         self.plan = self.experts.plan()
         self._fixed()
         self._keep_teacher()
-        if self.recipe.moe.refit:
+        if self.fits:
             self.session.progress.say("o_proj and down_proj are fitted to what they added before")
-            self.bank.close({**self.masks, **self.experts.attention})
-            config = self.recipe.moe
-            self.tokens["prior"] += refit(
-                self.session, self.model, self.bank, self.decision, config.prior_steps, config.damping
-            )
+            for _ in range(self.recipe.moe.refit_rounds):
+                self._refit({**self.masks, **self.experts.attention})
+            self.fits.settled()
         self._cut()
         stored, active = count(self.structure, self.plan), count(self.structure, self.plan, active=True)
         shape = self.experts.shape
@@ -149,9 +150,22 @@ class _ToMoE:
             f"{active.block_ratio:.2%} of the blocks, and {stored.total_ratio:.2%} are stored"
         )
 
+    def _refit_on_the_way(self, step: int) -> None:
+        """Every so many steps, so that masks are judged, and routers and LoRA learn, beside consumers that fit the experts."""
+        every = self.recipe.moe.refit_every
+        if self.fits and every and step % every == 0:
+            self._refit(self.experts.masks(step))
+
+    def _refit(self, masks: dict[Site, Tensor]) -> None:
+        assert self.fits is not None
+        config = self.recipe.moe
+        self.experts.router.eval()
+        self.tokens["prior"] += self.fits.renew(masks, self.decision, config.prior_steps, config.damping)
+
     def _keep_teacher(self) -> None:
         """Where the base teaches the recovery: what is fitted and cut next is no base any more, whatever its gates."""
         if self.recipe.distill.weight and self.recover and self.teacher.model is None:
+            self.bank.open()
             self.teacher.stay()
 
     def _cut(self) -> None:
@@ -191,8 +205,13 @@ class _ToMoE:
             "experts": self.experts.capture(),
             "plan": self.plan.to_json() if self.plan else None,
             "tokens": dict(self.tokens),
-            "refit": taken_refit(self.model, self.structure) if self.plan and self.recipe.moe.refit else None,
+            "refit": self._fitted(),
         }
+
+    def _fitted(self) -> dict[Any, Tensor] | None:
+        if not self.fits:
+            return None
+        return taken_refit(self.model, self.structure) if self.plan else self.fits.capture()
 
     def _restore(self, saved: dict[str, Any]) -> None:
         self.experts.restore(saved["experts"])
@@ -202,9 +221,13 @@ class _ToMoE:
             self.plan.check(self.structure)
             self._fixed()
             self._keep_teacher()
+            if self.fits:
+                self.fits.settled()
             self._cut()
+            if self.fits:
+                put_refit(self.model, self.structure, saved["refit"])
         elif saved["step"]:
             self.masks = self.experts.masks(saved["step"] - 1)
+            if self.fits:
+                self.fits.restore(saved["refit"])
         self.tuner.restore(saved["tuner"])
-        if saved["refit"]:
-            put_refit(self.model, self.structure, saved["refit"])

@@ -28,7 +28,12 @@ class MoeConfig(Section):
     """KV groups (with their query heads) that stay in every layer, those of the largest squared gradients. ``auto``: of
     attention about half the part goes that a token does without of all; ``all``: attention stays as it is."""
     refit: bool = True
-    """Once the experts are decided, o_proj and down_proj are fitted anew by least squares to what they added before."""
+    """o_proj and down_proj are fitted by least squares to what they would add with all channels: while experts are found, and
+    once they are decided."""
+    refit_every: Count = 20
+    """Steps of the search from one fit to the next; 0: none before the experts are decided."""
+    refit_rounds: Positive = 2
+    """Fits once they are decided: each reads what comes through the one before."""
     damping: Annotated[float, Field(gt=0.0)] = 0.01
     """Of ``refit``, in units of the mean square of what is left of the inputs."""
     tune: bool = True
@@ -40,7 +45,7 @@ class MoeConfig(Section):
     routers fitted to that by least squares; ``cmoe``: from that of CMoE (with ``search.steps=0`` and ``refit=false`` the
     rival); ``none``: from experts that are all alike (published)."""
     prior_steps: Positive = 16
-    """Decision batches read for the prior, and once more for ``refit``."""
+    """Decision batches read for the prior, and once more for each fit of ``refit``."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
     """Standard deviation of the prior's logits over the channels."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
@@ -69,6 +74,11 @@ class MoeConfig(Section):
     """``overlap``: factor of the penalty |log(active / target)|."""
     tokens: Count = 4096
     """Tokens a layer that the prior keeps of what it reads."""
+
+    def fits(self, steps: int) -> int:
+        """Fits of ``refit`` in a run of so many search steps."""
+        searched = -(-steps // self.refit_every) if self.refit_every else 0
+        return (searched + self.refit_rounds) if self.refit else 0
 
     @property
     def chosen(self) -> int:
