@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,16 @@ def written(model: Any, structure: Structure, plan: Plan, router: Router, folder
 
 
 @torch.no_grad()
-def choices(model: Any, ids: Tensor) -> list[Tensor]:
-    """The experts that a stock model chooses, by layer [tokens, top_k], sorted."""
+def choices(model: Any, ids: Tensor, given: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """The experts that a stock model chooses, by layer [tokens, top_k], sorted; of routers' ``given`` inputs [B, T, D]."""
     found: list[Tensor] = []
+    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+    assert len(routers) == model.config.num_hidden_layers
     handles = [
-        module.register_forward_hook(lambda _, __, output: found.append(output[2].sort(-1).values))
-        for module in model.modules()
-        if "TopkRouter" in type(module).__name__ or "TopKRouter" in type(module).__name__
+        router.register_forward_hook(lambda _, __, output: found.append(output[2].sort(-1).values)) for router in routers
     ]
+    for router, x in zip(routers, given or (), strict=bool(given)):
+        handles.append(router.register_forward_pre_hook(lambda _, args, x=x: (x.view_as(args[0]), *args[1:])))
     model(input_ids=ids)
     for handle in handles:
         handle.remove()

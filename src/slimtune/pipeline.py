@@ -221,7 +221,7 @@ class Run:
             "compiled": self.resolved.train.compile,
             "leak": outcome.notes.get("leak"),
             "plan": outcome.plan.digest,
-            **({"shares": outcome.notes["shares"]} if "shares" in outcome.notes else {}),
+            **{key: outcome.notes[key] for key in ("shares", "coverage") if key in outcome.notes},
             "tokens": outcome.tokens,
             "data": self.splits.fingerprints,
             "weights": self.stages["weights"],

@@ -16,6 +16,7 @@ from slimtune.errors import UserError
 from slimtune.export.apply import apply_plan
 from slimtune.methods import tomoe
 from slimtune.methods.refit import Fits
+from slimtune.methods.routes import starved
 from slimtune.models.load import load_config, structure_of
 from slimtune.pipeline import tune
 from slimtune.structure.axes import FFN, KV_GROUP
@@ -91,6 +92,26 @@ def test_every_layer_tells_where_its_tokens_went(runs: Any, kind: str) -> None:
     assert len(summary["shares"]) == 3
     for layer in summary["shares"]:
         assert sum(layer) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("kind", ["partition", "overlap", "published"])
+def test_every_layer_tells_which_part_of_its_channels_is_in_some_expert(runs: Any, kind: str) -> None:
+    out, summary = runs(kind)
+    plan = plan_of(out)
+    found = [len(set().union(each.shared, *each.routed)) / plan.full[0][FFN] for each in plan.experts]
+    assert summary["coverage"] == found
+    steps = [value for step in metrics(out) for key, value in step.items() if key.endswith("generator_coverage")]
+    assert bool(steps) == (kind != "partition"), "where it can change"
+    assert all(0.5 < part <= 1 for part in steps)
+
+
+def test_experts_that_hardly_any_token_uses_are_told() -> None:
+    even = [[0.25, 0.25, 0.25, 0.25]] * 2
+    assert starved(even, 1) == ""
+    told = starved([even[0], [0.004, 0.496, 0.4, 0.1]], 2)
+    assert told.startswith("1 of 8 experts are used by less than 1% of the validation tokens: 0 of layer 1 (0.80%); raise")
+    assert starved([even[0], [0.005, 0.495, 0.4, 0.1]], 2) == ""
+    assert "and others" in starved([[0.0] * 4] * 2, 2)
 
 
 def test_a_second_run_is_the_same(runs: Any, bench: Bench, tmp_path: Path) -> None:

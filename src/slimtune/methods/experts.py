@@ -131,6 +131,8 @@ class Experts:
         sampled = {site: mask for site, mask in sampled.items() if site[1] == FFN}
         gradients = _mean_over_ranks([{site: part[site] for site in sampled} for part in leaves])
         figures: dict[str, Any] = {"target": self.target(step)}
+        if self.shape.overlap:
+            figures["coverage"] = torch.stack([mask.detach().amax(0).mean() for mask in sampled.values()]).mean()
         extra: list[Tensor] = []
         if self.published:
             masks = torch.stack([sampled[site][1:].T for site in sampled])

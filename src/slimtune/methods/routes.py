@@ -117,3 +117,20 @@ def shares_of(
     router.forget()
     found: list[list[float]] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
     return found
+
+
+LEAST = 0.01
+"""The part of the tokens that an expert should get at least."""
+
+
+def starved(shares: list[list[float]], top_k: int) -> str:
+    """What to tell of experts that hardly any token uses; empty where there are none."""
+    few = [(each * top_k, layer, at) for layer, parts in enumerate(shares) for at, each in enumerate(parts)]
+    few = sorted(each for each in few if each[0] < LEAST)
+    if not few:
+        return ""
+    named = ", ".join(f"{at} of layer {layer} ({part:.2%})" for part, layer, at in few[:3])
+    return (
+        f"{len(few)} of {sum(map(len, shares))} experts are used by less than {LEAST:.0%} of the validation tokens: {named}"
+        f"{' and others' if len(few) > 3 else ''}; raise moe.balance, or recover.steps"
+    )

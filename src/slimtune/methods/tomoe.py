@@ -17,7 +17,7 @@ from torch import Tensor
 from slimtune.methods.experts import Experts, masks_of
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.refit import Fits, put_refit, taken_refit
-from slimtune.methods.routes import prior_of, shares_of
+from slimtune.methods.routes import prior_of, shares_of, starved
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
 from slimtune.models.modes import quiet
@@ -69,10 +69,13 @@ class _ToMoE:
         self._phase("recover", [Turn("adapt", self._recover)], self.recover, step)
         assert self.plan is not None
         shares = shares_of(self.session, self.model, self.bank, self.experts, self.masks)
+        if told := starved(shares, self.plan.top_k):
+            self.session.progress.say(f"[yellow]{told}[/yellow]")
         tokens = {**self.tokens, "adapt": self.tuner.tokens}
         for handle in self.handles:
             handle.remove()
-        return Outcome(self.model.eval(), self.plan, tokens, {"shares": shares}, router=self.experts.router)
+        found = {"shares": shares, "coverage": self.plan.coverage}
+        return Outcome(self.model.eval(), self.plan, tokens, found, router=self.experts.router)
 
     # --- turns -------------------------------------------------------------------------------------------------------
 

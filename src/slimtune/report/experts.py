@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Any
 
 from slimtune.report.ink import FAINT, HATCHES, INK, LEVEL, SERIES, Picture, mark, sheet, svg
@@ -53,12 +54,7 @@ def words(plan: Plan) -> str:
     copies = sum(each.used(len(each.routed)) for each in plan.experts)
     stored = copies / sum(len(each.union) for each in plan.experts)
     twice = f" A channel that is in some expert is stored {stored:.1f} times, on average." if stored > 1.05 else ""
-    return f"A layer has {used}: {total}. {coverage(plan):.1%} of all channels are in some expert.{twice}"
-
-
-def coverage(plan: Plan) -> float:
-    """The part of all channels that is in some expert."""
-    return sum(len(layer[FFN]) for layer in plan.kept) / sum(layer[FFN] for layer in plan.full)
+    return f"A layer has {used}: {total}. {fmean(plan.coverage):.1%} of all channels are in some expert.{twice}"
 
 
 def _parts(plan: Plan, layer: int) -> tuple[int, int, int]:
@@ -127,7 +123,7 @@ def _told(run: Run, even: float) -> str:
     each = [(share, layer, expert) for layer, shares in enumerate(run.shares) for expert, share in enumerate(shares)]
     least, most = (f"{share:.1%} (layer {layer}, expert {expert})" for share, layer, expert in (min(each), max(each)))
     idle = sum(share == 0 for share, _, _ in each)
-    covered = f" {coverage(run.plan):.1%} of all channels are in some expert." if run.plan and run.plan.experts else ""
+    covered = f" {fmean(run.plan.coverage):.1%} of all channels are in some expert." if run.plan and run.plan.experts else ""
     return (
         f"On validation rows, a mark an expert. Dotted: all alike, {even:.1f}%. Least used: {least}; most used: {most}."
         + (f" {idle} are never chosen." if idle > 1 else " One is never chosen." if idle else "")

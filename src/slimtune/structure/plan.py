@@ -107,6 +107,11 @@ class Plan:
                 raise UserError(f"the plan's layer {index} keeps other channels than its experts have")
 
     @property
+    def coverage(self) -> list[float]:
+        """The part of each layer's channels that stays; with experts: that is in any (arXiv 2501.15316: their union)."""
+        return [len(kept[FFN]) / full[FFN] for kept, full in zip(self.kept, self.full, strict=True)]
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layers that stay: a layer without a unit on either axis adds nothing and goes as a whole."""
         return tuple(layer for layer, kept in enumerate(self.kept) if any(kept[axis] for axis in AXES))
