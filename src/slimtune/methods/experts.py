@@ -129,7 +129,7 @@ class Experts:
     def learn(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
         """Update the generator by the gradients that ``leaves`` [1 + E, F] of every micro-batch collected."""
         sampled = {site: mask for site, mask in sampled.items() if site[1] == FFN}
-        gradients = _mean_over_ranks([{site: part[site] for site in sampled} for part in leaves])
+        gradients = mean_over_ranks(*({site: part[site] for site in sampled} for part in leaves), samples=False)
         figures: dict[str, Any] = {"target": self.target(step)}
         if self.shape.overlap:
             figures["coverage"] = torch.stack([mask.detach().amax(0).mean() for mask in sampled.values()]).mean()
@@ -174,12 +174,10 @@ class Experts:
     def start(self, scores: Tensor, weights: dict[int, Tensor]) -> None:
         """Begin from the scores [L, F, 1 + E + 1] and routers of splits."""
         logits = logits_of(scores, self.config.prior_scale)
-        shared = of_rank_0(
-            {(0, "prior"): logits.flatten(), **{(layer, "router"): each.flatten() for layer, each in weights.items()}}
-        )
-        logits = shared.pop((0, "prior")).view_as(logits)
+        shared = of_rank_0({(0, "prior"): logits, **{(layer, "router"): each for layer, each in weights.items()}})
+        logits = shared.pop((0, "prior"))
         self.generator.set_prior(logits[..., 1:-1] if self.shape.overlap else logits)
-        self.router.start({layer: each.view(-1, self.structure.hidden) for (layer, _), each in shared.items()})
+        self.router.start({layer: each for (layer, _), each in shared.items()})
 
     def keep_groups(self, scores: dict[Site, Tensor]) -> None:
         """Close the gates of all KV groups but the best ones of each layer, by ``scores`` {site: [K]}."""
@@ -253,17 +251,4 @@ def masks_of(plan: Plan, device: torch.device) -> dict[Site, Tensor]:
         for row, channels in zip(rows, (division.shared, *division.routed), strict=True):
             row[list(channels)] = 1.0
         found[layer, FFN] = rows.to(device)
-    return found
-
-
-def _mean_over_ranks(leaves: list[dict[Site, Tensor]]) -> dict[Site, Tensor]:
-    """The same of leaves [1 + E, F], which are one for all samples."""
-    flat = [{site: _flat(leaf) for site, leaf in part.items()} for part in leaves]
-    shapes = {site: leaf.shape for site, leaf in leaves[0].items()}
-    return {site: value.view(shapes[site]) for site, value in mean_over_ranks(*flat).items()}
-
-
-def _flat(leaf: Tensor) -> Tensor:
-    found = leaf.detach().flatten()
-    found.grad = None if leaf.grad is None else leaf.grad.flatten()
     return found

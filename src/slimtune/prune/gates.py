@@ -117,9 +117,15 @@ class MaskBank:
         return self._masks.get((layer, axis)) if self._where == "base" else None
 
 
-def mean_over_ranks(*parts: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
-    """The gradients of the leaves, summed over samples and micro-batches, averaged over ranks in one all-reduce."""
-    return _over_ranks([{site: _summed(leaf) for site, leaf in _with_gradient(part)} for part in parts], mean=True)
+def mean_over_ranks(*parts: Mapping[Site, Tensor], samples: bool = True) -> dict[Site, Tensor]:
+    """The gradients of the leaves, summed over micro-batches, averaged over ranks in one all-reduce.
+
+    Args:
+        samples: a leaf of two dimensions is [B, units], and summed over its samples; else it is one mask of whatever shape.
+    """
+    return _over_ranks(
+        [{site: _summed(leaf) if samples else leaf for site, leaf in _with_gradient(part)} for part in parts], mean=True
+    )
 
 
 def squares_over_ranks(*parts: Mapping[Site, Tensor]) -> dict[Site, Tensor]:
@@ -156,9 +162,10 @@ def _over_ranks(parts: list[dict[Site, Tensor]], mean: bool) -> dict[Site, Tenso
 
 
 def _at_once(values: Mapping[Site, Tensor], collective: Callable[[Tensor], Any]) -> dict[Site, Tensor]:
-    """``values`` [units] as one collective leaves them; as they are, in one process alone."""
+    """``values`` as one collective leaves them; as they are, in one process alone."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return dict(values)
-    flat = torch.cat(list(values.values()))
+    flat = torch.cat([value.flatten() for value in values.values()])
     collective(flat)
-    return dict(zip(values, flat.split([len(value) for value in values.values()]), strict=True))
+    parts = flat.split([value.numel() for value in values.values()])
+    return {site: part.view_as(values[site]) for site, part in zip(values, parts, strict=True)}
