@@ -159,6 +159,14 @@ def test_on_the_way_the_masks_are_at_the_present_target(bench: Bench, tmp_path: 
     assert sampled[0, FFN].sum() > method.experts.shape.active
 
 
+@pytest.mark.parametrize(("steps", "expected"), [(0, [0.2]), (1, [0.2]), (3, [0.4, 0.08**0.5, 0.2])])
+def test_the_decision_is_made_at_the_last_temperature(bench: Bench, tmp_path: Path, steps: int, expected: list[float]) -> None:
+    method = tomoe._ToMoE(session_of(bench, tmp_path / "run", **{**MOE, "search__steps": steps}))
+    found = [method.experts.temperature(step) for step in range(min(0, steps - 1), steps)]
+    assert found == pytest.approx(expected)
+    assert method.experts.temperature(steps - 1) == pytest.approx(0.2)
+
+
 def test_fitting_anew_brings_the_layers_nearer_to_what_they_added(bench: Bench, tmp_path: Path) -> None:
     session = session_of(bench, tmp_path / "run", **{**MOE, "search__steps": 0})
     method = tomoe._ToMoE(session)

@@ -101,9 +101,9 @@ class Experts:
         return {(layer, FFN): each for layer, each in enumerate(rows)}
 
     def temperature(self, step: int) -> float:
-        """Of the relaxed masks at ``step`` of the search."""
+        """Of the relaxed masks at ``step`` of the search; its last one where there is none."""
         first, last = self.config.temperature, self.config.final_temperature
-        return float(first * (last / first) ** min(1.0, step / max(1, self.steps - 1)))
+        return float(first * (last / first) ** (step / (self.steps - 1) if 0 <= step < self.steps - 1 else 1.0))
 
     def target(self, step: int) -> float:
         """The part of the parameters that a token may use at ``step`` of the search."""
