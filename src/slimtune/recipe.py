@@ -89,9 +89,8 @@ class Recipe(Section):
     @property
     def prior_passes(self) -> tuple[int, int]:
         """Passes over ``generator.prior_steps`` decision batches before a search: with a backward pass, and without."""
-        gradients = self.generator.prior in ("taylor", "running", "mixed")
         looks = self.generator.prior in ("wanda", "mixed") or self.compensate.weights != "none"  # one serves both
-        return int(gradients), int(looks)
+        return int(self.generator.prior in ("taylor", "running", "mixed")), int(looks)
 
     @property
     def decide_windows(self) -> int:
@@ -112,6 +111,8 @@ class Recipe(Section):
         """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
         if self.method == "tomoe":
             return self.moe_windows
+        if self.method == "twostage" and not self.twostage.tune:
+            return self.scoring_windows
         return self.updates * self.train.batch + self.decide_windows
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bases import Bench, kept_as_killed, killed, losses, plan_of, session_of, stored_shapes, verify_here
@@ -21,7 +22,7 @@ from slimtune.pipeline import tune
 from slimtune.preflight import check_method
 from slimtune.prune.depth import drop_layers
 from slimtune.sections import BudgetConfig
-from slimtune.structure.axes import measure
+from slimtune.structure.axes import FFN, measure
 from slimtune.structure.families import family_of
 from slimtune.structure.plan import Plan, count
 
@@ -221,6 +222,20 @@ def test_a_resumed_rival_ends_where_an_uninterrupted_one_does(
     assert resumed["tokens"] == whole["tokens"]
     assert losses(out) == losses(tmp_path / "whole")
     assert plan_of(out).digest == plan_of(tmp_path / "whole").digest
+
+
+@pytest.mark.parametrize("scores", ["taylor", "generator"])
+def test_what_is_not_tuned_is_decided_and_fitted_alone(bench: Bench, tmp_path: Path, scores: str) -> None:
+    keys = {"twostage__scores": scores, "twostage__batches": 2, "twostage__tune": False}
+    recipe = bench.recipe(tmp_path, method="twostage", **keys)
+    assert recipe.tuning_steps == 0
+    assert recipe.windows == recipe.scoring_windows > 0
+    summary = tune(recipe)
+    assert summary["tokens"].get("adapt", 0) == 0
+    base, written = load_file(Path(bench.base) / "model.safetensors"), load_file(tmp_path / "model" / "model.safetensors")
+    for layer, kept in enumerate(plan_of(tmp_path).kept):
+        name = f"model.layers.{layer}.mlp.up_proj.weight"
+        assert torch.equal(base[name][list(kept[FFN])], written[name])
 
 
 def test_least_squares_at_the_cut_start_from_the_bases_weights(bench: Bench, tmp_path: Path) -> None:

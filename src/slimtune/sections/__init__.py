@@ -16,8 +16,8 @@ from slimtune.sections.run import (
     RecoverConfig,
     SearchConfig,
     TrainConfig,
-    TwoStageConfig,
 )
+from slimtune.sections.twostage import TwoStageConfig
 
 __all__ = [
     "AlarmConfig",
