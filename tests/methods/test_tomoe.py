@@ -105,6 +105,14 @@ def test_every_layer_tells_which_part_of_its_channels_is_in_some_expert(runs: An
     assert all(0.5 < part <= 1 for part in steps)
 
 
+def test_without_validation_rows_no_shares_are_told(bench: Bench, tmp_path: Path) -> None:
+    few = {"data__valid_fraction": 0.0, "evaluate__every": 0, "search__steps": 1, "recover__steps": 1}
+    summary = tune(bench.recipe(tmp_path, **{**MOE, **few}))
+    assert summary["rows"]["valid"] == 0
+    assert "shares" not in summary
+    assert summary["coverage"]
+
+
 def test_experts_that_hardly_any_token_uses_are_told() -> None:
     even = [[0.25, 0.25, 0.25, 0.25]] * 2
     assert starved(even, 1) == ""

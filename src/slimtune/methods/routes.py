@@ -106,7 +106,12 @@ def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tupl
 def shares_of(
     session: Session, model: nn.Module, bank: MaskBank, experts: Experts, masks: dict[Site, Tensor]
 ) -> list[list[float]]:
-    """The part of a layer's choices that each expert gets on validation rows: [L][E], each layer adds up to one."""
+    """The part of a layer's choices that each expert gets on validation rows: [L][E], each layer adds up to one.
+
+    Nothing where there are none.
+    """
+    if not len(session.splits.valid):
+        return []
     router = experts.router
     bank.close(masks)
     router.eval()

@@ -74,7 +74,7 @@ class _ToMoE:
         tokens = {**self.tokens, "adapt": self.tuner.tokens}
         for handle in self.handles:
             handle.remove()
-        found = {"shares": shares, "coverage": self.plan.coverage}
+        found = {**({"shares": shares} if shares else {}), "coverage": self.plan.coverage}
         return Outcome(self.model.eval(), self.plan, tokens, found, router=self.experts.router)
 
     # --- turns -------------------------------------------------------------------------------------------------------
