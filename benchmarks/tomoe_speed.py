@@ -81,8 +81,8 @@ def pair_rows(kind: str, keep: float, dense: Subject, args: argparse.Namespace, 
             step["experts_read"] = ways[0].read(batch, args.context)
             step["experts_expected"] = told["number"] * (1 - (1 - told["top_k"] / told["number"]) ** batch)
         prompt = max(1, min(args.prompt, args.tokens // batch))
-        for how, count in (("eager", args.launched), ("graph", args.steps)):
-            if how == "graph" and args.no_graphs:
+        for how, count in (("eager", args.launched), ("graph", args.steps), ("compiled graph", args.steps)):
+            if how not in hows(args, batch):
                 continue
             settings = Settings((batch,), prompt, args.context, count, args.repeats, (how,), prompts=how == "eager")
             try:
@@ -92,6 +92,13 @@ def pair_rows(kind: str, keep: float, dense: Subject, args: argparse.Namespace, 
                 free(dense.runs.device)
                 continue
             yield [{**finished(row, found, subjects, settings), **_of(row, told, step)} for row in found]
+
+
+def hows(args: argparse.Namespace, batch: int) -> tuple[str, ...]:
+    """In which ways steps of a batch are launched; those of one kind are measured in one call."""
+    if args.compile:
+        return ("compiled graph",) if batch in args.compile else ()
+    return ("eager",) if args.no_graphs else ("eager", "graph")
 
 
 def subject(name: str, way: Way, work: Work) -> Subject:
@@ -113,7 +120,7 @@ def finished(row: Row, found: list[Row], subjects: Sequence[Subject], settings: 
     whole |= {key: row[key] for key in ("what", "how", "batch")}
     whole |= {"steps": settings.steps} if decode else {"prompt": settings.prompt}
     way: Any = mine.runs
-    whole |= {"graphs": row["how"] == "graph", "capturable": way.capturable(row["batch"])}
+    whole |= {"graphs": "graph" in row["how"], "capturable": way.capturable(row["batch"])}
     weights = [each.work.decode_bytes(row["batch"], 0) if decode else each.work.step_bytes for each in (dense, mine)]
     whole |= {"parameters": mine.work.parameters, "weight_bytes": mine.work.weight_bytes, "bytes_read_model": weights[1]}
     whole |= {key: value for key, value in row.items() if key != "model"}
@@ -187,7 +194,7 @@ def _table(rows: list[Row]) -> str:
         dense = median(row["ms"] for row in alike if row["model"] == "dense")
         for way in dict.fromkeys(row["implementation"] for row in alike if row["model"] != "dense"):
             cells = {row["keep"]: _cell(row) for row in alike if row["model"] != "dense" and row["implementation"] == way}
-            added = f" of {alike[0]['prompt']:,}" if what == "prefill" else ", graph" * (how == "graph")
+            added = f" of {alike[0]['prompt']:,}" if what == "prefill" else f", {how}" * ("graph" in how)
             named = f"{what}{added} | {batch} | {way} | {dense:,.2f}"
             lines.append(f"| {named} | {' | '.join(cells.get(keep, '') for keep in parts)} |")
     return "\n".join(lines) + "\n"
@@ -224,6 +231,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="of a graph, in one measurement")
     parser.add_argument("--launched", type=int, default=4, help="steps without a graph, in one measurement")
     parser.add_argument("--no-graphs", action="store_true", help="only steps that Python launches")
+    parser.add_argument("--compile", nargs="+", type=int, default=[], help="of these batches compiled graphs alone")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, required=True)
