@@ -17,7 +17,7 @@ from slimtune import preflight
 from slimtune.estimate import Estimate, estimate, experts, render
 from slimtune.estimate.build import job_of
 from slimtune.estimate.cost import Job
-from slimtune.methods.experts import all_groups
+from slimtune.methods.masked import all_groups
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, structure_of
 from slimtune.prune.experts import ExpertGenerator

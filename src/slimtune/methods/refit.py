@@ -19,7 +19,8 @@ from slimtune.methods.passes import Passes
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import MaskBank, Masks, Site
 from slimtune.prune.least_squares import WIDE
-from slimtune.structure.axes import Side, Structure
+from slimtune.structure.axes import KV_GROUP, Side, Structure
+from slimtune.structure.heads import VALUE
 from slimtune.train.session import Batches, Session
 
 
@@ -100,8 +101,7 @@ class Fits:
                 mask = self.bank.consumer(layer, axis) if layer in layers else None
                 if mask is None:
                     return
-                rows = self.session.structure.rows(self.sides[layer, axis])
-                spread = mask.repeat_interleave(rows, dim=-1) if mask.ndim == 1 else mask.flatten(0, 1)[at]
+                spread = self._spread(layer, axis, mask, at)
                 whole = x.flatten(0, 1)[at].float()
                 with torch.autocast(x.device.type, enabled=False):
                     kept = whole * spread
@@ -113,6 +113,19 @@ class Fits:
 
         passes.run(watchers)
         return left, gone
+
+    def _spread(self, layer: int, axis: str, mask: Tensor, at: Tensor) -> Tensor:
+        """What multiplies the consumer's inputs at positions ``at``: [d], or [N, d] where it differs from token to token.
+
+        Of o_proj that is the query's own mask on value dimensions, too. What other tokens' masks took from their values is
+        not in its inputs any more, whole or not, so no fit brings it back.
+        """
+        rows = self.session.structure.rows(self.sides[layer, axis])
+        spread = mask.repeat_interleave(rows, dim=-1) if mask.ndim == 1 else mask.flatten(0, 1)[at]
+        own = self.bank.head(layer, VALUE) if axis == KV_GROUP else None
+        if own is None:
+            return spread
+        return spread * own.flatten(0, 1)[at].repeat(1, spread.shape[-1] // own.shape[-1])
 
     def _put(self, weights: Mapping[Site, nn.Parameter]) -> None:
         for site, weight in weights.items():
