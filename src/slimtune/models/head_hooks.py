@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slimtune.models.surgery import linears_of
+from slimtune.models.surgery import blocks_of, linears_of
 from slimtune.structure.axes import KV_GROUP, QUERY, Structure
 from slimtune.structure.heads import PAIR, VALUE
 
@@ -30,6 +30,23 @@ def place_head_masks(model: nn.Module, structure: Structure, read: ReadHead) -> 
             handles.append(module.register_forward_hook(_of_values(layer, read)))
         elif row.into and row.into.axis == KV_GROUP:
             handles.append(module.register_forward_pre_hook(_of_queries(layer, read)))
+    return handles
+
+
+def attend_before(model: nn.Module, structure: Structure, layers: range, inside: Callable[[], Any]) -> list[Any]:
+    """Let attention of ``layers`` compute once more before it does, in the context ``inside()``. Handles to remove.
+
+    For passes without a cache, which would hold the keys twice.
+    """
+    path, handles = structure.family.consumer(KV_GROUP).path.rpartition(".")[0], []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        with inside():
+            module.forward(*args, **kwargs)
+
+    for layer, block in enumerate(blocks_of(model, structure)):
+        if layer in layers:
+            handles.append(block.get_submodule(path).register_forward_pre_hook(hook, with_kwargs=True))
     return handles
 
 

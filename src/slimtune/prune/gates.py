@@ -6,7 +6,8 @@ all-reduce, then the generator's own backward. So checkpointing, DDP and FSDP2 n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -87,7 +88,7 @@ class MaskBank:
     def __init__(self) -> None:
         self._masks: dict[Site, Tensor] = {}
         self._where: Literal["open", "consumer", "base"] = "open"
-        self._sampled = False
+        self._sampled = self._lifted = False
         self.follower: Follower | None = None
         self.router: Routed | None = None
         self.values: Followed | None = None
@@ -128,7 +129,21 @@ class MaskBank:
         mask = self._masks.get((layer, axis)) if self._where == "consumer" else None
         if mask is None or axis == PAIR or self.values is None:
             return mask
-        return self.values.masks[layer]
+        return None if self._lifted else self.values.masks[layer]
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, tokens have all dimensions of values, whatever masks are in force."""
+        self._lifted = True
+        try:
+            yield
+        finally:
+            self._lifted = False
+
+    @property
+    def is_lifted(self) -> bool:
+        """Inside ``lifted``."""
+        return self._lifted
 
     def consumer(self, layer: int, axis: str) -> Tensor | None:
         mask = self._masks.get((layer, axis)) if self._where == "consumer" else None
