@@ -188,6 +188,7 @@ def test_in_bfloat16_masks_are_those_of_the_rounded_module(tmp_path: Path) -> No
     mask, x = found.model.layers[0].self_attn.value_mask, torch.randn(2, 30, 64).bfloat16()
     of.values.configure(10, 1.0)
     with torch.no_grad():
+        assert torch.equal(mask.logits(x), of.values.logits(0, x, of.values.states[0]))
         assert torch.equal(mask(x), of.values.mask(0, x, of.values.states[0]))
         assert torch.equal(mask(x).sum(-1), torch.full((2, 30), 10.0))
 

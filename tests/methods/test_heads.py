@@ -159,6 +159,20 @@ def test_a_batch_teaches_generator_and_modules(bench: Bench, tmp_path: Path, che
             torch.testing.assert_close(again[name], gradient)
 
 
+def test_routers_and_modules_are_clipped_together(bench: Bench, tmp_path: Path) -> None:
+    session = session_of(bench, tmp_path / "run", **{**MOE, **KINDS["tokens"]})
+    experts = tomoe._ToMoE(session).experts
+    assert experts.values is not None
+    parameters = [*experts.router.parameters(), *experts.values.parameters()]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 0.1)
+    wanted = 0.1 * sum(parameter.numel() for parameter in parameters) ** 0.5
+    before = experts.values.biases[0].detach().clone()
+    assert float(experts.learn_router(0)) == pytest.approx(wanted, rel=1e-4)
+    assert not torch.equal(experts.values.biases[0], before)
+    assert all(parameter.grad is None for parameter in parameters)
+
+
 def test_modules_learn_on_while_pairs_stay(bench: Bench, tmp_path: Path) -> None:
     session = session_of(bench, tmp_path / "run", **{**MOE, **KINDS["tokens"], "search__steps": 1})
     method = tomoe._ToMoE(session)

@@ -40,12 +40,16 @@ class ValueMask(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """0/1 [B, T, head_dim] for ``x`` [B, T, hidden]."""
+        logits = self.logits(x)
+        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : self.dims]
+        return torch.zeros_like(logits).scatter_(-1, order, 1.0)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[B, T, head_dim] fp32."""
         with torch.autocast(x.device.type, enabled=False):
             mixed = F.linear(x.float(), self.read.weight.float()) + self.state.float()
             norm = F.layer_norm(mixed, mixed.shape[-1:], self.norm.weight.float(), self.norm.bias.float(), self.norm.eps)
-            logits = F.linear(F.gelu(norm), self.make.weight.float(), self.make.bias.float())
-        order = torch.sort(logits, dim=-1, descending=True, stable=True).indices[..., : self.dims]
-        return torch.zeros_like(logits).scatter_(-1, order, 1.0)
+            return F.linear(F.gelu(norm), self.make.weight.float(), self.make.bias.float())
 
     def hang(self, attention: Any) -> None:
         """Into a layer's attention; bound methods, which a deep copy of the model binds to the copy."""
