@@ -17,12 +17,13 @@ from slimtune import preflight
 from slimtune.estimate import Estimate, estimate, experts, render
 from slimtune.estimate.build import job_of
 from slimtune.estimate.cost import Job
-from slimtune.methods.experts import all_groups
+from slimtune.methods.masked import all_groups
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, structure_of
 from slimtune.prune.experts import ExpertGenerator
 from slimtune.prune.gates import MaskBank
 from slimtune.prune.router import Router
+from slimtune.prune.token_masks import TokenMasks
 from slimtune.recipe import Recipe, parse
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.experts import Division, host_of
@@ -101,7 +102,11 @@ def saved_by(model: nn.Module, own: list[Any]) -> int:
     return sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in lying)
 
 
-@pytest.mark.parametrize("moe", [{}, {"shared": False}, {"experts": "overlap"}, {"groups": "auto"}])
+PAIRS = {"attention": "pairs", "groups": "auto"}
+TOKENS_OWN = {"attention": "tokens", "groups": "auto"}
+
+
+@pytest.mark.parametrize("moe", [{}, {"shared": False}, {"experts": "overlap"}, {"groups": "auto"}, PAIRS, TOKENS_OWN])
 def test_sizes_are_those_of_a_plan_of_that_shape(moe: dict[str, Any]) -> None:
     found, shape = cost(moe=moe), job(moe=moe).experts
     assert found.problem is None
@@ -110,7 +115,9 @@ def test_sizes_are_those_of_a_plan_of_that_shape(moe: dict[str, Any]) -> None:
     starts = [0 if shape.overlap else (shape.shares + expert) * shape.width for expert in range(shape.number)]
     routed = [range(start, start + shape.width) for start in starts]
     division = Division.of(range(shape.shares * shape.width), routed)
-    plan = Plan.divided(STRUCTURE, [range(shape.groups)] * LAYERS, [division] * LAYERS, shape.top_k)
+    pairs = [range(shape.pairs)] * LAYERS if shape.pairs else []
+    groups = [range(shape.groups)] * LAYERS
+    plan = Plan.divided(STRUCTURE, groups, [division] * LAYERS, shape.top_k, pairs, shape.values)
     for size, active in ((found.after, False), (found.active, True)):
         counts = count(STRUCTURE, plan, active=active)
         assert (size.total, size.block) == (counts.total, counts.block)
@@ -121,11 +128,27 @@ def test_sizes_are_those_of_a_plan_of_that_shape(moe: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("generator", ["gru", "direct"])
 @pytest.mark.parametrize("kind", ["partition", "overlap"])
-def test_the_generator_is_the_one_that_learns(generator: str, kind: str) -> None:
-    of = job(moe={"generator": generator, "experts": kind})
+@pytest.mark.parametrize("heads", [{}, TOKENS_OWN])
+def test_the_generator_is_the_one_that_learns(generator: str, kind: str, heads: dict[str, Any]) -> None:
+    moe = {"generator": generator, "experts": kind, **heads}
+    of = job(moe=moe)
     slots = of.experts.number + (0 if kind == "overlap" else 2)
-    real = ExpertGenerator(LAYERS, CHANNELS, slots, of.recipe.moe)
-    assert cost(moe={"generator": generator, "experts": kind}).generator_params == sum(p.numel() for p in real.parameters())
+    real = ExpertGenerator(LAYERS, CHANNELS, slots, of.recipe.moe, 8 if heads else 0)
+    assert cost(moe=moe).generator_params == sum(p.numel() for p in real.parameters())
+
+
+def test_modules_of_tokens_learn_beside_the_routers() -> None:
+    of, made = job(moe=TOKENS_OWN), TokenMasks(HIDDEN, LAYERS, 16)
+    own = LAYERS * of.experts.number * HIDDEN + sum(each.numel() for each in made.parameters())
+    assert experts.router_params(of) == own
+    assert cost(moe=TOKENS_OWN).memory["routers, gradients, AdamW"] == 16 * own
+
+
+def test_what_has_no_rotary_pairs_is_told() -> None:
+    config = tiny_config("qwen3", **SHAPE)
+    found = estimate(recipe_of(config, moe=PAIRS), measure=False)
+    assert found.problem is not None
+    assert "moe.attention=pairs leaves out rotary pairs" in found.problem
 
 
 @pytest.mark.parametrize("searching", [True, False])

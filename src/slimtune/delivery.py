@@ -22,7 +22,7 @@ from slimtune.evaluate.figures import Measure
 from slimtune.evaluate.perplexity import Influences
 from slimtune.export import adapter, card, card_facts, huggingface
 from slimtune.export.verify import sample, verify
-from slimtune.methods.experts import routed
+from slimtune.methods.masked import routed
 from slimtune.methods.outcome import Outcome
 from slimtune.models import moe
 from slimtune.models.identity import weight_bytes
@@ -93,16 +93,17 @@ def deliver(run: Made, outcome: Outcome, figures: dict[str, Figures]) -> tuple[F
 def _written(run: Made, model: Any, outcome: Outcome, total: int) -> list[float]:
     """What rank 0 alone does with the whole model; by how much it differs after a reload, if that is asked for."""
     recipe, target, dtype, plan = run.recipe, run.folder / "model", export_dtype(run.recipe, run.config), outcome.plan
-    tuned, router = recipe.export.adapter and isinstance(model, PeftModel), outcome.router
+    tuned, router, values = recipe.export.adapter and isinstance(model, PeftModel), outcome.router, outcome.values
     routers = list(router.cpu().rounded(dtype).weights) if router else []
-    bound = adapter.taken(model, recipe.model, run.structure, plan, routers) if tuned else None
+    modules = values.cpu().rounded(dtype).tensors() if values else {}
+    bound = adapter.taken(model, recipe.model, run.structure, plan, routers, modules) if tuned else None
     model = merge_lora(model, dtype)
     differences = list[float]()
     run.progress.say(f"writing {escape(str(target))} ...")
     model = without_flash(model.cpu()).eval()
     laid = None
     if routers:
-        weights = moe.tensors_of(model, run.structure, plan, routers)
+        weights = moe.tensors_of(model, run.structure, plan, routers, modules)
         laid = moe.config_of(run.config, run.structure, moe.Layout.of(plan)), weights
     check = (lambda written: differences.append(_verify(run, model, written, outcome))) if recipe.export.verify else None
     huggingface.save(model, recipe.model, plan, target, dtype, _facts(run, total, {}, None), check, run.progress.say, laid)
@@ -174,7 +175,8 @@ def _facts(run: Made, parameters: int, figures: dict[str, Figures], difference: 
 @torch.no_grad()
 def _verify(run: Made, model: nn.Module, target: Path, outcome: Outcome) -> float:
     ids = sample(run.splits.test.collate([0])["input_ids"][:, :64], run.config.vocab_size)
-    own = routed(model, run.structure, outcome.plan, outcome.router) if outcome.router else nullcontext()
+    router, values = outcome.router, outcome.values
+    own = routed(model, run.structure, outcome.plan, router, values) if router else nullcontext()
     with run.figures.eager(), in_fp32(model), own:
         expected = model(input_ids=ids, use_cache=False).logits
     difference = verify(target, ids, expected)

@@ -24,9 +24,10 @@ def install() -> None:
 
 
 def _register() -> None:
-    from slimtune.models.per_layer import register
+    from slimtune.models import per_layer, value_masks
 
-    register()
+    per_layer.register()
+    value_masks.register()
 
 
 class _Finder:

@@ -12,7 +12,7 @@ from experts import choices, converted, divided, written
 from families import tiny_config
 from gated import PADDED, padded_sample, random_model, sample_ids
 from slimtune.errors import UserError
-from slimtune.methods.experts import masks_of, routed
+from slimtune.methods.masked import masks_of, routed
 from slimtune.models import moe
 from slimtune.models.buffers import exact_buffers
 from slimtune.models.hooks import place_gates

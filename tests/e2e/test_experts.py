@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from slimtune.cli import app
 from slimtune.data.batches import load_splits
 from slimtune.export import adapter, apply
-from slimtune.methods.experts import routed
+from slimtune.methods.masked import routed
 from slimtune.models.buffers import exact_buffers
 from slimtune.models.load import load_config, load_tokenizer, structure_of
 from slimtune.prune.router import Router

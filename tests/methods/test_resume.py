@@ -51,6 +51,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "moe": {"number": 5, "top_k": 2, "prior_steps": 2, "groups": 1, "explore": 0.5},
         "distill__weight": 0.5,
     },
+    "masked experts": {
+        "method": "tomoe",
+        "budget": {"keep": 0.8, "of": "block", "ffn_multiple": 4, "tolerance": 0.03},
+        "moe": {"attention": "tokens", "number": 5, "top_k": 2, "prior_steps": 2, "explore": 0.5},
+        "distill__weight": 0.5,
+    },
     "frozen experts": {
         "method": "tomoe",
         "budget": {"keep": 0.7, "of": "block", "ffn_multiple": 4, "tolerance": 0.03},
@@ -99,6 +105,9 @@ KILLS = [
     ("experts", "main", "search", 2),
     ("experts", "main", "recover", 0),
     ("experts", "main", "recover", 2),
+    ("masked experts", "main", "search", 2),
+    ("masked experts", "main", "recover", 0),
+    ("masked experts", "main", "recover", 2),
     ("frozen experts", "main", "search", 4),
     ("lora_aware", "main", "settle", 2),
     ("lora_aware", "main", "recover", 2),

@@ -10,6 +10,8 @@ from slimtune.models.load import structure_of
 from slimtune.prune.shape import Shape, active_ratio, groups_of, shape_of
 from slimtune.sections import BudgetConfig, MoeConfig
 from slimtune.structure.axes import Structure
+from slimtune.structure.experts import Division
+from slimtune.structure.plan import Plan, count
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,35 @@ def test_a_token_uses_what_the_budget_says(llama3: Structure, keep: float, moe: 
     assert shape.dropped >= 0
     assert (shape.shares > 0) == ("shared" not in moe and moe.get("experts") != "overlap")
     assert sum(shape.sizes(1.0)) == 14336 or shape.overlap
+
+
+@pytest.mark.parametrize("keep", [0.8, 0.5])
+@pytest.mark.parametrize(
+    "moe", [{"attention": "pairs"}, {"attention": "tokens"}, {"attention": "tokens", "experts": "overlap"}]
+)
+@pytest.mark.parametrize("of", ["block", "total"])
+def test_masks_inside_heads_count_as_a_plan_counts_them(llama3: Structure, keep: float, moe: dict[str, Any], of: Any) -> None:
+    budget, config = BudgetConfig(keep=keep, of=of), MoeConfig(**moe)
+    shape = shape_of(llama3, budget, config)
+    assert (shape.groups, shape.pairs) == (8, {0.8: 58, 0.5: 48}[keep])
+    assert shape.values == (2 * shape.pairs - (keep == 0.8) if config.attention == "tokens" else 0)
+    first = shape.shares * shape.width
+    shared = range(first)
+    starts = [0 if shape.overlap else first + each * shape.width for each in range(shape.number)]
+    routed = [range(start, start + shape.width) for start in starts]
+    pairs = [range(shape.pairs)] * 2
+    plan = Plan.divided(llama3, [range(8)] * 2, [Division.of(shared, routed)] * 2, shape.top_k, pairs, shape.values)
+    counts = count(llama3, plan, active=True)
+    ratio = counts.total_ratio if of == "total" else counts.block_ratio
+    assert ratio == pytest.approx(active_ratio(llama3, shape, of), abs=1e-12)
+    assert abs(ratio - keep) <= budget.tolerance
+
+
+def test_groups_do_not_go_where_masks_do(llama3: Structure) -> None:
+    with pytest.raises(UserError, match=r"moe\.groups=4 is for moe\.attention=groups, and it is pairs: leave it out"):
+        shape_of(llama3, BudgetConfig(keep=0.6, of="block"), MoeConfig(groups=4, attention="pairs"))
+    all_ = shape_of(llama3, BudgetConfig(keep=0.6, of="block"), MoeConfig(groups="all", attention="pairs"))
+    assert (all_.groups, all_.pairs, all_.values) == (8, 51, 0)
 
 
 @pytest.mark.parametrize("multiple", [64, 128, 256])

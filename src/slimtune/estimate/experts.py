@@ -16,6 +16,9 @@ collect gradients, and these). A gated token keeps its mask and the gated input.
 what channels add, in 16 bits, and the MLP's input. A fit has two fp32 matrices of every consumer at once, and
 what it fitted stays beside the base's until the experts are decided.
 
+Masks inside heads (``moe.attention``) save no operation, for what they leave out is computed and multiplied by zero; what they
+take themselves is not counted.
+
 Not counted: assignment (Sinkhorn: 16 ms of a step by its bytes, at Llama-3-8B's shape on an H200), clustering of the prior, the
 launching of both, and what processes send one another.
 """
@@ -38,6 +41,7 @@ from slimtune.prune.shape import Shape, shape_of
 from slimtune.recipe import Recipe
 from slimtune.structure.axes import FFN, KV_GROUP, Structure
 from slimtune.structure.experts import host_of
+from slimtune.structure.heads import attention_params, check_pairs, module_params
 
 MASKS = 54
 """Bytes that a mask a token moves for each channel, there and back: counted by its operations in 16 bits, not measured."""
@@ -54,8 +58,12 @@ def check(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Non
         raise UserError(
             "moe.prior=none with search.steps=0 leaves nothing to decide by; set moe.prior=energy or a number of steps"
         )
+    host_of(structure.family, recipe.moe.shared)  # a family that has none can have no masks either
+    if recipe.moe.attention != "groups":
+        check_pairs(structure, config.to_dict(), f"moe.attention={recipe.moe.attention}")
     shape = shape_of(structure, recipe.budget, recipe.moe)
-    moe.config_of(config, structure, moe.Layout(shape.number, shape.top_k, shape.width, shape.shares, shape.groups))
+    sizes = (shape.number, shape.top_k, shape.width, shape.shares, shape.groups, shape.values)
+    moe.config_of(config, structure, moe.Layout(*sizes))
 
 
 def shape_or_base(recipe: Recipe, structure: Structure) -> Shape:
@@ -70,16 +78,22 @@ def shape_or_base(recipe: Recipe, structure: Structure) -> Shape:
 def block_params(structure: Structure, shape: Shape) -> tuple[int, int]:
     """Of the blocks, what is stored and what a token uses of it, routers included."""
     extra = host_of(structure.family, shape.shares > 0).extra(structure.hidden, shape.number) if structure.family.experts else 0
-    attention = sum(min(shape.groups, layer.units[KV_GROUP]) * layer.unit_params[KV_GROUP] for layer in structure.layers)
+    used = stored = 0
+    for layer in structure.layers:
+        groups = min(shape.groups, layer.units[KV_GROUP])
+        used += attention_params(structure, layer, groups, shape.pairs, shape.values)
+        stored += groups * layer.unit_params[KV_GROUP] + (module_params(structure) if shape.values else 0)
     channel = sum(layer.unit_params[FFN] for layer in structure.layers)
-    fixed = attention + len(structure.layers) * extra
-    return fixed + (shape.shares + shape.number) * shape.width * channel, fixed + shape.active * channel
+    routers = len(structure.layers) * extra
+    every = (shape.shares + shape.number) * shape.width * channel
+    return stored + routers + every, used + routers + shape.active * channel
 
 
 def generator_params(recipe: Recipe, structure: Structure, shape: Shape) -> int:
     """Of what makes the logits."""
     with torch.device("meta"):
-        generator = ExpertGenerator(len(structure.layers), shape.channels, _slots(shape), recipe.moe)
+        pairs = structure.head_dim // 2 if shape.pairs else 0
+        generator = ExpertGenerator(len(structure.layers), shape.channels, _slots(shape), recipe.moe, pairs)
     return sum(parameter.numel() for parameter in generator.parameters())
 
 
@@ -195,8 +209,9 @@ _ROUTED = 24
 
 
 def router_params(job: Job) -> int:
-    """Of all layers."""
-    return job.experts.number * int(job.config.hidden_size) * len(job.structure.layers)
+    """Of all layers, with what makes masks of tokens."""
+    layers, modules = len(job.structure.layers), module_params(job.structure) if job.experts.values else 0
+    return (job.experts.number * int(job.config.hidden_size) + modules) * layers
 
 
 def mask_bytes(job: Job) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,8 @@ class Bound:
         factors: LoRA's tensors by PEFT's names.
         changed: weights and biases of the cut base that are not the base's, by name.
         dtype: that the base's weights had in training.
-        routers: of each layer [experts, hidden], where the plan has experts.
+        routers: of each layer [experts, hidden], where the plan has experts; what makes masks on values, where it has such, by
+            layer and name.
     """
 
     base: str
@@ -70,7 +71,12 @@ class Bound:
 
 @torch.no_grad()
 def taken(
-    model: PeftModel, base: ModelConfig, structure: Structure, plan: Plan, routers: Sequence[Tensor] = ()
+    model: PeftModel,
+    base: ModelConfig,
+    structure: Structure,
+    plan: Plan,
+    routers: Sequence[Tensor] = (),
+    modules: Mapping[str, Tensor] | None = None,
 ) -> Bound | None:
     """The adapter of ``model``, which was cut by ``plan``; None where all weights were drawn, so that there is no base.
 
@@ -97,6 +103,7 @@ def taken(
     config.inference_mode = True
     kept = {name: each.detach().cpu().clone() for name, each in factors.items()}
     routing = {str(layer): each.detach().cpu().clone() for layer, each in enumerate(routers)}
+    routing |= {name: each.cpu().clone() for name, each in (modules or {}).items()}
     return Bound(told, base.revision, plan, config, kept, changed, dtype, routing)
 
 

@@ -94,11 +94,10 @@ def _laid(
         raise UserError(
             "this plan divides the model among experts, and their routers lie in its adapter: give it with --adapter"
         )
-    routers = load_file(file)
-    weights = [routers[str(layer)].to(dtype) for layer in range(len(plan.experts))]
-    return moe.config_of(load_config(origin, "BASE"), structure, moe.Layout.of(plan)), moe.tensors_of(
-        model, structure, plan, weights
-    )
+    routers = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    weights = [routers.pop(str(layer)) for layer in range(len(plan.experts))]
+    config = moe.config_of(load_config(origin, "BASE"), structure, moe.Layout.of(plan))
+    return config, moe.tensors_of(model, structure, plan, weights, routers)
 
 
 def _facts(base: str, structure: Structure, found: Path | None) -> dict[str, Any]:

@@ -87,9 +87,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 ```
-{% elif per_layer %}
-Layers differ in width, so the model has its own small class. The folder carries it (`modeling_slimtune.py`):
-
+{% elif per_layer or masked %}
+{% if masked %}Every token has its own {{ masked }} dimensions of values, so the model has its own small class. The folder
+carries it (`modeling_slimtune_values.py`):
+{% else %}Layers differ in width, so the model has its own small class. The folder carries it (`modeling_slimtune.py`):
+{% endif %}
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -219,10 +221,11 @@ def _how(config: Mapping[str, Any], plan: bool) -> dict[str, Any]:
     return {
         "per_layer": "per_layer_config" in config,
         "block_configs": "block_configs" in config,
+        "masked": config.get("value_dims"),
         "heads": config.get("num_attention_heads"),
         "architecture": (config.get("architectures") or ["?"])[0],
         "plan": plan,
-        "experts": config.get("model_type") in HOSTS,
+        "experts": str(config.get("model_type")).removeprefix("slimtune_") in HOSTS,
         "vllm": False,
         "zeros": 0,
     }
@@ -271,6 +274,8 @@ def _experts(plan: Plan) -> list[tuple[str, str]]:
     rows = [("experts of a layer", len(first.routed)), ("of which a token uses", plan.top_k)]
     rows += [("channels of an expert", max(each.width for each in plan.experts))]
     rows += [("channels of the shared expert, which every token uses", max(own))] if any(own) else []
+    rows += [("rotary pairs of q and k that are not zero, in each head", len(plan.pairs[0]))] if plan.pairs else []
+    rows += [("value dimensions of a token, in each head", plan.values)] if plan.values else []
     return [(name, _text(value)) for name, value in rows]
 
 

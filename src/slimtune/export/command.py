@@ -53,6 +53,7 @@ def export_model(
         name = "model.gguf" if to == "gguf" else f"model-{to}"
         raise UserError(f"{run_or_model} lies in the package; say where it goes: --out {name}")
     folder = folder_of(run_or_model).resolve()
+    _check_class(folder, to)
     if to in rewrite.TARGETS:
         target = Path(out) if out else rewrite.default_target(folder, to, form, quantize)
         return rewrite.rewrite(folder, target, to, form, quantize, check, say)
@@ -74,6 +75,16 @@ def _check_words(to: str, quantize: str, form: str) -> None:
         rewrite.check_kind(quantize, to)
     else:
         gguf.check_kind(quantize)
+
+
+def _check_class(folder: Path, to: str) -> None:
+    """Raise UserError for a model with masks of single tokens: nothing but the code in its folder computes those."""
+    if '"value_dims"' in (folder / "config.json").read_text(encoding="utf-8", errors="replace"):
+        raise UserError(
+            f"{str(folder)!r} gives every token its own value dimensions (moe.attention=tokens), which nothing but the code in "
+            f"its folder computes, so it cannot be written --to {to}; use the folder as it is, or convert with "
+            "moe.attention=pairs or groups"
+        )
 
 
 def _to_gguf(folder: Path, file: Path, quantize: str, check: bool, say: Say) -> dict[str, Any]:

@@ -5,34 +5,33 @@ Shapes: L layers, F mlp channels, E experts, S slots, B batch, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.models.hooks import place_gates
+from slimtune.methods.heads import OFFSET, Heads
+from slimtune.methods.masked import all_groups, head_masks, masks_of
 from slimtune.models.sharded import share_gradients
 from slimtune.prune import budget
 from slimtune.prune.assign import assign, widest
-from slimtune.prune.experts import ExpertGenerator, partitioned, topped, union_loss
+from slimtune.prune.experts import ExpertGenerator, Made, partitioned, topped, union_loss
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks, of_rank_0
 from slimtune.prune.router import Router
 from slimtune.prune.sampling import draw_noise
 from slimtune.prune.sampling import sample as draw
 from slimtune.prune.shape import expert_channels, shape_of
 from slimtune.prune.split import logits_of
-from slimtune.structure.axes import FFN, KV_GROUP, Structure
+from slimtune.structure.axes import FFN
 from slimtune.structure.experts import Division, host_of
+from slimtune.structure.heads import PAIR, VALUE
 from slimtune.structure.plan import Plan
 from slimtune.train.loop import hash_seed
 from slimtune.train.optimizers import adamw
 from slimtune.train.schedule import lr_factor, set_lr
 from slimtune.train.session import Session
 
-OFFSET = 3.0
-"""Added to logits of overlapping experts without a prior, so that nearly every channel is in every one at first (published)."""
 SETTLE = 0.2
 """Last part of the search, in which such experts take their best channels, as many as the Plan will give them."""
 
@@ -54,18 +53,32 @@ class Experts:
         layers, channels = len(self.structure.layers), self.shape.channels
         torch.manual_seed(hash_seed(session.recipe.seed, "generator"))
         slots = self.shape.number if self.shape.overlap else self.shape.number + 2
-        self.generator = ExpertGenerator(layers, channels, slots, self.config).to(session.device)
+        pairs = self.structure.head_dim // 2 if self.shape.pairs else 0
+        self.generator = ExpertGenerator(layers, channels, slots, self.config, pairs).to(session.device)
         self.router = Router(self.structure.hidden, layers, self.shape.number, self.shape.top_k, self.host).to(session.device)
         self.attention = all_groups(self.structure, session.device)
         self.published = self.shape.overlap and self.config.prior == "none"
         bank.router = self.router
-        decoders = {id(each) for each in getattr(self.generator, "decoders", ())}
+        self.heads = Heads(session, bank, self.shape) if self.shape.pairs else None
+        self.values = self.heads.values if self.heads else None
+        self.spare = self.heads.spare if self.heads else 0
+        names = ("decoders", "pair_decoders")
+        decoders = {id(each) for name in names for each in getattr(self.generator, name, ())}
         plain = [each for each in self.generator.parameters() if id(each) not in decoders]
         decayed = [each for each in self.generator.parameters() if id(each) in decoders]
         self.optimizers = [adamw(plain, self.config.lr, 0.0)]
         if decayed:
             self.optimizers.append(adamw(decayed, self.config.lr, self.config.weight_decay))
-        self.router_optimizer = adamw(self.router.parameters(), self.config.router_lr, 0.0)
+        self.router_optimizer = adamw(self._routing(), self.config.router_lr, 0.0)
+
+    def _routing(self) -> list[nn.Parameter]:
+        return [*self.router.parameters(), *(self.values.parameters() if self.values else ())]
+
+    def press(self, parts: int) -> None:
+        """What routers and masks of tokens are to heed beside the loss, of a step of so many micro-batches."""
+        self.router.balance = self.config.balance / parts
+        if self.heads and self.published:
+            self.heads.press(parts)
 
     # --- masks -------------------------------------------------------------------------------------------------------
 
@@ -73,24 +86,33 @@ class Experts:
         """Masks of experts {site: [1 + E, F]} for ``step`` of the search, differentiable in the generator's weights."""
         self.router.train()
         self.router.noise = self.config.explore
-        logits = self.generator()
-        if self.config.explore:
+        made, explore = self.generator.made(), self.config.explore
+        if explore:
             rng = torch.Generator().manual_seed(hash_seed(self.session.recipe.seed, "noise", step))
-            logits = logits + self.config.explore * draw_noise(tuple(logits.shape), "logistic", rng, logits.device)
-        return self._sites(self._masks(logits, step)) | self.attention
+            drawn = [draw_noise(tuple(each.shape), "logistic", rng, each.device) for each in (made.channels, made.pairs)]
+            made = replace(made, channels=made.channels + explore * drawn[0], pairs=made.pairs + explore * drawn[1])
+        return self._sites(self._masks(made.channels, step)) | self.attention | self._inside(made, step, explore)
 
     @torch.no_grad()
     def masks(self, step: int) -> dict[Site, Tensor]:
         """The same without noise."""
-        self.router.noise = 0.0
-        return self._sites(self._masks(self.generator(), step)) | self.attention
+        self.router.noise, made = 0.0, self.generator.made()
+        return self._sites(self._masks(made.channels, step)) | self.attention | self._inside(made, step)
+
+    def _inside(self, made: Made, step: int, noise: float = 0.0) -> dict[Site, Tensor]:
+        """Masks inside heads, where there are some."""
+        return self.heads.sites(made, self.part(step), self.temperature(step), self._free(step), noise) if self.heads else {}
+
+    def _free(self, step: int) -> bool:
+        """Whether widths are what comes of the logits, for which the budget's penalty cares."""
+        return self.published and step < (1 - SETTLE) * self.steps
 
     def _masks(self, logits: Tensor, step: int) -> Tensor:
         """0/1 [L, F, S] of logits."""
         temperature = self.temperature(step)
         if not self.shape.overlap:
             return partitioned(logits, torch.tensor(self.shape.sizes(self.part(step))), temperature)
-        if self.published and step < (1 - SETTLE) * self.steps:
+        if self._free(step):
             return draw(logits + OFFSET, torch.zeros_like(logits), "logistic", "ste", temperature)
         return topped(logits, self.width(step), temperature)
 
@@ -112,7 +134,8 @@ class Experts:
 
     def part(self, step: int) -> float:
         """How far it has come from all channels to the final shape, 0..1."""
-        return (self.shape.channels - self._channels(step)) / max(1, self.shape.channels - self.shape.active)
+        every = self.shape.channels + self.spare
+        return (every - self._channels(step)) / max(1, every - self.shape.active)
 
     def width(self, step: int) -> int:
         """Channels of an overlapping expert."""
@@ -121,22 +144,29 @@ class Experts:
     def _channels(self, step: int) -> float:
         if self.target(step) <= self.session.recipe.budget.keep:
             return self.shape.active
-        found = expert_channels(self.structure, self.target(step), self.session.recipe.budget.of, self.shape.groups)
-        return min(max(found, self.shape.active), self.shape.channels)
+        attention = (self.shape.groups, self.shape.pairs, self.shape.values)
+        found = expert_channels(self.structure, self.target(step), self.session.recipe.budget.of, *attention)
+        return min(max(found, self.shape.active), self.shape.channels + self.spare)
 
     # --- learning ----------------------------------------------------------------------------------------------------
 
     def learn(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
         """Update the generator by the gradients that ``leaves`` [1 + E, F] of every micro-batch collected."""
-        sampled = {site: mask for site, mask in sampled.items() if site[1] == FFN}
+        sampled = {site: mask for site, mask in sampled.items() if site[1] in (FFN, PAIR, VALUE)}
         gradients = mean_over_ranks(*({site: part[site] for site in sampled} for part in leaves), samples=False)
         figures: dict[str, Any] = {"target": self.target(step)}
         if self.shape.overlap:
-            figures["coverage"] = torch.stack([mask.detach().amax(0).mean() for mask in sampled.values()]).mean()
+            covered = [mask.detach().amax(0).mean() for (_, axis), mask in sampled.items() if axis == FFN]
+            figures["coverage"] = torch.stack(covered).mean()
         extra: list[Tensor] = []
         if self.published:
-            masks = torch.stack([sampled[site][1:].T for site in sampled])
+            masks = torch.stack([mask[1:].T for (_, axis), mask in sampled.items() if axis == FFN])
             ratio = self._sampled_ratio(masks)
+            if self.heads:
+                whole = (
+                    self.structure.total_params if self.session.recipe.budget.of == "total" else self.structure.prunable_params
+                )
+                ratio = ratio - self.heads.lost(sampled) / whole
             over, union = budget.budget_loss(ratio, self.target(step)), union_loss(masks)
             extra.append(self.config.budget * over + self.config.union * union)
             figures |= {"sampled": ratio.detach(), "budget": over.detach(), "union": union.detach()}
@@ -159,8 +189,8 @@ class Experts:
         return budget.kept_ratio({**ones, **kept}, self.structure, self.session.recipe.budget.of)
 
     def learn_router(self, step: int) -> Tensor:
-        """Update the routers by the gradients that the loss left at them; ``step`` of the run."""
-        parameters = list(self.router.parameters())
+        """Update routers, and what makes masks of tokens, by the gradients that the loss left at them; ``step`` of the run."""
+        parameters = self._routing()
         if self.session.accelerator.num_processes > 1:
             share_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.clip)
@@ -179,6 +209,11 @@ class Experts:
         self.generator.set_prior(logits[..., 1:-1] if self.shape.overlap else logits)
         self.router.start({layer: each for (layer, _), each in shared.items()})
 
+    def start_heads(self, pairs: Tensor, values: Tensor) -> None:
+        """Begin from scores of rotary pairs [L, P] and of value dimensions [L, head_dim]."""
+        assert self.heads is not None
+        self.generator.pair_prior.copy_(self.heads.start(pairs, values))
+
     def keep_groups(self, scores: dict[Site, Tensor]) -> None:
         """Close the gates of all KV groups but the best ones of each layer, by ``scores`` {site: [K]}."""
         for site, score in of_rank_0(scores).items():
@@ -190,18 +225,28 @@ class Experts:
     def plan(self) -> Plan:
         """The decision: no noise, equal widths in all layers."""
         groups = [mask.nonzero().flatten().tolist() for mask in self.attention.values()]
-        logits = of_rank_0({(0, FFN): self.generator()})[0, FFN]
+        made = self.generator.made()
+        logits = of_rank_0({(0, FFN): made.channels})[0, FFN]
+        heads = self.heads.decided(made) if self.heads else {}
         if self.shape.overlap:
             layers = widest(logits, self.shape.width).cpu()
             overlapping = [Division.of([], [expert.nonzero().flatten().tolist() for expert in layer.T]) for layer in layers]
-            return Plan.divided(self.structure, groups, overlapping, self.shape.top_k)
+            return Plan.divided(self.structure, groups, overlapping, self.shape.top_k, **heads)
         divisions = []
         centred = logits - logits.mean(1, keepdim=True)
         found = assign(centred, torch.tensor(self.shape.sizes(1.0)), self.temperature(self.steps - 1)).cpu()
         for layer in found:
             slots = [(layer == slot).nonzero().flatten().tolist() for slot in range(self.shape.number + 1)]
             divisions.append(Division.of(slots[0], slots[1:]))
-        return Plan.divided(self.structure, groups, divisions, self.shape.top_k)
+        return Plan.divided(self.structure, groups, divisions, self.shape.top_k, **heads)
+
+    def fixed(self, plan: Plan) -> dict[Site, Tensor]:
+        """The masks that are in force from the decision on."""
+        self.router.noise = 0.0
+        if self.values:
+            self.values.configure(plan.values, self.config.final_temperature)
+        device = self.session.device
+        return masks_of(plan, device) | head_masks(plan, self.structure, device)
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 
@@ -211,6 +256,7 @@ class Experts:
             "generator": self.generator.state_dict(),
             "router": self.router.state_dict(),
             "attention": dict(self.attention),
+            **({"values": self.values.state_dict()} if self.values else {}),
             "optimizers": [each.state_dict() for each in (*self.optimizers, self.router_optimizer)],
         }
 
@@ -218,37 +264,8 @@ class Experts:
         """Continue from a ``capture``."""
         self.generator.load_state_dict(state["generator"])
         self.router.load_state_dict(state["router"])
+        if self.values:
+            self.values.load_state_dict(state["values"])
         self.attention = {site: mask.to(self.session.device) for site, mask in state["attention"].items()}
         for optimizer, saved in zip((*self.optimizers, self.router_optimizer), state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-
-
-@contextmanager
-def routed(model: nn.Module, structure: Structure, plan: Plan, router: Router) -> Iterator[None]:
-    """Inside, a plain dense ``model`` computes what its experts do."""
-    bank = MaskBank()
-    bank.router = router.eval()
-    bank.close(masks_of(plan, next(model.parameters()).device))
-    handles = place_gates(model, structure, bank.consumer, bank.base, follow=bank.follow)
-    try:
-        yield
-    finally:
-        router.forget()
-        for handle in handles:
-            handle.remove()
-
-
-def all_groups(structure: Structure, device: torch.device) -> dict[Site, Tensor]:
-    """Masks [K] of ones."""
-    return {site: mask for site, mask in budget.all_kept(structure, device).items() if site[1] == KV_GROUP}
-
-
-def masks_of(plan: Plan, device: torch.device) -> dict[Site, Tensor]:
-    """Masks of experts {site: [1 + E, F]} of a Plan that has some."""
-    found = {}
-    for layer, division in enumerate(plan.experts):
-        rows = torch.zeros(1 + len(division.routed), plan.full[layer][FFN])
-        for row, channels in zip(rows, (division.shared, *division.routed), strict=True):
-            row[list(channels)] = 1.0
-        found[layer, FFN] = rows.to(device)
-    return found

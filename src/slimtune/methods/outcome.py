@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from slimtune.prune.router import Router
+from slimtune.prune.token_masks import TokenMasks
 from slimtune.structure.plan import Plan
 from slimtune.train.session import Session
 
@@ -22,7 +23,7 @@ class Outcome:
         plan: what stayed; ``Plan.uncut`` when nothing was removed.
         tokens: non-padding tokens that went through forward and backward, by turn.
         notes: figures of the method (leak, kept ratios).
-        router: which experts a token uses, where the plan has some.
+        router: which experts a token uses, where the plan has some; values: which value dimensions, where it says how many.
     """
 
     model: nn.Module
@@ -30,6 +31,7 @@ class Outcome:
     tokens: dict[str, int]
     notes: dict[str, Any] = field(default_factory=dict)
     router: Router | None = None
+    values: TokenMasks | None = None
 
 
 Method = Callable[[Session], Outcome]

@@ -16,10 +16,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from slimtune.methods.passes import Passes
+from slimtune.models.head_hooks import attend_before
 from slimtune.models.surgery import linears_of
 from slimtune.prune.gates import MaskBank, Masks, Site
 from slimtune.prune.least_squares import WIDE
-from slimtune.structure.axes import Side, Structure
+from slimtune.structure.axes import KV_GROUP, Side, Structure
+from slimtune.structure.heads import VALUE
 from slimtune.train.session import Batches, Session
 
 
@@ -92,27 +94,47 @@ class Fits:
         """E y y^T and E (x - y) y^T [d, d], up to one factor."""
         left: dict[Site, Tensor] = {}
         gone: dict[Site, Tensor] = {}
+        unmasked: dict[int, Tensor] = {}
 
         def watchers(real: Tensor) -> dict[str, Any]:
             at = real.flatten().nonzero().flatten()
 
             def see(layer: int, axis: str, x: Tensor) -> None:
+                if axis == KV_GROUP and self.bank.is_lifted:
+                    unmasked[layer] = x
+                    return
                 mask = self.bank.consumer(layer, axis) if layer in layers else None
                 if mask is None:
                     return
-                rows = self.session.structure.rows(self.sides[layer, axis])
-                spread = mask.repeat_interleave(rows, dim=-1) if mask.ndim == 1 else mask.flatten(0, 1)[at]
-                whole = x.flatten(0, 1)[at].float()
+                spread = self._spread(layer, axis, mask, at)
+                given = x.flatten(0, 1)[at].float()
+                whole = unmasked.pop(layer).flatten(0, 1)[at].float() if axis == KV_GROUP and unmasked else given
                 with torch.autocast(x.device.type, enabled=False):
-                    kept = whole * spread
+                    kept = given * spread
                     found = (kept.T @ kept, (whole - kept).T @ kept)
                 for sums, value in zip((left, gone), found, strict=True):
                     sums[layer, axis] = sums[layer, axis].add_(value) if (layer, axis) in sums else value
 
             return {"consumers": see}
 
+        masked = self.bank.values is not None  # then o_proj's inputs lack what other tokens' masks took, too
+        again = attend_before(self.model, self.session.structure, layers, self.bank.lifted) if masked else []
         passes.run(watchers)
+        for handle in again:
+            handle.remove()
         return left, gone
+
+    def _spread(self, layer: int, axis: str, mask: Tensor, at: Tensor) -> Tensor:
+        """What multiplies the consumer's inputs at positions ``at``: [d], or [N, d] where it differs from token to token.
+
+        Of o_proj that is the query's own mask on value dimensions, too.
+        """
+        rows = self.session.structure.rows(self.sides[layer, axis])
+        spread = mask.repeat_interleave(rows, dim=-1) if mask.ndim == 1 else mask.flatten(0, 1)[at]
+        own = self.bank.head(layer, VALUE) if axis == KV_GROUP else None
+        if own is None:
+            return spread
+        return spread * own.flatten(0, 1)[at].repeat(1, spread.shape[-1] // own.shape[-1])
 
     def _put(self, weights: Mapping[Site, nn.Parameter]) -> None:
         for site, weight in weights.items():

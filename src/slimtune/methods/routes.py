@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimtune.methods.experts import Experts, all_groups
+from slimtune.methods.experts import Experts
+from slimtune.methods.heads import HeadScores
+from slimtune.methods.masked import all_groups
 from slimtune.methods.passes import Passes
 from slimtune.models.modes import quiet
 from slimtune.models.surgery import linears_of
@@ -33,7 +36,8 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
     if config.prior == "none":
         return passes.tokens
     session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
-    energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps))
+    heads = HeadScores(session.structure) if experts.heads else None
+    energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps), heads)
     sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
     scores, weights = [], {}
     for layer in range(len(session.structure.layers)):
@@ -45,6 +49,8 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
         scores.append(found.scores)
         weights[layer] = found.weight
     experts.start(torch.stack(scores), weights)
+    if heads:
+        experts.start_heads(*heads.scores(model))
     return passes.tokens
 
 
@@ -67,11 +73,14 @@ def _squares(session: Session, model: nn.Module, bank: MaskBank, passes: Passes)
     return found
 
 
-def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+def _read(
+    session: Session, model: nn.Module, passes: Passes, most: int, heads: HeadScores | None = None
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
     """Of every layer what each channel adds for each token, squared [T, F], and the input of the MLP [T, D].
 
     Args:
         most: tokens of a batch, evenly spread over it.
+        heads: sees what q, k and v give for all of them.
     """
     norms, weighted = dict[int, Tensor](), session.recipe.moe.prior == "energy"
     for layer, row, module in linears_of(model, session.structure):
@@ -94,7 +103,7 @@ def _read(session: Session, model: nn.Module, passes: Passes, most: int) -> tupl
             if axis == FFN:
                 inputs.setdefault(layer, []).append(x.flatten(0, 1)[at])
 
-        return {"consumers": see, "producers": read}
+        return {"consumers": see, "producers": read, **({"outputs": partial(heads.see, real)} if heads else {})}
 
     passes.run(watchers, whole=True)  # what is clustered must be the same in all processes
     return {layer: torch.cat(each) for layer, each in energies.items()}, {
@@ -120,6 +129,8 @@ def shares_of(
     counts = session.accelerator.reduce(router.counts)
     router.counts = None
     router.forget()
+    if experts.values:
+        experts.values.forget()
     found: list[list[float]] = (counts / counts.sum(1, keepdim=True).clamp(min=1)).tolist()
     return found
 

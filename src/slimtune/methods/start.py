@@ -8,6 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 
+from slimtune.models.head_hooks import place_head_masks
 from slimtune.models.hooks import place_gates
 from slimtune.models.load import attach_lora, attention_of, enable_checkpointing, load_config, load_model
 from slimtune.models.quantized import load_as_trained, load_on_host, to_measure, unquantized
@@ -23,7 +24,10 @@ from slimtune.train.session import Session
 def gated_model(session: Session) -> tuple[nn.Module, MaskBank, list[Any]]:
     """The model with LoRA attached, the bank that its gates read (open), and the handles that take the gates out."""
     model, bank = base_model(session, pick_dtype(session.recipe.model.dtype, str(session.device))), MaskBank()
-    return model, bank, place_gates(model, session.structure, bank.consumer, bank.base, bank.innovation, bank.follow)
+    handles = place_gates(model, session.structure, bank.consumer, bank.base, bank.innovation, bank.follow)
+    if session.recipe.method == "tomoe" and session.recipe.moe.attention != "groups":
+        handles += place_head_masks(model, session.structure, bank.head)
+    return model, bank, handles
 
 
 def base_model(session: Session, dtype: torch.dtype, lora: bool = True) -> nn.Module:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.methods.experts import Experts, masks_of
+from slimtune.methods.experts import Experts
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.refit import Fits, put_refit, taken_refit
 from slimtune.methods.routes import prior_of, shares_of, starved
@@ -74,15 +74,15 @@ class _ToMoE:
         tokens = {**self.tokens, "adapt": self.tuner.tokens}
         for handle in self.handles:
             handle.remove()
-        found = {**({"shares": shares} if shares else {}), "coverage": self.plan.coverage}
-        return Outcome(self.model.eval(), self.plan, tokens, found, router=self.experts.router)
+        notes = {**({"shares": shares} if shares else {}), "coverage": self.plan.coverage}
+        return Outcome(self.model.eval(), self.plan, tokens, notes, self.experts.router, self.experts.values)
 
     # --- turns -------------------------------------------------------------------------------------------------------
 
     def _adapt_both(self, step: int) -> dict[str, Any]:
         """One backward pass for generator, routers and LoRA, on training data."""
         self._refit_on_the_way(step)
-        self.experts.router.balance = self.recipe.moe.balance / self.tuner.batches.parts
+        self.experts.press(self.tuner.batches.parts)
         sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
         figures = self.tuner.update(step, self._loss(leaves, sampled))
         return figures | self._learned(step, sampled, leaves)
@@ -90,7 +90,7 @@ class _ToMoE:
     def _decide(self, step: int) -> dict[str, Any]:
         """The same without LoRA: the base stays as it is."""
         self._refit_on_the_way(step)
-        self.experts.router.balance = self.recipe.moe.balance / self.decision.parts
+        self.experts.press(self.decision.parts)
         sampled, leaves = self.experts.sample(step), list[dict[Site, Tensor]]()
         with quiet(self.model):
             loss = self._loss(leaves, sampled)
@@ -107,7 +107,7 @@ class _ToMoE:
 
     def _recover(self, step: int) -> dict[str, Any]:
         self.experts.router.train()
-        self.experts.router.balance = self.recipe.moe.balance / self.tuner.batches.parts
+        self.experts.press(self.tuner.batches.parts)
         figures = self.tuner.update(self.search - self.before + step, self._loss([], None))
         return figures | {"router_grad_norm": self.experts.learn_router(self.search + step)}
 
@@ -149,9 +149,15 @@ class _ToMoE:
         shape = self.experts.shape
         self.session.progress.say(
             f"decided: {shape.number} experts of {shape.width} channels, {shape.top_k} a token, "
-            f"{shape.shares * shape.width} channels shared; a token uses {active.total_ratio:.2%} of all parameters, "
+            f"{shape.shares * shape.width} channels shared; {self._attention()}"
+            f"a token uses {active.total_ratio:.2%} of all parameters, "
             f"{active.block_ratio:.2%} of the blocks, and {stored.total_ratio:.2%} are stored"
         )
+
+    def _attention(self) -> str:
+        shape, size = self.experts.shape, self.structure.head_dim
+        pairs = f"{shape.pairs} of {size // 2} rotary pairs of q and k, " if shape.pairs else ""
+        return pairs + (f"{shape.values} of {size} value dimensions a token; " if shape.values else "")
 
     def _refit_on_the_way(self, step: int) -> None:
         """Every so many steps, so that masks are judged, and routers and LoRA learn, beside consumers that fit the experts."""
@@ -180,8 +186,7 @@ class _ToMoE:
 
     def _fixed(self) -> None:
         assert self.plan is not None
-        self.masks = masks_of(self.plan, self.session.device)
-        self.experts.router.noise = 0.0
+        self.masks = self.experts.fixed(self.plan)
 
     # --- bookkeeping -------------------------------------------------------------------------------------------------
 

@@ -16,9 +16,11 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from slimtune.errors import UserError
+from slimtune.models import value_masks
 from slimtune.models.load import meta_shapes
 from slimtune.structure.axes import FFN, KV_GROUP, Structure
 from slimtune.structure.experts import Host, host_of
+from slimtune.structure.heads import STATE
 from slimtune.structure.plan import Plan
 
 _CARRIED = (
@@ -43,25 +45,28 @@ _WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_
 
 @dataclass(frozen=True)
 class Layout:
-    """Of every layer in a file: ``shared`` is the width of the shared expert in those of a routed one, ``groups`` KV heads."""
+    """Of every layer in a file: ``shared`` is the width of the shared expert in those of a routed one, ``groups`` KV heads.
+
+    ``values``: dimensions of values that a token has, where masks of single tokens leave it fewer.
+    """
 
     number: int
     top_k: int
     width: int
     shared: int
     groups: int
+    values: int = 0
 
     @classmethod
     def of(cls, plan: Plan) -> Layout:
         """As wide as the widest expert of any layer; narrower ones are filled up with zeros."""
         width = max(division.width for division in plan.experts)
-        return cls(
-            len(plan.experts[0].routed), plan.top_k, width, len(plan.experts[0].shared) // width, len(plan.kept[0][KV_GROUP])
-        )
+        first, groups = plan.experts[0], len(plan.kept[0][KV_GROUP])
+        return cls(len(first.routed), plan.top_k, width, len(first.shared) // width, groups, plan.values)
 
 
 def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> PreTrainedConfig:
-    """The stock config of a model whose MLPs are experts.
+    """The config of a model whose MLPs are experts: stock, but for masks of single tokens on values.
 
     Raises:
         UserError: no stock class computes what such a base does.
@@ -90,7 +95,14 @@ def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> P
             f"{host.model_type}, the stock class for such experts, and this {base.model_type!r} model differ in {differ[0]}; "
             "use method=atp, which keeps what the model has"
         )
-    config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type]]  # by which other software knows the class
+    if layout.values:
+        if host.model_type not in value_masks.CONFIGS:
+            raise UserError(f"{host.model_type} has no form with masks of single tokens on values; use moe.attention=groups")
+        stock = {key: value for key, value in config.to_dict().items() if key not in ("model_type", "transformers_version")}
+        config = value_masks.CONFIGS[host.model_type](**stock, value_dims=layout.values, value_mask_size=STATE)
+        value_masks.register()
+    stock_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[host.model_type]  # by which other software knows the class
+    config.architectures = [f"Slimtune{stock_name}" if layout.values else stock_name]
     return config
 
 
@@ -100,19 +112,32 @@ def _besides(names: Iterable[str], structure: Structure, block: str) -> set[str]
 
 
 @torch.no_grad()
-def tensors_of(model: nn.Module, structure: Structure, plan: Plan, routers: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Weights of the stock class, by their names in its files.
+def tensors_of(
+    model: nn.Module,
+    structure: Structure,
+    plan: Plan,
+    routers: Sequence[Tensor],
+    modules: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Weights of the class, by their names in its files; rows of q and k of rotary pairs that go are zero.
 
     Args:
         model: the dense one, LoRA merged.
         routers: of each layer [E, D].
+        modules: of masks on values, by layer and name (``TokenMasks.tensors``), where the plan has such.
     """
     host, linears = host_of(structure.family, bool(plan.experts[0].shared)), structure.family.linears
     mlp = [row.path for row in linears if FFN in (row.out and row.out.axis, row.into and row.into.axis)]
     weights: dict[str, Tensor] = dict(model.named_parameters())  # tied ones once
     found = {name: tensor for name, tensor in weights.items() if not any(f".{path}." in name for path in mlp)}
+    like = next(iter(weights.values()))
+    for name, tensor in (modules or {}).items():
+        place, _, leaf = name.partition(".")
+        found[f"{structure.family.blocks}.{place}.self_attn.value_mask.{leaf}"] = tensor.to(like)
     for layer in range(len(plan.experts)):
         prefix = f"{structure.family.blocks}.{layer}."
+        if plan.pairs:
+            found |= _without_pairs(found, prefix, structure, plan.pairs[layer])
         parts = {path: weights[f"{prefix}{path}.weight"] for path in mlp}
         found |= {f"{prefix}{name}": tensor for name, tensor in _layer(parts, plan, layer, host).items()}
         gate = f"{prefix}{host.block}.gate"
@@ -121,6 +146,21 @@ def tensors_of(model: nn.Module, structure: Structure, plan: Plan, routers: Sequ
             found[f"{gate}.e_score_correction_bias"] = torch.zeros(len(routers[layer]))
         if host.idle:
             found[f"{prefix}{host.idle_gate}.weight"] = torch.zeros_like(found[f"{gate}.weight"][:1])
+    return found
+
+
+def _without_pairs(weights: Mapping[str, Tensor], prefix: str, structure: Structure, kept: Sequence[int]) -> dict[str, Tensor]:
+    """q and k of a layer, rows and biases of all pairs but the ``kept`` at zero, in all heads."""
+    half = structure.head_dim // 2
+    gone = torch.ones(structure.head_dim, dtype=torch.bool)
+    gone[[index + side for index in kept for side in (0, half)]] = False
+    found = {}
+    for path in (f"{prefix}{row.path}" for row in structure.family.linears if row.rotary):
+        for name in (f"{path}.weight", f"{path}.bias"):
+            if name in weights:
+                own = weights[name]
+                rows = gone.to(own.device).repeat(len(own) // len(gone))
+                found[name] = own.masked_fill(rows if own.ndim == 1 else rows[:, None], 0.0)
     return found
 
 

@@ -6,12 +6,16 @@ all-reduce, then the generator's own backward. So checkpointing, DDP and FSDP2 n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
+
+from slimtune.structure.axes import KV_GROUP
+from slimtune.structure.heads import PAIR, VALUE
 
 Site = tuple[int, str]
 """(layer, axis)."""
@@ -63,20 +67,31 @@ class Routed(Protocol):
         """[B, T, units] for that input; ``experts`` [1 + E, units]."""
 
 
+class Followed(Protocol):
+    """What makes one mask a token of value dimensions: see ``token_masks.TokenMasks``."""
+
+    masks: dict[int, Tensor]
+
+    def follow(self, layer: int, x: Tensor, state: Tensor) -> None:
+        """Take what q, k and v of ``layer`` read, [B, T, D], and what the generator says of it [STATE], or nothing."""
+
+
 class MaskBank:
     """Holds the masks the hooks read: one for ``consumer`` gates (hard), one for ``base`` gates (LoRA-aware).
 
     Attributes:
         follower: is told of every change, where there is one.
         router: masks of its axis are of experts [1 + E, units], and it says which a token uses.
+        values: what stands for a mask on ``VALUE`` goes into it, and it makes the masks.
     """
 
     def __init__(self) -> None:
         self._masks: dict[Site, Tensor] = {}
         self._where: Literal["open", "consumer", "base"] = "open"
-        self._sampled = False
+        self._sampled = self._lifted = False
         self.follower: Follower | None = None
         self.router: Routed | None = None
+        self.values: Followed | None = None
 
     def open(self) -> None:
         """All gates open: the untouched model, bit for bit."""
@@ -106,6 +121,29 @@ class MaskBank:
         """What the producers of ``axis`` are about to read [B, T, D]."""
         if self.router and axis == self.router.axis and (layer, axis) in self._masks:
             self.router.follow(layer, x)
+        if self.values and axis == KV_GROUP and (state := self._masks.get((layer, VALUE))) is not None:
+            self.values.follow(layer, x, state)
+
+    def head(self, layer: int, axis: str) -> Tensor | None:
+        """The mask inside heads: of ``PAIR`` [head_dim / 2], of ``VALUE`` [B, T, head_dim]; None: there is none."""
+        mask = self._masks.get((layer, axis)) if self._where == "consumer" else None
+        if mask is None or axis == PAIR or self.values is None:
+            return mask
+        return None if self._lifted else self.values.masks[layer]
+
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Inside, tokens have all dimensions of values, whatever masks are in force."""
+        self._lifted = True
+        try:
+            yield
+        finally:
+            self._lifted = False
+
+    @property
+    def is_lifted(self) -> bool:
+        """Inside ``lifted``."""
+        return self._lifted
 
     def consumer(self, layer: int, axis: str) -> Tensor | None:
         mask = self._masks.get((layer, axis)) if self._where == "consumer" else None

@@ -58,7 +58,7 @@ class Router(nn.Module):
         if self.balance and self.training:
             used = torch.zeros_like(logits).scatter(-1, chosen, 1.0).flatten(0, 1).mean(0) / self.top_k
             loss = self.balance * self.number * (used * share.flatten(0, 1).mean(0)).sum()
-            hard = _WithLoss.apply(hard, loss)
+            hard = WithLoss.apply(hard, loss)
         soft = self.top_k * share
         return hard + (soft - soft.detach())
 
@@ -106,7 +106,7 @@ class Router(nn.Module):
         self.routed.clear()
 
 
-class _WithLoss(torch.autograd.Function):
+class WithLoss(torch.autograd.Function):
     """``value`` as it is; ``loss`` is differentiated along, in activation checkpointing too, where no list would hold it."""
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor, log2
 
 from slimtune.errors import UserError
@@ -12,6 +12,7 @@ from slimtune.prune.solve import MULTIPLES
 from slimtune.sections import BudgetConfig, MoeConfig
 from slimtune.structure.axes import FFN, KV_GROUP, Structure
 from slimtune.structure.experts import host_of
+from slimtune.structure.heads import attention_params
 
 ABOUT = 4
 """Routed experts for each that a token uses, which ``number: auto`` looks for."""
@@ -30,6 +31,7 @@ class Shape:
         groups: KV groups that stay in each layer.
         channels: of a layer before.
         overlap: a channel may be in several.
+        pairs, values: rotary pairs of q and k that stay, and value dimensions that a token has; 0: all, without a mask.
     """
 
     number: int
@@ -39,6 +41,8 @@ class Shape:
     groups: int
     channels: int
     overlap: bool = False
+    pairs: int = 0
+    values: int = 0
 
     @property
     def active(self) -> int:
@@ -68,10 +72,10 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
         raise UserError("method=tomoe needs a base whose layers are all alike: experts of all layers are of one width")
     best: tuple[float, float] = (float("inf"), 0.0)
     found: list[tuple[float, Shape]] = []
-    groups = groups_of(structure, budget, moe)
-    active = expert_channels(structure, budget.keep, budget.of, groups)
+    groups, heads = groups_of(structure, budget, moe), heads_of(structure, budget, moe)
+    active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
     multiple = _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple
-    ratio_of = _ratio(structure, groups, moe.shared and moe.experts == "partition", budget.of)
+    ratio_of = _ratio(structure, (groups, *heads), moe.shared and moe.experts == "partition", budget.of)
     for shape in _shapes(channels, active, groups, multiple, moe):
         ratio = ratio_of(shape)
         error = abs(ratio - budget.keep)
@@ -79,7 +83,7 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
         if error <= budget.tolerance:
             found.append((_cost(shape, moe), shape))
     if found:
-        return min(found, key=lambda each: each[0])[1]
+        return replace(min(found, key=lambda each: each[0])[1], pairs=heads[0], values=heads[1])
     raise UserError(
         f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by experts "
         f"(number={moe.number}, top_k={moe.top_k}, shared={str(moe.shared).lower()}, "
@@ -89,6 +93,8 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
 
 
 def _check(moe: MoeConfig) -> None:
+    if moe.attention != "groups" and moe.groups not in ("auto", "all"):
+        raise UserError(f"moe.groups={moe.groups} is for moe.attention=groups, and it is {moe.attention}: leave it out")
     if moe.number != "auto" and moe.number < moe.chosen:
         raise UserError(
             f"moe.number={moe.number} is less than the {moe.chosen} experts that a token uses (moe.top_k); give more of "
@@ -103,12 +109,12 @@ def _check(moe: MoeConfig) -> None:
 
 def active_ratio(structure: Structure, shape: Shape, of: str) -> float:
     """What a token uses, of the base's parameters: attention, experts and router."""
-    return _ratio(structure, shape.groups, shape.shares > 0, of)(shape)
+    return _ratio(structure, (shape.groups, shape.pairs, shape.values), shape.shares > 0, of)(shape)
 
 
-def _ratio(structure: Structure, groups: int, shared: bool, of: str) -> Callable[[Shape], float]:
-    """The same for many shapes of one kind: it is linear in what they differ in."""
-    attention = sum(groups * layer.unit_params[KV_GROUP] for layer in structure.layers)
+def _ratio(structure: Structure, heads: tuple[int, int, int], shared: bool, of: str) -> Callable[[Shape], float]:
+    """The same for many shapes of one kind, with KV groups, pairs and values of ``heads``: linear in what they differ in."""
+    attention = sum(attention_params(structure, layer, *heads) for layer in structure.layers)
     channel = sum(layer.unit_params[FFN] for layer in structure.layers)
     host, layers = host_of(structure.family, shared), len(structure.layers)
     fixed = attention + (structure.constant_params if of == "total" else 0)
@@ -120,9 +126,9 @@ def _ratio(structure: Structure, groups: int, shared: bool, of: str) -> Callable
     return ratio
 
 
-def expert_channels(structure: Structure, keep: float, of: str, groups: int) -> float:
-    """Channels of a layer that a token may use beside ``groups`` KV groups: what a budget leaves to experts and routers."""
-    attention = sum(groups * layer.unit_params[KV_GROUP] for layer in structure.layers)
+def expert_channels(structure: Structure, keep: float, of: str, groups: int, pairs: int = 0, values: int = 0) -> float:
+    """Channels of a layer that a token may use beside such attention: what a budget leaves to experts and routers."""
+    attention = sum(attention_params(structure, layer, groups, pairs, values) for layer in structure.layers)
     owned = sum(layer.unit_params[FFN] for layer in structure.layers)
     return (allowance(structure, keep, of) - attention) / owned
 
@@ -134,12 +140,23 @@ def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int
         UserError: more are asked for than there are.
     """
     every = structure.layers[0].units[KV_GROUP]
-    if moe.groups == "all":
+    if moe.groups == "all" or moe.attention != "groups":
         return every
     if moe.groups != "auto":
         if moe.groups > every:
             raise UserError(f"moe.groups={moe.groups} is more than the {every} KV groups of a layer; give {every} at most")
         return moe.groups
+    return _half_way(every, structure, budget)
+
+
+def heads_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> tuple[int, int]:
+    """Rotary pairs that stay in each layer, and value dimensions of a token; 0: all, without a mask."""
+    pairs = _half_way(structure.head_dim // 2, structure, budget) if moe.attention != "groups" else 0
+    return pairs, _half_way(structure.head_dim, structure, budget) if moe.attention == "tokens" else 0
+
+
+def _half_way(every: int, structure: Structure, budget: BudgetConfig) -> int:
+    """Of ``every``, as many that about half the part goes that a token does without of all."""
     share = allowance(structure, budget.keep, budget.of) / structure.prunable_params
     return min(every, max(1, round(every * (1 + share) / 2)))
 

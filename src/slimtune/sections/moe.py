@@ -27,6 +27,10 @@ class MoeConfig(Section):
     groups: Positive | Literal["auto", "all"] = "auto"
     """KV groups (with their query heads) that stay in every layer, those of the largest squared gradients. ``auto``: of
     attention about half the part goes that a token does without of all; ``all``: attention stays as it is."""
+    attention: Literal["groups", "pairs", "tokens"] = "groups"
+    """What a token does without of attention. ``groups``: whole KV groups, for good; ``pairs``: rotary pairs of q and k, the
+    same for all tokens, as zeros; ``tokens``: those, and for every token its own dimensions of v and of what o_proj reads
+    (published; in a class that the folder carries). With the latter two all groups stay."""
     refit: bool = True
     """o_proj and down_proj are fitted by least squares to what they would add with all channels: while experts are found, and
     once they are decided."""

@@ -46,6 +46,8 @@ class Linear:
     path: str
     out: Side | None = None
     into: Side | None = None
+    rotary: bool = False
+    """Its output is turned by positions before anything else reads it: q and k."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,9 @@ class Family:
     experts: tuple[str, str] | None = None
     """``model_type`` of the stock classes whose blocks are this family's with experts for an MLP (``structure.experts``): with
     routed ones alone, and with a shared one beside them."""
+    pairs: bool = False
+    """Rotary pairs of q and k can be left out: entries i and i + head_dim / 2 of a head are turned together, all of a head is
+    turned, and no norm reads q or k."""
 
     def consumer(self, axis: str) -> Linear:
         """The linear whose *input* lies on ``axis``: the gate is placed before it."""
@@ -82,11 +87,15 @@ class LayerWidths:
 
     Attributes:
         fixed_params: what no unit owns (norms, consumer biases): it goes only with the whole layer.
+        pair_params: what one rotary pair owns in all heads: rows of q and k.
+        value_params: what one value dimension owns in all heads: rows of v, columns of o.
     """
 
     units: Mapping[str, int]
     unit_params: Mapping[str, int]
     fixed_params: int = 0
+    pair_params: int = 0
+    value_params: int = 0
 
     @property
     def params(self) -> int:
@@ -164,7 +173,9 @@ def measure(family: Family, shapes: Mapping[str, Sequence[int]], head_dim: int) 
         group = rows // (units[KV_GROUP] * head_dim)
         owned = {axis: _unit_params(family, axis, block, units[axis]) for axis in AXES}
         fixed = sum(map(prod, block.values())) - sum(units[axis] * owned[axis] for axis in AXES)
-        layers.append(LayerWidths(units, owned, fixed))
+        turned = _rotary_params(family, block)
+        values = units[KV_GROUP] * owned[KV_GROUP] - turned
+        layers.append(LayerWidths(units, owned, fixed, turned // max(1, head_dim // 2), values // head_dim))
     structure = Structure(family, head_dim, group, tuple(layers), sum(prod(shape) for shape in shapes.values()), hidden)
     _check_shapes(structure, by_block)
     return structure
@@ -208,6 +219,11 @@ def _unit_params(family: Family, axis: str, block: Mapping[str, Sequence[int]], 
         if row.out and row.out.axis == axis:
             owned += prod(block.get(f"{row.path}.bias", (0,)))
     return owned // units
+
+
+def _rotary_params(family: Family, block: Mapping[str, Sequence[int]]) -> int:
+    turned = [row.path for row in family.linears if row.rotary]
+    return sum(prod(block[f"{path}.weight"]) + prod(block.get(f"{path}.bias", (0,))) for path in turned)
 
 
 def _check_shapes(structure: Structure, blocks: Sequence[Mapping[str, Sequence[int]]]) -> None:

@@ -9,8 +9,8 @@ from slimtune.errors import UserError, nearest
 from slimtune.structure.axes import CHANNEL, KEY, QUERY, Family, Linear, Structure, measure
 
 _ATTENTION = (
-    Linear("self_attn.q_proj", out=QUERY),
-    Linear("self_attn.k_proj", out=KEY),
+    Linear("self_attn.q_proj", out=QUERY, rotary=True),
+    Linear("self_attn.k_proj", out=KEY, rotary=True),
     Linear("self_attn.v_proj", out=KEY),
 )
 _GATED = (
@@ -28,13 +28,14 @@ _PLAIN = (
 )
 
 _BIASES = {"self_attn": "attention_bias", "mlp": "mlp_bias"}
+_LLAMAS = ("mixtral", "glm4_moe")
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
-        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES, llama_block=True, experts=("mixtral", "glm4_moe")),
-        Family("mistral", _GATED, note="sliding window kept", llama_block=True, experts=("mixtral", "glm4_moe")),
-        Family("qwen2", _GATED, note="q/k/v biases", llama_block=True, experts=("qwen2_moe", "glm4_moe")),
+        Family("llama", _GATED, note="optional biases", bias_keys=_BIASES, llama_block=True, experts=_LLAMAS, pairs=True),
+        Family("mistral", _GATED, note="sliding window kept", llama_block=True, experts=_LLAMAS, pairs=True),
+        Family("qwen2", _GATED, note="q/k/v biases", llama_block=True, experts=("qwen2_moe", "glm4_moe"), pairs=True),
         Family("qwen3", _GATED, note="per-head q/k norm", experts=("qwen3_moe", "dots1")),
         Family("phi", _PLAIN, note="parallel block, LayerNorm, biases, partial rotary"),
         Family("gemma", _GATED, note="tied head; one KV head in 2B: only the MLP is cut there"),

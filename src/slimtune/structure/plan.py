@@ -15,6 +15,7 @@ from typing import Any
 from slimtune.errors import UserError
 from slimtune.structure.axes import AXES, FFN, KV_GROUP, Structure
 from slimtune.structure.experts import Division, host_of
+from slimtune.structure.heads import attention_params, module_params
 
 Keep = Mapping[str, tuple[int, ...]]
 _LISTED = 512
@@ -33,6 +34,8 @@ class Plan:
         notes: free facts (base, seed, ratios); not part of the digest.
         experts: how the kept channels of every layer are divided, where they are; none: every token uses all that is kept.
         top_k: routed experts that a token uses.
+        pairs: rotary pairs of q and k that stay in every layer, equally many, the rest being zero; none: all do.
+        values: value dimensions that a token has of every head; 0: all, without a mask.
     """
 
     model_type: str
@@ -42,6 +45,8 @@ class Plan:
     notes: Mapping[str, Any] = field(default_factory=dict)
     experts: tuple[Division, ...] = ()
     top_k: int = 0
+    pairs: tuple[tuple[int, ...], ...] = ()
+    values: int = 0
 
     @classmethod
     def of(cls, structure: Structure, kept: Sequence[Mapping[str, Sequence[int]]], **notes: Any) -> Plan:
@@ -62,20 +67,29 @@ class Plan:
         return cls.of(structure, [{axis: range(layer.units[axis]) for axis in AXES} for layer in structure.layers])
 
     @classmethod
-    def divided(cls, structure: Structure, groups: Sequence[Sequence[int]], experts: Sequence[Division], top_k: int) -> Plan:
+    def divided(
+        cls,
+        structure: Structure,
+        groups: Sequence[Sequence[int]],
+        experts: Sequence[Division],
+        top_k: int,
+        pairs: Sequence[Sequence[int]] = (),
+        values: int = 0,
+    ) -> Plan:
         """A checked Plan that keeps ``groups`` of each layer's KV groups and divides channels among experts."""
         kept = [{KV_GROUP: own, FFN: each.union} for own, each in zip(groups, experts, strict=True)]
-        plan = replace(cls.of(structure, kept), experts=tuple(experts), top_k=top_k)
+        turned = tuple(tuple(sorted(map(int, each))) for each in pairs)
+        plan = replace(cls.of(structure, kept), experts=tuple(experts), top_k=top_k, pairs=turned, values=values)
         plan.check(structure)
         return plan
 
     @property
     def for_good(self) -> Plan:
-        """What is cut while the model trains: all of a Plan without experts; of one with experts what it says of attention."""
+        """What is cut while the model trains: all of a Plan without experts; of one with experts the KV groups."""
         if not self.experts:
             return self
         kept = [{**layer, FFN: tuple(range(full[FFN]))} for layer, full in zip(self.kept, self.full, strict=True)]
-        return replace(self, kept=tuple(kept), experts=(), top_k=0)
+        return replace(self, kept=tuple(kept), experts=(), top_k=0, pairs=(), values=0)
 
     def check(self, structure: Structure) -> None:
         """Raise UserError unless this Plan fits ``structure``, and every layer keeps both axes or neither, one layer both."""
@@ -94,6 +108,23 @@ class Plan:
                     raise UserError(f"the plan's layer {index} axis {axis!r} is empty, repeats or leaves 0..{full[axis] - 1}")
         if self.experts:
             self._check_experts()
+        if self.pairs or self.values:
+            self._check_heads(structure)
+
+    def _check_heads(self, structure: Structure) -> None:
+        """Masks inside heads go with experts and with all KV groups: what a token uses of attention is counted so."""
+        layers, half = len(self.kept), structure.head_dim // 2
+        if not self.experts or any(
+            len(kept[KV_GROUP]) < full[KV_GROUP] for kept, full in zip(self.kept, self.full, strict=True)
+        ):
+            raise UserError("the plan has masks inside heads, but no experts, or fewer KV groups than the base")
+        if not 0 <= self.values <= structure.head_dim:
+            raise UserError(f"the plan's {self.values} value dimensions are not of a head's {structure.head_dim}")
+        if self.pairs and (len(self.pairs) != layers or len(set(map(len, self.pairs))) != 1):
+            raise UserError(f"the plan's rotary pairs are not equally many in each of {layers} layers")
+        for index, own in enumerate(self.pairs):
+            if not own or list(own) != sorted(set(own)) or own[0] < 0 or own[-1] >= half:
+                raise UserError(f"the plan's layer {index} has no rotary pair, repeats one or leaves 0..{half - 1}")
 
     def _check_experts(self) -> None:
         for index, (layer, division) in enumerate(zip(self.kept, self.experts, strict=True)):
@@ -145,6 +176,10 @@ class Plan:
         if self.experts:
             body["top_k"] = self.top_k
             body["experts"] = [{"shared": list(each.shared), "routed": list(map(list, each.routed))} for each in self.experts]
+        if self.pairs:
+            body["pairs"] = list(map(list, self.pairs))
+        if self.values:
+            body["values"] = self.values
         return json.dumps(body, sort_keys=True, separators=(",", ":"))
 
     def to_json(self) -> str:
@@ -174,7 +209,8 @@ class Plan:
                 Division(_indices(each["shared"]), tuple(map(_indices, each["routed"]))) for each in body.get("experts", ())
             )
             known = (body["model_type"], body["group"], full, kept, raw.get("notes", {}))
-            plan = cls(*known, experts=experts, top_k=body.get("top_k", 0))
+            pairs = tuple(map(_indices, body.get("pairs", ())))
+            plan = cls(*known, experts=experts, top_k=body.get("top_k", 0), pairs=pairs, values=body.get("values", 0))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"this is not a plan.json of slimtune ({type(error).__name__}: {error})") from error
         if raw.get("digest") != plan.digest:
@@ -196,9 +232,10 @@ def count(structure: Structure, plan: Plan, active: bool = False) -> Counts:
     """Exact parameter counts of ``plan`` on ``structure``: of what is stored, or with ``active`` of what a token uses of it.
 
     Both are the same without experts. A channel in several experts is stored as often; of experts of different widths every
-    one counts as much as the widest, which is what stock classes store and compute.
+    one counts as much as the widest, which is what stock classes store and compute. Of q, k, v and o a token uses what masks
+    inside heads leave it, and what makes those masks; all of it is stored.
     """
-    block = 0
+    block, pairs = 0, len(plan.pairs[0]) if plan.pairs else 0
     for index, (kept, layer) in enumerate(zip(plan.kept, structure.layers, strict=True)):
         units = {axis: len(kept[axis]) for axis in AXES}
         if plan.experts:
@@ -206,7 +243,11 @@ def count(structure: Structure, plan: Plan, active: bool = False) -> Counts:
             number = len(division.routed)
             units[FFN] = division.used(plan.top_k if active else number)
             block += host_of(structure.family, bool(division.shared)).extra(structure.hidden, number)
-        block += sum(units[axis] * layer.unit_params[axis] for axis in AXES)
+        block += units[FFN] * layer.unit_params[FFN]
+        if active:
+            block += attention_params(structure, layer, units[KV_GROUP], pairs, plan.values)
+        else:
+            block += units[KV_GROUP] * layer.unit_params[KV_GROUP] + (module_params(structure) if plan.values else 0)
     gone = sum(layer.fixed_params for index, layer in enumerate(structure.layers) if index not in plan.layers)
     total = structure.constant_params + block - gone
     return Counts(total, block, total / structure.total_params, block / structure.prunable_params)
