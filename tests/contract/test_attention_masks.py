@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
@@ -178,6 +179,38 @@ def test_the_written_class_goes_on_with_a_cache(name: str, shares: int, tmp_path
         body = AutoModel.from_pretrained(tmp_path / "m").eval()
         hidden = body(**sample).last_hidden_state
         torch.testing.assert_close(found.lm_head(hidden), before)
+
+
+def test_lora_and_other_linears_in_the_place_of_projections_are_masked_too(tmp_path: Path) -> None:
+    """PEFT puts its own around them, quantisers others in their place: what they give must not escape the mask."""
+    of = masked("llama", values=10)
+    found, ids = written(of, tmp_path / "m"), sample_ids()
+    with torch.no_grad():
+        before = found(input_ids=ids).logits
+    tuned = get_peft_model(found, LoraConfig(r=2, target_modules=["v_proj", "o_proj"]))
+    with torch.no_grad():
+        torch.testing.assert_close(tuned(input_ids=ids).logits, before)
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+        attention = tuned.base_model.model.model.layers[0].self_attn
+        seen: dict[str, Tensor] = {}
+        attention.v_proj.register_forward_hook(lambda _, args, output: seen.update(x=args[0], v=output))
+        attention.o_proj.register_forward_pre_hook(lambda _, args: seen.update(o=args[0]))
+        tuned(input_ids=ids)
+    off = attention.value_mask(seen["x"]) == 0
+    assert off.float().mean() == 1 - 10 / 16
+    for heads in (seen["v"].unflatten(-1, (-1, 16)), seen["o"].unflatten(-1, (-1, 16))):
+        assert heads.transpose(-1, -2)[off].abs().max() == 0
+        assert heads.transpose(-1, -2)[~off].abs().min() > 0
+    other = written(of, tmp_path / "again")
+    for layer in other.model.layers:
+        own = layer.self_attn.v_proj
+        layer.self_attn.v_proj = nn.Linear(own.in_features, own.out_features, bias=False)
+        layer.self_attn.v_proj.weight = own.weight
+    with torch.no_grad():
+        assert torch.equal(other(input_ids=ids).logits, before)
+        assert torch.equal(copy.deepcopy(other)(input_ids=ids).logits, before)
 
 
 def test_in_bfloat16_masks_are_those_of_the_rounded_module(tmp_path: Path) -> None:

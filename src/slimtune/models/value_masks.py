@@ -37,6 +37,8 @@ class ValueMask(nn.Module):
         self.norm = nn.LayerNorm(config.value_mask_size)
         self.make = nn.Linear(config.value_mask_size, self.size)
         self.now: Tensor | None = None
+        self.around: list[Any] = []
+        """The attention, in a list: it is no part of this module."""
 
     def forward(self, x: Tensor) -> Tensor:
         """0/1 [B, T, head_dim] for ``x`` [B, T, hidden]."""
@@ -52,23 +54,45 @@ class ValueMask(nn.Module):
             return F.linear(F.gelu(norm), self.make.weight.float(), self.make.bias.float())
 
     def hang(self, attention: Any) -> None:
-        """Into a layer's attention; bound methods, which a deep copy of the model binds to the copy."""
-        attention.v_proj.register_forward_hook(self.gate_values)
-        attention.o_proj.register_forward_pre_hook(self.gate_queries)
+        """Into a layer's attention; bound methods, which a deep copy of the model binds to the copy.
+
+        Again where a quantiser or LoRA has put something in the place of a projection: what is there by now is gated alone.
+        """
+        self.around = [attention]
+        if not getattr(attention.v_proj, _GATED, False):
+            attention.v_proj.register_forward_hook(self.gate_values)
+            setattr(attention.v_proj, _GATED, True)
+        if not getattr(attention.o_proj, _GATED, False):
+            attention.o_proj.register_forward_pre_hook(self.gate_queries)
+            setattr(attention.o_proj, _GATED, True)
 
     def gate_values(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """Of what v_proj read and gives."""
+        if module is not self.around[0].v_proj:
+            return output
         self.now = self(args[0])
         return self._times(output, self.now)
 
     def gate_queries(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """What o_proj is about to read, of the same tokens."""
+        if module is not self.around[0].o_proj:
+            return args
         mask, self.now = self.now, None
         assert mask is not None
         return (self._times(args[0], mask), *args[1:])
 
     def _times(self, x: Tensor, mask: Tensor) -> Tensor:
         return (x.unflatten(-1, (-1, self.size)) * mask.unsqueeze(-2).to(x.dtype)).flatten(-2)
+
+
+_GATED = "_slimtune_gated"
+"""On a projection that has its hook."""
+
+
+def _hang(model: Any, args: Any) -> None:
+    """Before a forward pass."""
+    for layer in model.layers:
+        layer.self_attn.value_mask.hang(layer.self_attn)
 
 
 class _MaskedConfig:
@@ -100,7 +124,8 @@ class _MaskedModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         for layer in self.layers:  # type: ignore[attr-defined]
             layer.self_attn.value_mask = ValueMask(config)
-            layer.self_attn.value_mask.hang(layer.self_attn)
+        _hang(self, ())
+        self.register_forward_pre_hook(_hang)  # type: ignore[attr-defined]
         self.post_init()  # type: ignore[attr-defined]
 
     @classmethod
