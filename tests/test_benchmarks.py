@@ -38,6 +38,7 @@ OF_OWN_KIND = {
     "small-updates": {"way", "model", "layers", "rate", "steps", "before", "after", "gpu"},
     "startup": {"command", "seconds", "fastest", "runs", "python", "typer"},
     "compiling": {"way", "model", "layers", "widths", "graphs", "first_seconds", "step_seconds", "gpu"},
+    "tomoe-fits": {"name", "words", "seed", "ppl", "ppl_se", "valid_ppl", "tokens", "commit", "machine"},
     "tomoe-probes": {"probe", "name", "method", "keep", "ppl", "parameters", "block_ratio", "commit", "machine"},
     "tomoe-speed": {"shape", "kind", "keep", "implementation", "graphs", "ms", "bytes_read_model", "weight_bytes", "machine"},
     "decode-ways": {"way", "batch", "dense_us", "aligned_us", "by_size", "machine"},
