@@ -106,8 +106,10 @@ def test_the_reference_inside_a_run_is_a_row_of_dense_lora(job: Job) -> None:
 
 def test_rows_of_experts_tell_what_a_token_uses(job: Job) -> None:
     result = {**SUMMARY["result"], "active_ratio": 0.4, "active_parameters": 50}
-    rows = of_run(job, {**SUMMARY, "result": result, "shares": [[0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25]]})
-    assert {(row["active_ratio"], row["least_share"], row["most_share"]) for row in rows} == {(0.4, 0.0, 2.0)}
+    shares = [[0.25, 0.25, 0.5, 0.0], [0.25, 0.25, 0.25, 0.25]]
+    rows = of_run(job, {**SUMMARY, "result": result, "shares": shares, "coverage": [0.5, 1.0]})
+    keys = ("active_ratio", "least_share", "most_share", "coverage")
+    assert {tuple(row[key] for key in keys) for row in rows} == {(0.4, 0.0, 2.0, 0.75)}
     assert all("active_ratio" not in row for row in of_run(job, SUMMARY))
 
 

@@ -39,14 +39,14 @@ def test_one_row_a_method_and_budget() -> None:
 
 
 def test_experts_tell_what_a_token_uses_and_how_evenly_they_are_used() -> None:
-    shares = [{"least_share": 0.9, "most_share": 1.1}, {"least_share": 0.7, "most_share": 1.05}]
-    moe = [{**row("tomoe", 0.6, seed, 14.0), "block_ratio": 0.9, "active_ratio": 0.61, **shares[seed]} for seed in (0, 1)]
+    own = [{"least_share": 0.9, "most_share": 1.1, "coverage": 0.8}, {"least_share": 0.7, "most_share": 1.05, "coverage": 0.9}]
+    moe = [{**row("tomoe", 0.6, seed, 14.0), "block_ratio": 0.9, "active_ratio": 0.61, **own[seed]} for seed in (0, 1)]
     cut = [{**row("atp", 0.6, seed, 15.0), "block_ratio": 0.6 + 0.01 * seed} for seed in (0, 1)]
     found = text([*some()[:2], *cut, *moe])
-    assert "| M params | used of blocks | expert shares | perplexity |" in found
-    assert "| atp | 0.6 |  | 60.5% |  | 15.00 ± 0.00 |" in found
-    assert "| tomoe | 0.6 |  | 61.0% | 0.70 to 1.10 | 14.00 ± 0.00 |" in found
-    assert "| dense_lora | all |  |  |  | 12.50 ± 0.71 |" in found
+    assert "| M params | used of blocks | expert shares | covered | perplexity |" in found
+    assert "| atp | 0.6 |  | 60.5% |  |  | 15.00 ± 0.00 |" in found
+    assert "| tomoe | 0.6 |  | 61.0% | 0.70 to 1.10 | 85.0% | 14.00 ± 0.00 |" in found
+    assert "| dense_lora | all |  |  |  |  | 12.50 ± 0.71 |" in found
     assert "what is stored" in found
     assert "used of blocks" not in text(some())
 

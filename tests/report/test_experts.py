@@ -91,6 +91,13 @@ def test_the_page_of_experts(tmp_path: Path) -> None:
     assert "A token uses 620,000 parameters, 60.0% of the base&#39;s blocks; stored it is 5.0% smaller" in text
 
 
+def test_without_figures_of_the_base_the_verdict_tells_what_is_stored(tmp_path: Path) -> None:
+    run = write_experts(tmp_path / "run")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    (run / "summary.json").write_text(json.dumps({**summary, "base": {}}), encoding="utf-8")
+    assert "60.0% of the base's blocks; 950,000 parameters are stored" in verdict(read_run(run))
+
+
 def test_channels_in_several_experts_are_told_to_be_stored_more_than_once(tmp_path: Path) -> None:
     run = write_experts(tmp_path / "run", overlap=True, changes={"parameters": 2_500_000, "block_ratio": 2.8})
     text = page_of(run)

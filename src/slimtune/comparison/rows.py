@@ -61,12 +61,14 @@ def of_run(job: Job, summary: Summary) -> list[Row]:
 
 
 def _of_experts(summary: Summary) -> Row:
-    """The part of the blocks that a token uses, and the least and largest share of an expert in units of an even one."""
+    """The part of the blocks that a token uses, the least and largest share of an expert in units of an even one, coverage."""
     if "active_ratio" not in summary["result"]:
         return {}
     parts = [part * len(layer) for layer in summary.get("shares") or () for part in layer]
     shares = {"least_share": min(parts), "most_share": max(parts)} if parts else {}
-    return {"active_ratio": summary["result"]["active_ratio"], **shares}
+    covered = summary.get("coverage")
+    coverage = {"coverage": sum(covered) / len(covered)} if covered else {}
+    return {"active_ratio": summary["result"]["active_ratio"], **shares, **coverage}
 
 
 def judged(summary: Summary) -> Summary:
@@ -240,7 +242,7 @@ TEXTS = ("base", "domain", "method", "metric")
 MAY = {
     **dict.fromkeys(("machine", "program", "words", "windows"), "text"),
     **dict.fromkeys(("se", "base_value", "dense_value", "tokens", "gpu_seconds", "kv_groups", *BESIDE), "number"),
-    **dict.fromkeys(("block_ratio", "active_ratio", "least_share", "most_share"), "number"),
+    **dict.fromkeys(("block_ratio", "active_ratio", "least_share", "most_share", "coverage"), "number"),
 }
 """What else of a row is read, if it is there and not null."""
 

@@ -91,7 +91,8 @@ def _smaller(run: Run) -> str:
     base, result = run.of("base"), run.of("result")
     before, after = base.get("parameters"), result.get("parameters")
     if not before or not after:
-        return f"{millions(after)} parameters" if after else "size not measured"
+        stored = " are stored" if run.experts else ""
+        return f"{millions(after)} parameters{stored}" if after else "size not measured"
     if before == after:
         return f"as large as its base ({millions(after)} parameters)"
     change = f"{1 - after / before:.1%} smaller" if after < before else f"{after / before:.2f} times as large"
