@@ -53,7 +53,7 @@ def test_the_embedded_base_becomes_a_mixtral_that_llama_cpp_runs(tmp_path: Path)
     assert summary["result"]["class"] == "MixtralForCausalLM"
     assert summary["reload_difference"] < 1e-4
     assert abs(summary["result"]["active_ratio"] - 0.6) <= 0.01
-    assert summary["result"]["parameters"] <= 1.01 * summary["base"]["parameters"]
+    assert summary["result"]["parameters"] <= summary["base"]["parameters"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert sum(each.numel() for each in model.parameters()) == summary["result"]["parameters"]
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", "gguf", "-q", "f32", "--json"])

@@ -19,6 +19,8 @@ from slimtune.methods.refit import Fits
 from slimtune.methods.routes import starved
 from slimtune.models.load import load_config, structure_of
 from slimtune.pipeline import tune
+from slimtune.prune.shape import active_ratio
+from slimtune.prune.split import split as real
 from slimtune.structure.axes import FFN, KV_GROUP
 from slimtune.structure.plan import count
 
@@ -173,6 +175,55 @@ def test_the_decision_is_made_at_the_last_temperature(bench: Bench, tmp_path: Pa
     found = [method.experts.temperature(step) for step in range(min(0, steps - 1), steps)]
     assert found == pytest.approx(expected)
     assert method.experts.temperature(steps - 1) == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("more", [{"groups": 1}, {"attention": "pairs"}, {"attention": "tokens"}])
+def test_the_published_penalty_counts_what_the_shape_counts(bench: Bench, tmp_path: Path, more: dict[str, Any]) -> None:
+    moe = {"experts": "overlap", "number": 4, "prior": "none", "tune": False, "refit": False, "prior_steps": 1, **more}
+    wide = {"keep": 0.7 if "groups" in more else 0.9, "of": "block", "ffn_multiple": 4, "tolerance": 0.05}
+    session = session_of(bench, tmp_path / "run", method="tomoe", moe=moe, budget=wide, search__steps=10)
+    method = tomoe._ToMoE(session)
+    tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
+    masks = method.experts.masks(9)  # the last step: as wide as it will be
+    found = method.experts._sampled_ratio(torch.stack([mask[1:].T for (_, axis), mask in masks.items() if axis == FFN]), masks)
+    assert float(found) == pytest.approx(active_ratio(session.structure, method.experts.shape, "block"), rel=1e-6)
+
+
+def test_padding_is_no_token_of_any_expert(bench: Bench, tmp_path: Path) -> None:
+    """Neither for their balance nor for their shares."""
+    method = tomoe._ToMoE(session_of(bench, tmp_path / "run", **{**MOE, "search__steps": 0}))
+    router, ids = method.experts.router, torch.randint(5, 90, (2, 12))
+    method.bank.close(method.experts.masks(0))
+    padded, mask = torch.cat([torch.zeros(2, 20, dtype=torch.long), ids], 1), torch.ones(2, 32, dtype=torch.long)
+    mask[:, :20] = 0
+    found = []
+    for batch in ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"input_ids": padded, "attention_mask": mask}):
+        router.counts, router.balance = torch.zeros(3, router.number, dtype=torch.long), 1.0
+        router.zero_grad()
+        method.model.train()
+        method.experts.router.train()
+        logits = method.model(**batch).logits
+        (0.0 * logits.sum()).backward()
+        found.append((router.counts, router.weights[0].grad.clone()))
+    (counts, gradient), (same, again) = found
+    assert torch.equal(counts, same)
+    assert int(counts[0].sum()) == 2 * 12 * router.top_k
+    assert gradient.abs().max() > 0
+    torch.testing.assert_close(again, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("micro", [None, 1, 3])
+def test_the_prior_keeps_as_many_tokens_whatever_the_micro_batches(
+    bench: Bench, tmp_path: Path, micro: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = list[int]()
+    monkeypatch.setattr(
+        "slimtune.methods.routes.split", lambda energy, *rest: (kept.append(len(energy)), real(energy, *rest))[1]
+    )
+    session = session_of(bench, tmp_path / "run", **{**MOE, "moe__tokens": 60, "search__batch": 6, "train__micro_batch": micro})
+    method = tomoe._ToMoE(session)
+    tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
+    assert kept == [60] * 3
 
 
 def test_fitting_anew_brings_the_layers_nearer_to_what_they_added(bench: Bench, tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ class Experts:
         self.router = Router(self.structure.hidden, layers, self.shape.number, self.shape.top_k, self.host).to(session.device)
         self.attention = all_groups(self.structure, session.device)
         self.published = self.shape.overlap and self.config.prior == "none"
+        self.router.temperature = self.config.temperature if self.published else 1.0  # arXiv 2501.15316, of routing as of masks
         bank.router = self.router
         self.heads = Heads(session, bank, self.shape) if self.shape.pairs else None
         self.values = self.heads.values if self.heads else None
@@ -73,6 +74,12 @@ class Experts:
 
     def _routing(self) -> list[nn.Parameter]:
         return [*self.router.parameters(), *(self.values.parameters() if self.values else ())]
+
+    def see(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
+        """Before a forward pass of ``model``: which positions are padding, of batches that say so."""
+        mask = inputs.get("attention_mask")
+        for each in (self.router, *([self.values] if self.values else ())):
+            each.real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def press(self, parts: int) -> None:
         """What routers and masks of tokens are to heed beside the loss, of a step of so many micro-batches."""
@@ -161,12 +168,7 @@ class Experts:
         extra: list[Tensor] = []
         if self.published:
             masks = torch.stack([mask[1:].T for (_, axis), mask in sampled.items() if axis == FFN])
-            ratio = self._sampled_ratio(masks)
-            if self.heads:
-                whole = (
-                    self.structure.total_params if self.session.recipe.budget.of == "total" else self.structure.prunable_params
-                )
-                ratio = ratio - self.heads.lost(sampled) / whole
+            ratio = self._sampled_ratio(masks, sampled)
             over, union = budget.budget_loss(ratio, self.target(step)), union_loss(masks)
             extra.append(self.config.budget * over + self.config.union * union)
             figures |= {"sampled": ratio.detach(), "budget": over.detach(), "union": union.detach()}
@@ -181,12 +183,18 @@ class Experts:
             optimizer.zero_grad()
         return figures
 
-    def _sampled_ratio(self, masks: Tensor) -> Tensor:
-        """Active part under masks [L, F, E], the widest expert of each layer (arXiv 2501.15316, equation of R_P)."""
-        used = masks.sum(1).max(-1).values
+    def _sampled_ratio(self, masks: Tensor, sampled: dict[Site, Tensor]) -> Tensor:
+        """Active part under masks [L, F, E], the widest expert of each layer (arXiv 2501.15316, equation of R_P).
+
+        Router and attention are counted as they will be: ``shape.active_ratio`` of the shape that is looked for.
+        """
+        used, of = masks.sum(1).max(-1).values, self.session.recipe.budget.of
         kept = {site: used[site[0]][None] for site in self.structure.sites() if site[1] == FFN}
         ones = budget.all_kept(self.structure, masks.device)
-        return budget.kept_ratio({**ones, **kept}, self.structure, self.session.recipe.budget.of)
+        whole = self.structure.total_params if of == "total" else self.structure.prunable_params
+        beside: Any = len(self.structure.layers) * self.host.extra(self.structure.hidden, self.shape.number)
+        beside = beside - (self.heads.lost(sampled) if self.heads else 0)
+        return budget.kept_ratio({**ones, **self.attention, **kept}, self.structure, of) + beside / whole
 
     def learn_router(self, step: int) -> Tensor:
         """Update routers, and what makes masks of tokens, by the gradients that the loss left at them; ``step`` of the run."""

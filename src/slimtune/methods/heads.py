@@ -17,7 +17,7 @@ from slimtune.prune.gates import MaskBank, Site, of_rank_0
 from slimtune.prune.shape import Shape
 from slimtune.prune.token_masks import TokenMasks, head_logits, pair_masks
 from slimtune.structure.axes import FFN, KV_GROUP, QUERY, Linear, Structure
-from slimtune.structure.heads import PAIR, VALUE, attention_params
+from slimtune.structure.heads import PAIR, VALUE, attention_params, module_params
 from slimtune.train.loop import hash_seed
 from slimtune.train.session import Session
 
@@ -78,7 +78,10 @@ class Heads:
             self.values.target = self.shape.values
 
     def lost(self, sampled: dict[Site, Tensor]) -> Tensor:
-        """Parameters of attention that a token does without: pairs as sampled, values as they will be (they have a price)."""
+        """Parameters of attention that a token does without: pairs as sampled, values as they will be (they have a price).
+
+        Less those of the modules, which come on top.
+        """
         every = self.structure.head_dim // 2
         lost = [
             (every - mask.sum()) * self.structure.layers[layer].pair_params
@@ -86,8 +89,11 @@ class Heads:
             if axis == PAIR
         ]
         kept = self.shape.values or self.structure.head_dim
-        return torch.stack(lost).sum() + sum(
-            (self.structure.head_dim - kept) * each.value_params for each in self.structure.layers
+        modules = len(self.structure.layers) * module_params(self.structure) if self.values else 0
+        return (
+            torch.stack(lost).sum()
+            - modules
+            + sum((self.structure.head_dim - kept) * each.value_params for each in self.structure.layers)
         )
 
     def start(self, pairs: Tensor, values: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -104,11 +104,15 @@ class Passes:
                 if owner_of(site[0]) != torch.distributed.get_rank():
                     continue
             moments[site] = Moments(half if half.device.type == device.type else kept_on(device, half), total.size)
-        self._check(moments)
+        self.check(moments, "compensate.weights=none")
         return moments
 
-    def _check(self, moments: dict[Site, Moments]) -> None:
-        """Raise UserError in every process where those of any are not finite: one alone would leave the others waiting."""
+    def check(self, moments: Mapping[Site, Moments | Tensor], without: str) -> None:
+        """Raise UserError in every process where those of any are not finite: one alone would leave the others waiting.
+
+        Args:
+            without: the setting by which they are not needed.
+        """
         bad = [layer for (layer, _), total in moments.items() if not total.diagonal().isfinite().all()]
         first = torch.tensor(float(min(bad, default=math.inf)), device=self.session.device)
         if self.session.accelerator.num_processes > 1:
@@ -116,7 +120,7 @@ class Passes:
         if first.isfinite():
             raise UserError(
                 f"the base's activations in layer {int(first)} are not finite on the decision rows: nothing can compensate; "
-                "look at model.dtype and the data, or set compensate.weights=none"
+                f"look at model.dtype and the data, or set {without}"
             )
 
     def _has_room(self) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from slimtune.methods.passes import Passes
 from slimtune.models.head_hooks import attend_before
 from slimtune.models.surgery import linears_of
-from slimtune.prune.gates import MaskBank, Masks, Site
+from slimtune.prune.gates import MaskBank, Masks, Site, of_rank_0
 from slimtune.prune.least_squares import WIDE
 from slimtune.structure.axes import KV_GROUP, Side, Structure
 from slimtune.structure.heads import VALUE
@@ -83,11 +83,13 @@ class Fits:
 
     def _renew(self, passes: Passes, layers: range, damping: float) -> None:
         left, gone = self._moments(passes, layers)
+        passes.check(left, "moe.refit=false")
         for site in list(left):
             moments, missing = (self.session.accelerator.reduce(sums.pop(site)) for sums in (left, gone))
             weight = self.original[site]
-            change = _correction(_effective(self.modules[site], weight), moments, missing, damping).to(weight)
-            self.fitted[site] = _frozen(weight + change)
+            change = _correction(_effective(self.modules[site], weight), moments, missing, damping)
+            made = {site: (weight.float() + change.float()).to(weight)}
+            self.fitted[site] = _frozen(of_rank_0(made)[site])  # other kinds of GPUs may solve it otherwise in the last bit
         self._put(self.fitted)
 
     def _moments(self, passes: Passes, layers: range) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:

@@ -37,7 +37,8 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
         return passes.tokens
     session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
     heads = HeadScores(session.structure) if experts.heads else None
-    energies, inputs = _read(session, model, passes, max(1, config.tokens // config.prior_steps), heads)
+    parts = -(-batches.batch // (session.recipe.train.micro_batch or batches.batch))
+    energies, inputs = _read(session, model, passes, max(1, config.tokens // (config.prior_steps * parts)), heads)
     sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
     scores, weights = [], {}
     for layer in range(len(session.structure.layers)):
@@ -79,7 +80,7 @@ def _read(
     """Of every layer what each channel adds for each token, squared [T, F], and the input of the MLP [T, D].
 
     Args:
-        most: tokens of a batch, evenly spread over it.
+        most: tokens of what is read at once, evenly spread over it.
         heads: sees what q, k and v give for all of them.
     """
     norms, weighted = dict[int, Tensor](), session.recipe.moe.prior == "energy"

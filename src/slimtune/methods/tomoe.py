@@ -45,6 +45,7 @@ class _ToMoE:
         self.before = 0 if recipe.moe.tune else self.search
         self.tuner = Tuner(session, self.model, self.search + self.recover - self.before)
         self.experts = Experts(session, self.bank, self.search, self.search + self.recover)
+        self.handles.append(self.model.register_forward_pre_hook(self.experts.see, with_kwargs=True))
         windows = session.splits.train if recipe.search.decide_on == "train" else session.splits.decision
         self.decision = session.batches(windows, "decision", recipe.search.batch or recipe.train.batch)
         self.fits = Fits(session, self.model, self.bank) if recipe.moe.refit else None

@@ -2,7 +2,7 @@
 
 A router's logits are z = W x of the MLP's input x. The weights of the k = ``top_k`` experts of the largest logits are
 k e^z / sum e^z (``softmax``) or k s(z) / sum s(z) (``sigmoid``), sums over the chosen ones: k in all, and one where k is one.
-While experts are found, an expert that was not chosen has a gradient too: that of k p, p the share of all experts.
+In training an expert that was not chosen has a gradient too: that of k p, p the share of all experts.
 Shapes: B batch, T tokens, D model, E experts, F mlp channels.
 """
 
@@ -26,6 +26,7 @@ class Router(nn.Module):
         temperature: of the shares.
         noise: factor of Gumbel noise on the logits, while training; 0: none.
         balance: factor of the load balance, whose gradient joins that of the loss; 0: none.
+        real: which positions [B, T] of the present batch are no padding; None: all. Balance and counts are of those.
     """
 
     def __init__(self, hidden: int, layers: int, number: int, top_k: int, host: Host):
@@ -35,6 +36,7 @@ class Router(nn.Module):
         self.temperature, self.noise, self.balance = 1.0, 0.0, 0.0
         self.routed: dict[int, Tensor] = {}
         self.counts: Tensor | None = None
+        self.real: Tensor | None = None
 
     def follow(self, layer: int, x: Tensor) -> None:
         """Take the input [B, T, D] of the MLP of ``layer``, which a forward pass has come to."""
@@ -51,16 +53,30 @@ class Router(nn.Module):
         chosen, weights = self.choose(logits)
         hard = torch.zeros_like(logits).scatter(-1, chosen, weights)
         if self.counts is not None:
-            self.counts[layer] += torch.bincount(chosen.flatten(), minlength=self.number)
+            self.counts[layer] += self._counted(chosen)
         if not torch.is_grad_enabled():
             return hard
         share = self.shares(logits)
         if self.balance and self.training:
-            used = torch.zeros_like(logits).scatter(-1, chosen, 1.0).flatten(0, 1).mean(0) / self.top_k
-            loss = self.balance * self.number * (used * share.flatten(0, 1).mean(0)).sum()
+            used = self._mean(torch.zeros_like(logits).scatter(-1, chosen, 1.0)) / self.top_k
+            loss = self.balance * self.number * (used * self._mean(share)).sum()
             hard = WithLoss.apply(hard, loss)
         soft = self.top_k * share
         return hard + (soft - soft.detach())
+
+    def _mean(self, values: Tensor) -> Tensor:
+        """Over the real positions: [E] of [B, T, E]."""
+        if self.real is None:
+            return values.flatten(0, 1).mean(0)
+        real = self.real.to(values.dtype)
+        return (values * real[..., None]).sum((0, 1)) / real.sum().clamp(min=1.0)
+
+    def _counted(self, chosen: Tensor) -> Tensor:
+        """How often each expert is among ``chosen`` [B, T, top_k] of real positions: [E]."""
+        if self.real is None:
+            return torch.bincount(chosen.flatten(), minlength=self.number)
+        weights = self.real[..., None].expand_as(chosen).flatten().double()
+        return torch.bincount(chosen.flatten(), weights=weights, minlength=self.number).long()
 
     def logits(self, layer: int, x: Tensor) -> Tensor:
         """[B, T, E] fp32, in the precision of the stock class, noise included where there is some."""

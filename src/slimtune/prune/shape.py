@@ -81,7 +81,7 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
         error = abs(ratio - budget.keep)
         best = min(best, (error, ratio))
         if error <= budget.tolerance:
-            found.append((_cost(shape, moe), shape))
+            found.append((_cost(shape, moe) + (not shape.overlap and stored_more(structure, shape)), shape))
     if found:
         return replace(min(found, key=lambda each: each[0])[1], pairs=heads[0], values=heads[1])
     raise UserError(
@@ -105,6 +105,15 @@ def _check(moe: MoeConfig) -> None:
             f"moe.top_k={moe.chosen} without a shared expert: the stock class divides weights by it, which is exact for 1, 2, "
             "4, 8 and 16; give one of those"
         )
+
+
+def stored_more(structure: Structure, shape: Shape) -> bool:
+    """Whether a file with these experts has more parameters than the base's blocks: routers come on top."""
+    attention = sum(shape.groups * layer.unit_params[KV_GROUP] for layer in structure.layers)
+    channels = (shape.shares + shape.number) * shape.width
+    experts = sum(channels * layer.unit_params[FFN] for layer in structure.layers)
+    routers = len(structure.layers) * host_of(structure.family, shape.shares > 0).extra(structure.hidden, shape.number)
+    return attention + experts + routers > structure.prunable_params
 
 
 def active_ratio(structure: Structure, shape: Shape, of: str) -> float:

@@ -28,6 +28,7 @@ class TokenMasks(nn.Module):
         temperature: of the relaxed masks, whose gradient the hard ones have.
         noise: factor of logistic noise on the logits, while training; 0: none.
         offset: see ``width``.
+        real: which positions [B, T] of the present batch are no padding; None: all.
         price, target: of a penalty ``price |log(dimensions of the widest token / target)|`` a layer, where there is no width.
     """
 
@@ -42,6 +43,7 @@ class TokenMasks(nn.Module):
         self.width, self.temperature, self.noise, self.offset = head_dim, 1.0, 0.0, 0.0
         self.price, self.target = 0.0, head_dim
         self.masks: dict[int, Tensor] = {}
+        self.real: Tensor | None = None
 
     def follow(self, layer: int, x: Tensor, state: Tensor) -> None:
         """Take what q, k and v of ``layer`` are about to read [B, T, D]; ``state`` [STATE] is u, or empty: the module's own."""
@@ -65,7 +67,8 @@ class TokenMasks(nn.Module):
         soft = torch.sigmoid((logits - level) / self.temperature)
         mask = hard + (soft - soft.detach())
         if self.price and self.training and not self.width:
-            widest = mask.sum(-1).max()
+            widths = mask.sum(-1)
+            widest = (widths if self.real is None else widths * self.real).max()
             mask = WithLoss.apply(mask, self.price * (widest.clamp(min=1.0) / self.target).log().abs())
         return mask
 

@@ -59,9 +59,9 @@ class MoeConfig(Section):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
     """Of the generator's decoders."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
-    """Gradient-norm clip of generator and routers together."""
+    """Gradient-norm clip, of the generator and of routers and masks of tokens, each by itself."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.4
-    """Of the relaxed masks at the beginning."""
+    """Of the relaxed masks at the beginning; with ``prior: none`` of relaxed routing, too."""
     final_temperature: Annotated[float, Field(gt=0.0)] = 0.2
     """At the end; it falls geometrically."""
     explore: Annotated[float, Field(ge=0.0)] = 0.0
@@ -71,7 +71,8 @@ class MoeConfig(Section):
     ce: Annotated[float, Field(ge=0.0)] | None = None
     """Factor of the cross-entropy while experts are found. Default: 1 with ``tune``, 0 without (published)."""
     balance: Annotated[float, Field(ge=0.0)] = 0.1
-    """Factor of the load balance: the number of experts times the sum over them of share of tokens times mean score."""
+    """Factor of the load balance, in each layer: the number of experts times the sum over them of share of tokens times mean
+    score (published: without the number, the mean of the layers)."""
     union: Annotated[float, Field(ge=0.0)] = 3.0
     """``overlap``: factor of the penalty on channels that are in no expert."""
     budget: Annotated[float, Field(ge=0.0)] = 16.0
