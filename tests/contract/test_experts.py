@@ -120,6 +120,9 @@ def test_open_gates_are_the_base_bit_for_bit(name: str) -> None:
         assert torch.equal(model(input_ids=ids).logits, before)
         everything[:, 0] = 0.0
         assert not torch.equal(model(input_ids=ids).logits, before)
+        everything[0], everything[1:] = 0.0, 1.0  # whichever expert a token uses, it has all channels
+        bank.router = Router(structure.hidden, len(structure.layers), 5, 1, host_of(structure.family, shared=False))
+        assert torch.equal(model(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize("shares", [0, 2])

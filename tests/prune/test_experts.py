@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from slimtune.prune.experts import ExpertGenerator, partitioned, topped, union_loss
+from slimtune.prune.experts import ExpertGenerator, partitioned, union_loss
+from slimtune.prune.sampling import topped
 from slimtune.sections import MoeConfig
 
 SIZES = torch.tensor([10, 6, 6, 6, 4])
@@ -40,7 +41,7 @@ def test_gradients_point_to_where_a_channel_is_wanted(logits: torch.Tensor) -> N
 
 
 def test_overlapping_experts_have_their_width(logits: torch.Tensor) -> None:
-    masks = topped(logits, 7, 0.4)
+    masks = topped(logits, 7, 0.4, dim=1)
     assert torch.equal(masks.detach().sum(1), torch.full((2, 5), 7.0))
     masks.sum().backward()
     assert logits.grad is not None

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from slimtune.prune.experts import ExpertGenerator
-from slimtune.prune.token_masks import NAMES, TokenMasks, head_logits, pair_masks
+from slimtune.prune.sampling import topped
+from slimtune.prune.token_masks import NAMES, TokenMasks, head_logits
 from slimtune.sections import MoeConfig
 from slimtune.structure.heads import STATE
 
@@ -82,14 +83,14 @@ def test_what_the_generator_says_stands_for_the_own_state_until_that_is_settled(
 
 def test_pairs_are_the_best_of_each_layer() -> None:
     logits = torch.randn(3, 8, generator=torch.Generator().manual_seed(4), requires_grad=True)
-    found = pair_masks(logits, 5, 0.4)
+    found = topped(logits, 5, 0.4)
     assert torch.equal(found.sum(1), torch.full((3,), 5.0))
     assert torch.equal(found[0].nonzero().flatten(), logits[0].topk(5).indices.sort().values)
     found[1, 2].backward()
     assert logits.grad is not None
     assert logits.grad[1, 2] > 0
     assert logits.grad.count_nonzero() == 1
-    assert torch.equal(pair_masks(logits, 0, 0.4, 3.0).detach(), (logits > -3).float())
+    assert torch.equal(topped(logits, 0, 0.4, offset=3.0).detach(), (logits > -3).float())
 
 
 def test_logits_of_scores_keep_their_order_and_have_the_scale() -> None:

@@ -16,10 +16,10 @@ from slimtune.methods.masked import all_groups, head_masks, masks_of
 from slimtune.models.sharded import share_gradients
 from slimtune.prune import budget
 from slimtune.prune.assign import assign, widest
-from slimtune.prune.experts import ExpertGenerator, Made, partitioned, topped, union_loss
+from slimtune.prune.experts import ExpertGenerator, Made, partitioned, union_loss
 from slimtune.prune.gates import MaskBank, Site, mean_over_ranks, of_rank_0
 from slimtune.prune.router import Router
-from slimtune.prune.sampling import draw_noise
+from slimtune.prune.sampling import draw_noise, topped
 from slimtune.prune.sampling import sample as draw
 from slimtune.prune.shape import expert_channels, shape_of
 from slimtune.prune.split import logits_of
@@ -75,11 +75,17 @@ class Experts:
     def _routing(self) -> list[nn.Parameter]:
         return [*self.router.parameters(), *(self.values.parameters() if self.values else ())]
 
-    def see(self, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
-        """Before a forward pass of ``model``: which positions are padding, of batches that say so."""
+    def see(self, inputs: dict[str, Any]) -> None:
+        """Before a forward pass of ``inputs``: which positions are padding, of batches that say so."""
         mask = inputs.get("attention_mask")
         for each in (self.router, *([self.values] if self.values else ())):
             each.real = mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def forget(self) -> None:
+        """Let go of what the last forward pass left: its graph would stay until the next one."""
+        self.router.forget()
+        if self.values:
+            self.values.forget()
 
     def press(self, parts: int) -> None:
         """What routers and masks of tokens are to heed beside the loss, of a step of so many micro-batches."""
@@ -121,7 +127,7 @@ class Experts:
             return partitioned(logits, torch.tensor(self.shape.sizes(self.part(step))), temperature)
         if self._free(step):
             return draw(logits + OFFSET, torch.zeros_like(logits), "logistic", "ste", temperature)
-        return topped(logits, self.width(step), temperature)
+        return topped(logits, self.width(step), temperature, dim=1)
 
     def _sites(self, masks: Tensor) -> dict[Site, Tensor]:
         shared = torch.zeros_like(masks[..., :1]) if self.shape.overlap else masks[..., :1]

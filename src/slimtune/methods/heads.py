@@ -14,8 +14,9 @@ from slimtune.models.surgery import linears_of
 from slimtune.models.weights import dense
 from slimtune.prune.experts import Made
 from slimtune.prune.gates import MaskBank, Site, of_rank_0
+from slimtune.prune.sampling import topped
 from slimtune.prune.shape import Shape
-from slimtune.prune.token_masks import TokenMasks, head_logits, pair_masks
+from slimtune.prune.token_masks import TokenMasks, head_logits
 from slimtune.structure.axes import FFN, KV_GROUP, QUERY, Linear, Structure
 from slimtune.structure.heads import PAIR, VALUE, attention_params, module_params
 from slimtune.train.loop import hash_seed
@@ -58,7 +59,7 @@ class Heads:
         pairs, values = (
             full - round(part * (full - last)) for full, last in zip(every, (self.shape.pairs, self.shape.values), strict=True)
         )
-        masks = pair_masks(made.pairs, 0 if free else pairs, temperature, OFFSET)
+        masks = topped(made.pairs, 0 if free else pairs, temperature, offset=OFFSET)
         found = {(layer, PAIR): each for layer, each in enumerate(masks)}
         if self.values:
             self.values.configure(0 if free else values, temperature, noise, OFFSET)
@@ -106,7 +107,7 @@ class Heads:
 
     def decided(self, made: Made) -> dict[str, Any]:
         """The Plan's pairs and values; what the generator says of tokens becomes the module's own."""
-        found = pair_masks(of_rank_0({(0, PAIR): made.pairs})[0, PAIR], self.shape.pairs, 1.0)
+        found = topped(of_rank_0({(0, PAIR): made.pairs})[0, PAIR], self.shape.pairs, 1.0)
         if self.values:
             self.values.settle(of_rank_0({(0, VALUE): made.states})[0, VALUE])
         return {"pairs": [mask.nonzero().flatten().tolist() for mask in found.cpu()], "values": self.shape.values}

@@ -45,7 +45,8 @@ class _ToMoE:
         self.before = 0 if recipe.moe.tune else self.search
         self.tuner = Tuner(session, self.model, self.search + self.recover - self.before)
         self.experts = Experts(session, self.bank, self.search, self.search + self.recover)
-        self.handles.append(self.model.register_forward_pre_hook(self.experts.see, with_kwargs=True))
+        see = self.experts.see  # in a function of its own: of a bound method a copy of the model, a teacher, would copy all
+        self.handles.append(self.model.register_forward_pre_hook(lambda _, args, inputs: see(inputs), with_kwargs=True))
         windows = session.splits.train if recipe.search.decide_on == "train" else session.splits.decision
         self.decision = session.batches(windows, "decision", recipe.search.batch or recipe.train.batch)
         self.fits = Fits(session, self.model, self.bank) if recipe.moe.refit else None
@@ -100,6 +101,7 @@ class _ToMoE:
         return {"loss": value, **self._learned(step, sampled, leaves)}
 
     def _learned(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
+        self.experts.forget()
         learned = self.experts.learn(step, sampled, leaves)
         self.target = self.experts.target(step)
         learned["router_grad_norm"] = self.experts.learn_router(step)
@@ -110,6 +112,7 @@ class _ToMoE:
         self.experts.router.train()
         self.experts.press(self.tuner.batches.parts)
         figures = self.tuner.update(self.search - self.before + step, self._loss([], None))
+        self.experts.forget()
         return figures | {"router_grad_norm": self.experts.learn_router(self.search + step)}
 
     def _loss(self, leaves: list[dict[Site, Tensor]], sampled: dict[Site, Tensor] | None) -> Callable[[Batch], Tensor]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from slimtune.prune.assign import assign, prices, widest
+from slimtune.prune.assign import assign, prices
 from slimtune.sections import MoeConfig
 from slimtune.structure.heads import STATE
 
@@ -109,13 +109,6 @@ def partitioned(logits: Tensor, sizes: Tensor, temperature: float) -> Tensor:
     hard = F.one_hot(assign(centred, sizes, temperature), logits.shape[-1]).to(logits.dtype)
     soft = torch.softmax((centred + prices(centred, sizes, temperature)[:, None]) / temperature, -1)
     return hard + (soft - soft.detach())
-
-
-def topped(logits: Tensor, width: int, temperature: float) -> Tensor:
-    """Each expert its ``width`` best channels: 0/1 [L, F, S], with the gradient of sigmoid above the last of them."""
-    level = logits.detach().topk(width, dim=1).values[:, -1:]
-    soft = torch.sigmoid((logits - level) / temperature)
-    return widest(logits, width).to(logits.dtype) + (soft - soft.detach())
 
 
 def union_loss(masks: Tensor) -> Tensor:

@@ -46,3 +46,22 @@ def sample(logits: Tensor, noise: Tensor, kind: Noise, estimator: Estimator, tem
     p = torch.sigmoid(effective.detach())
     slope = torch.where(hard > 0, 1 - p, p) / 2
     return hard + slope * (effective - effective.detach())
+
+
+def topped(logits: Tensor, width: int, temperature: float, dim: int = -1, offset: float = 0.0) -> Tensor:
+    """The ``width`` largest along ``dim``, of equals the first: 0/1, with the gradient of sigmoid above the last of them.
+
+    Args:
+        width: 0: those of at least ``-offset``.
+    """
+    if width:
+        order = torch.sort(logits.detach(), dim=dim, descending=True, stable=True)
+        hard = torch.zeros_like(logits).scatter_(dim, order.indices.narrow(dim, 0, width), 1.0)
+        level = order.values.narrow(dim, width - 1, 1)
+    else:
+        level = logits.new_tensor(-offset)
+        hard = (logits.detach() >= level).to(logits.dtype)
+    if not torch.is_grad_enabled():
+        return hard
+    soft = torch.sigmoid((logits - level) / temperature)
+    return hard + (soft - soft.detach())

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from slimtune.prune.router import WithLoss
+from slimtune.prune.sampling import topped
 from slimtune.structure.heads import STATE
 
 
@@ -55,17 +56,9 @@ class TokenMasks(nn.Module):
         if self.noise and self.training:
             uniform = torch.rand_like(logits).clamp_(1e-9, 1 - 1e-7)
             logits = logits + self.noise * uniform.logit()
-        if self.width:
-            order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True)
-            hard = torch.zeros_like(logits).scatter_(-1, order.indices[..., : self.width], 1.0)
-            level = order.values[..., self.width - 1, None]
-        else:
-            level = logits.new_tensor(-self.offset)
-            hard = (logits.detach() >= level).to(logits.dtype)
+        mask = topped(logits, self.width, self.temperature, offset=self.offset)
         if not torch.is_grad_enabled():
-            return hard
-        soft = torch.sigmoid((logits - level) / self.temperature)
-        mask = hard + (soft - soft.detach())
+            return mask
         if self.price and self.training and not self.width:
             widths = mask.sum(-1)
             widest = (widths if self.real is None else widths * self.real).max()
@@ -118,19 +111,6 @@ class TokenMasks(nn.Module):
 
 NAMES = ("state", "read.weight", "norm.weight", "norm.bias", "make.weight", "make.bias")
 """Of a layer's weights in a file."""
-
-
-def pair_masks(logits: Tensor, width: int, temperature: float, offset: float = 0.0) -> Tensor:
-    """The ``width`` best rotary pairs of a layer: 0/1 [L, h / 2], with the gradient of sigmoid; 0: those above ``-offset``."""
-    if width:
-        order = torch.sort(logits.detach(), dim=-1, descending=True, stable=True)
-        hard = torch.zeros_like(logits).scatter_(-1, order.indices[:, :width], 1.0)
-        level = order.values[:, width - 1, None]
-    else:
-        level = logits.new_tensor(-offset)
-        hard = (logits.detach() >= level).to(logits.dtype)
-    soft = torch.sigmoid((logits - level) / temperature)
-    return hard + (soft - soft.detach())
 
 
 def head_logits(scores: Tensor, scale: float) -> Tensor:
