@@ -234,6 +234,6 @@ def test_moments_that_are_not_finite_are_told_with_their_first_layer(bench: Benc
     session = session_of(bench, tmp_path)
     passes = Passes(session, torch.nn.Linear(1, 1), session.batches(session.splits.decision, "decision", 1), 1)
     good, bad = Moments.of(torch.eye(4)), Moments.of(torch.full((4, 4), torch.nan))
-    passes._check({(0, FFN): good})
+    passes.check({(0, FFN): good}, "compensate.weights=none")
     with pytest.raises(UserError, match=r"in layer 1 are not finite on the decision rows.*set compensate\.weights=none"):
-        passes._check({(0, FFN): good, (2, FFN): bad, (1, FFN): bad})
+        passes.check({(0, FFN): good, (2, FFN): bad, (1, FFN): bad}, "compensate.weights=none")
