@@ -37,13 +37,28 @@ EXPERTS: dict[str, Any] = {
     "moe": {"number": 5, "top_k": 2, "prior_steps": 2, "groups": 1, "balance": 0.0},
     "train__micro_batch": 2,
 }
+FROZEN: dict[str, Any] = {
+    **EXPERTS,
+    "moe": {
+        **EXPERTS["moe"],
+        "groups": "auto",
+        "number": 4,
+        "top_k": 1,
+        "experts": "overlap",
+        "tune": False,
+        "attention": "tokens",
+    },
+    "budget": {"keep": 0.95, "of": "block", "ffn_multiple": 4, "tolerance": 0.05},
+    "distill": {"weight": 0.5},
+}
+"""The base teaches the search and the recovery; every token has its own value dimensions."""
 SCRATCH: dict[str, Any] = {"method": "finetune", "train__steps": 4, "evaluate__every": 2, "train__micro_batch": 1}
 
 
 def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
     """A run of ATP, on 4 bits or not, of a rival whose generator decides first, of all weights from nothing, or of experts."""
-    if kind == "experts":
-        return bench.recipe(out, **EXPERTS, train__checkpoint_every=2, **more)
+    if kind in ("experts", "frozen"):
+        return bench.recipe(out, **{"experts": EXPERTS, "frozen": FROZEN}[kind], train__checkpoint_every=2, **more)
     own = {"scratch": {"init": "config"}, "quantized": {"quantize": "nf4"}}
     model = {"model": {"path": bench.base, **own.get(kind, {})}}
     wanted = {"scratch": SCRATCH, "rival": RIVAL}.get(kind, RUN)
@@ -54,7 +69,7 @@ def recipe_of(bench: Bench, kind: str, out: Path, **more: Any) -> Recipe:
 def one_run(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with runs of one process, and what a kill after each of their checkpoints would leave."""
     folder = tmp_path_factory.mktemp("one")
-    for kind in ("atp", "scratch", "quantized", "rival", "experts"):
+    for kind in ("atp", "scratch", "quantized", "rival", "experts", "frozen"):
         with kept_checkpoints():
             tune(recipe_of(bench, kind, folder / kind))
     return folder
@@ -71,8 +86,9 @@ def two_ranks(bench: Bench, one_run: Path, loaded: Loaded, tmp_path_factory: pyt
             (folder / f"sharded-{out}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "quantized", folder / "quantized")
     (folder / "sharded-none.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    recipe = recipe_of(bench, "experts", folder / "experts")
-    (folder / "sharded-experts.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    for kind in ("experts", "frozen"):
+        recipe = recipe_of(bench, kind, folder / kind)
+        (folder / f"sharded-{kind}.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "atp", folder / "compiled", train__compile=True)
     (folder / "sharded-compiled.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     recipe = recipe_of(bench, "rival", folder / "rival", train__shard="full")
@@ -149,8 +165,9 @@ def test_two_processes_do_what_one_does(one_run: Path, two_ranks: Path) -> None:
     agree(one_run / "atp", two_ranks / "run")
 
 
-def test_two_processes_find_the_same_experts(one_run: Path, two_ranks: Path) -> None:
-    agree(one_run / "experts", two_ranks / "experts")
+@pytest.mark.parametrize("kind", ["experts", "frozen"])
+def test_two_processes_find_the_same_experts(one_run: Path, two_ranks: Path, kind: str) -> None:
+    agree(one_run / kind, two_ranks / kind)
 
 
 def test_two_processes_on_4_bits_do_what_one_does(one_run: Path, two_ranks: Path) -> None:

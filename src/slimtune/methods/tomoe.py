@@ -53,7 +53,8 @@ class _ToMoE:
         self.teacher = Teacher(session, self.model, self.bank, untuned=True)
         self.masks: dict[Site, Tensor] = {}
         self.plan: Plan | None = None
-        self.tokens, self.target = {"prior": 0, "decide": 0}, 1.0
+        self.tokens = {"prior": 0, "decide": 0}
+        self.used: float | Tensor = 1.0
 
     def run(self) -> Outcome:
         """All phases, from wherever the checkpoint left off."""
@@ -103,7 +104,7 @@ class _ToMoE:
     def _learned(self, step: int, sampled: dict[Site, Tensor], leaves: list[dict[Site, Tensor]]) -> dict[str, Any]:
         self.experts.forget()
         learned = self.experts.learn(step, sampled, leaves)
-        self.target = self.experts.target(step)
+        self.used = learned.get("sampled", learned["target"])  # while widths are free, the target is not what a token uses
         learned["router_grad_norm"] = self.experts.learn_router(step)
         self.masks = self.experts.masks(step)
         return {f"generator_{name}": value for name, value in learned.items()}
@@ -201,7 +202,7 @@ class _ToMoE:
 
     def _kept(self) -> float:
         if self.plan is None:
-            return self.target
+            return float(self.used)
         counts = count(self.structure, self.plan, active=True)
         return counts.total_ratio if self.recipe.budget.of == "total" else counts.block_ratio
 
