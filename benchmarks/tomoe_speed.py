@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from expert_ways import WAYS, Way
+from kernels import looked_at
 from speed import CUTS, HERE, cut_config, drawn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -159,6 +160,27 @@ def rows_of(args: argparse.Namespace) -> None:
     say("done")
 
 
+def look(args: argparse.Namespace) -> None:
+    """Print which kernels a prompt of each batch and a decode step take, of the dense model and of every other."""
+    device = torch.device("cuda")
+    torch.manual_seed(args.seed)
+    kinds: list[tuple[str, float]] = [("dense", 1.0), *((kind, keep) for keep in args.keeps for kind in args.kinds)]
+    for kind, keep in kinds:
+        config = base_of(args.shape) if kind == "dense" else other_of(kind, keep, args)[0]
+        way = Way(drawn(f"{kind} {keep:g}", config, device, torch.bfloat16), args.ways[0] if kind in MOE else "")
+        for batch in args.batches:
+            prompt = max(1, min(args.prompt, args.tokens // batch))
+            calls = {f"prompt of {prompt}": way.prefill(batch, prompt), "step": way.decode(batch, args.context, 1)}
+            for what, call in calls.items():
+                if call is None:
+                    continue
+                call()  # kernels are loaded
+                with looked_at(f"{kind} {keep:g}, batch {batch}, {what}"):
+                    call()
+        del way
+        free(device)
+
+
 def free(device: torch.device) -> None:
     """Give back what a model took that is gone."""
     gc.collect()
@@ -232,10 +254,14 @@ def main() -> None:
     parser.add_argument("--launched", type=int, default=4, help="steps without a graph, in one measurement")
     parser.add_argument("--no-graphs", action="store_true", help="only steps that Python launches")
     parser.add_argument("--compile", nargs="+", type=int, default=[], help="of these batches compiled graphs alone")
+    parser.add_argument("--look", action="store_true", help="only print where the GPU's time goes; no rows")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, required=True)
     args = parser.parse_args()
+    if args.look:
+        look(args)
+        return
     if args.shape:
         rows_of(args)
     print(table(json.loads(args.rows.read_text())))
