@@ -4,7 +4,7 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``compiling``, ``growth``, ``locking``, ``scale``, ``startup``, ``tomoe`` and ``updates``, as the scripts print them
+``cost``, ``compiling``, ``growth``, ``locking``, ``routing``, ``scale``, ``startup``, ``tomoe`` and ``updates``, as the scripts print them
 that make those rows; what signs mean is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
@@ -21,6 +21,7 @@ import cost
 import decode_ways
 import growth
 import locking
+import routing
 import scale
 import small_updates
 import speed
@@ -44,6 +45,7 @@ OWN = {
     "compiling": compiling.table,
     "growth": growth.table,
     "locking": locking.table,
+    "routing": routing.table,
     "scale": scale.table,
     "startup": startup.table,
     "tomoe": tomoe_speed.table,

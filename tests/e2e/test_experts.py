@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from slimtune.cli import app
-from slimtune.data.batches import load_splits
-from slimtune.export import adapter, apply
-from slimtune.methods.masked import routed
-from slimtune.models.buffers import exact_buffers
-from slimtune.models.load import load_config, load_tokenizer, structure_of
-from slimtune.prune.router import Router
-from slimtune.recipe import Recipe
-from slimtune.recipe import load as load_recipe
-from slimtune.structure.experts import host_of
-from slimtune.structure.plan import Plan
 
 pytestmark = [pytest.mark.usefixtures("forked"), pytest.mark.timeout(180)]
-WINDOWS = 32
-RECIPE = Path(__file__).parents[2] / "recipes" / "tomoe-demo.yaml"
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "tomoe-demo.yaml"
 FEW = [
     "search.steps=2",
     "recover.steps=2",
@@ -74,36 +62,15 @@ def test_every_expert_is_used_and_what_is_written_has_the_perplexity_of_the_gate
 
 def check_perplexity(out: Path) -> None:
     """Of the gated model, built from the base and the run's files, and of the written one."""
-    recipe, folder = load_recipe(RECIPE, [f"out={out}", *FEW]), out / "adapter"
-    plan, structure = Plan.from_json((out / "plan.json").read_text(encoding="utf-8")), structure_of(load_config(recipe.model))
-    model, _ = apply._built(recipe.model, structure, plan, folder, adapter.read_record(folder))
-    stored, first = load_file(folder / adapter.ROUTERS), plan.experts[0]
-    host = host_of(structure.family, bool(first.shared))
-    router = Router(structure.hidden, len(stored), len(first.routed), plan.top_k, host)
-    router.start({int(layer): weight for layer, weight in stored.items()})
-    ids = windows(recipe)
-    for dtype in (torch.float32, torch.bfloat16):
-        exact_buffers(model.to(dtype), model.config)
-        with routed(model, structure, plan, router.rounded(dtype)):
-            gated = perplexity(model, ids)
-        found = perplexity(AutoModelForCausalLM.from_pretrained(out / "model", dtype=dtype), ids)
-        # 0.01 of a perplexity of ten: 16 bits round sums of another order otherwise, and this one is hardly tuned
-        assert abs(found - gated) < (0.01 if dtype is torch.float32 else 0.001 * gated)
-
-
-def windows(recipe: Recipe) -> Tensor:
-    """Test windows of the recipe's text [B, T], the full ones."""
-    tokenizer = load_tokenizer(recipe.model)
-    test = load_splits(recipe.data, tokenizer, frozenset({"test"})).test
-    ids = [test.collate([index])["input_ids"] for index in range(len(test))]
-    return torch.cat([each for each in ids if each.shape == (1, recipe.data.max_length)][:WINDOWS])
-
-
-@torch.no_grad()
-def perplexity(model: Any, ids: Tensor) -> float:
-    """Of ``ids`` [B, T]."""
-    logits = model.eval()(input_ids=ids).logits[:, :-1].flatten(0, 1).float()
-    return float(torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).exp())
+    path = ROOT / "benchmarks" / "routing.py"
+    routing = runpy.run_path(str(path))
+    exact, short = routing["rows_of"](out, 32, torch.device("cpu"))
+    assert exact["difference"] < 1e-4
+    assert exact["same"] >= 0.999
+    assert abs(exact["ppl_written"] - exact["ppl_gated"]) < 0.01
+    assert short["same_given"] >= 0.999
+    # 0.01 of a perplexity of ten: 16 bits round sums of another order otherwise, and this one is hardly tuned
+    assert abs(short["ppl_written"] - short["ppl_gated"]) < 0.001 * short["ppl_gated"]
 
 
 def test_a_recipe_that_makes_no_experts_is_refused(tmp_path: Path) -> None:
