@@ -3,9 +3,9 @@
     python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
-PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``, ``ways``,
-``cost``, ``compiling``, ``growth``, ``locking``, ``routing``, ``scale``, ``startup``, ``tomoe`` and ``updates``, as the scripts print them
-that make those rows; what signs mean is said once in a document.
+PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``,
+``ways``, ``cost``, ``compiling``, ``growth``, ``locking``, ``routing``, ``scale``, ``startup``, ``tomoe`` and ``updates``,
+as the scripts print them that make those rows; what signs mean is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 

@@ -65,7 +65,6 @@ def check_perplexity(out: Path) -> None:
     path = ROOT / "benchmarks" / "routing.py"
     routing = runpy.run_path(str(path))
     exact, short = routing["rows_of"](out, 32, torch.device("cpu"))
-    assert exact["difference"] < 1e-4
     assert exact["same"] >= 0.999
     assert abs(exact["ppl_written"] - exact["ppl_gated"]) < 0.01
     assert short["same_given"] >= 0.999
