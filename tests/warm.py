@@ -107,6 +107,8 @@ def _serve(asks: IO[str], tells: IO[str]) -> None:
         if (child := os.fork()) == 0:
             os.setpgid(0, 0)
             code = 1
+            if torch := sys.modules.get("torch"):  # a fork makes its pool anew: not while two threads ask for it at once
+                torch.set_num_threads(torch.get_num_threads())
             try:
                 _child(**asked)
                 code = 0
