@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 from slimtune.data.batches import load_splits
 from slimtune.evaluate.perplexity import perplexity
 from slimtune.models.load import load_config, load_tokenizer, structure_of
+from slimtune.pipeline import tune
 from slimtune.recipe import Recipe, parse
 from slimtune.runtime import Metrics, RunFolder
 from slimtune.structure.plan import Plan
@@ -195,3 +197,25 @@ def stored_shapes(out: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the written weights."""
     with safe_open(out / "model" / "model.safetensors", "pt") as file:
         return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def made_once(
+    bench: Bench, factory: pytest.TempPathFactory, kinds: dict[str, dict[str, Any]], fresh: tuple[str, ...] = (), **common: Any
+) -> Callable[[str], tuple[Path, dict[str, Any]]]:
+    """Runs by kind, each made when it is first asked for: folder and summary.
+
+    Args:
+        fresh: kinds whose model is read again in a process of its own, not here.
+    """
+    done: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def get(kind: str) -> tuple[Path, dict[str, Any]]:
+        if kind not in done:
+            out = factory.mktemp(kind) / "out"
+            with pytest.MonkeyPatch.context() as patch:
+                if kind not in fresh:
+                    patch.setattr("slimtune.delivery.verify", lambda folder, ids, expected: verify_here(folder, ids, expected))
+                done[kind] = out, tune(bench.recipe(out, **{**common, "export__verify": True, **kinds[kind]}))
+        return done[kind]
+
+    return get

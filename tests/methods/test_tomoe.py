@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from bases import Bench, losses, metrics, plan_of, session_of, verify_here
+from bases import Bench, losses, made_once, metrics, plan_of, session_of
 from slimtune.errors import UserError
 from slimtune.export.apply import apply_plan
 from slimtune.methods import tomoe
@@ -55,17 +55,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def runs(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Runs by kind, each made once: folder and summary."""
-    done: dict[str, tuple[Path, dict[str, Any]]] = {}
-
-    def get(kind: str) -> tuple[Path, dict[str, Any]]:
-        if kind not in done:
-            out = tmp_path_factory.mktemp(kind) / "out"
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("slimtune.delivery.verify", lambda folder, ids, expected: verify_here(folder, ids, expected))
-                done[kind] = out, tune(bench.recipe(out, **{**MOE, "export__verify": True, **KINDS[kind]}))
-        return done[kind]
-
-    return get
+    return made_once(bench, tmp_path_factory, KINDS, **MOE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
