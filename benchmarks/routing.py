@@ -56,6 +56,8 @@ def compared(out: Path, recipe: Recipe, ids: Tensor, dtype: torch.dtype) -> Row:
     """Of the gated model and the written one, both in ``dtype``."""
     folder = out / "adapter"
     plan, structure = Plan.from_json((out / "plan.json").read_text(encoding="utf-8")), structure_of(load_config(recipe.model))
+    if plan.values:
+        raise SystemExit(f"error: {out} has masks of tokens in its attention (moe.attention=tokens), which are not built here")
     model, _ = apply._built(recipe.model, structure, plan, folder, adapter.read_record(folder))
     exact_buffers(model.to(dtype), model.config)
     model = model.to(ids.device).eval()
