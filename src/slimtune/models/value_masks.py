@@ -96,7 +96,7 @@ def _hang(model: Any, args: Any) -> None:
 
 
 class _MaskedConfig:
-    """Mixed into the stock config class."""
+    """Mixed into the stock config class. What ``per_layer`` has alike stands here again: either file is copied alone."""
 
     value_dims = 0
     value_mask_size = 128
