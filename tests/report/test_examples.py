@@ -31,6 +31,15 @@ def test_readme_has_the_verdict_and_the_picture_of_a_run(name: str, tmp_path: Pa
     assert text.count("<figure ") >= 12
 
 
+def test_results_have_the_verdict_and_the_picture_of_a_run_with_experts(tmp_path: Path) -> None:
+    results = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+    assert verdict(read_run(REPORTS / "experts")) in flat(results)
+    assert "(report-experts.png)" in results
+    assert (ROOT / "docs" / "report-experts.png").stat().st_size > 10_000
+    text = report([REPORTS / "experts"], tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Where tokens go" in text
+
+
 def test_the_table_of_a_regression_is_what_the_command_prints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("COLUMNS", "100")
