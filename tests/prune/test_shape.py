@@ -76,6 +76,23 @@ def test_widths_are_multiples_of_what_is_asked_for(llama3: Structure, multiple: 
     assert shape.width % multiple == 0
 
 
+@pytest.mark.parametrize("experts", ["partition", "overlap"])
+@pytest.mark.parametrize("keep", [0.8, 0.7, 0.6, 0.5])
+def test_multiples_of_128_meet_a_budget_with_a_kv_group_more_or_fewer(llama3: Structure, keep: float, experts: Any) -> None:
+    budget = BudgetConfig(keep=keep, of="block", ffn_multiple=128)
+    shape, wished = shape_of(llama3, budget, MoeConfig(experts=experts)), groups_of(llama3, budget, MoeConfig())
+    assert shape.width % 128 == 0
+    assert abs(active_ratio(llama3, shape, "block") - keep) <= budget.tolerance == 0.002
+    assert abs(shape.groups - wished) <= 1
+
+
+def test_groups_that_are_asked_for_stay(llama3: Structure) -> None:
+    budget = BudgetConfig(keep=0.7, of="block", ffn_multiple=128)
+    assert shape_of(llama3, budget, MoeConfig()).groups == 6
+    with pytest.raises(UserError, match=r"budget\.keep=0\.7 of block cannot be met.*moe\.groups=7"):
+        shape_of(llama3, budget, MoeConfig(groups=7))
+
+
 def test_on_the_way_all_channels_are_shared_at_first(llama3: Structure) -> None:
     shape = shape_of(llama3, BudgetConfig(keep=0.6, of="block"), MoeConfig())
     first, half = shape.sizes(0.0), shape.sizes(0.5)

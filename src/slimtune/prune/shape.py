@@ -18,6 +18,8 @@ ABOUT = 4
 """Routed experts for each that a token uses, which ``number: auto`` looks for."""
 _LEAST = 8
 """Widths are multiples of it: grouped products in bfloat16 want rows of 16 bytes."""
+_APART = 0.05
+"""What speaks against a KV group more or fewer than half the part: as much as against widths of half the multiple."""
 
 
 @dataclass(frozen=True)
@@ -72,21 +74,23 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
         raise UserError("method=tomoe needs a base whose layers are all alike: experts of all layers are of one width")
     best: tuple[float, float] = (float("inf"), 0.0)
     found: list[tuple[float, Shape]] = []
-    groups, heads = groups_of(structure, budget, moe), heads_of(structure, budget, moe)
-    active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
+    wished, heads = groups_of(structure, budget, moe), heads_of(structure, budget, moe)
     multiple = _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple
-    ratio_of = _ratio(structure, (groups, *heads), moe.shared and moe.experts == "partition", budget.of)
-    for shape in _shapes(channels, active, groups, multiple, moe):
-        ratio = ratio_of(shape)
-        error = abs(ratio - budget.keep)
-        best = min(best, (error, ratio))
-        if error <= budget.tolerance:
-            found.append((_cost(shape, moe) + (not shape.overlap and stored_more(structure, shape)), shape))
+    for groups in _about(wished, structure, moe):
+        active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
+        ratio_of = _ratio(structure, (groups, *heads), moe.shared and moe.experts == "partition", budget.of)
+        for shape in _shapes(channels, active, groups, multiple, moe):
+            ratio = ratio_of(shape)
+            error = abs(ratio - budget.keep)
+            best = min(best, (error, ratio))
+            if error <= budget.tolerance:
+                more = not shape.overlap and stored_more(structure, shape)
+                found.append((_cost(shape, moe) + _APART * abs(groups - wished) + more, shape))
     if found:
         return replace(min(found, key=lambda each: each[0])[1], pairs=heads[0], values=heads[1])
     raise UserError(
         f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by experts "
-        f"(number={moe.number}, top_k={moe.top_k}, shared={str(moe.shared).lower()}, "
+        f"(moe.number={moe.number}, moe.top_k={moe.top_k}, moe.shared={str(moe.shared).lower()}, moe.groups={moe.groups}, "
         f"budget.ffn_multiple={budget.ffn_multiple}): the nearest part that a token can use is {best[1]:.4f}; ask for that, or "
         "change those"
     )
@@ -143,7 +147,7 @@ def expert_channels(structure: Structure, keep: float, of: str, groups: int, pai
 
 
 def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int:
-    """KV groups that stay in each layer.
+    """KV groups that stay in each layer, or of ``auto`` are wished for.
 
     Raises:
         UserError: more are asked for than there are.
@@ -156,6 +160,15 @@ def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int
             raise UserError(f"moe.groups={moe.groups} is more than the {every} KV groups of a layer; give {every} at most")
         return moe.groups
     return _half_way(every, structure, budget)
+
+
+def _about(wished: int, structure: Structure, moe: MoeConfig) -> tuple[int, ...]:
+    """KV groups to look for shapes with: widths in large multiples meet a budget only now and then, and so they do with one
+    group more or fewer."""
+    if moe.groups != "auto" or moe.attention != "groups":
+        return (wished,)
+    every = structure.layers[0].units[KV_GROUP]
+    return tuple(groups for groups in (wished, wished + 1, wished - 1) if 1 <= groups <= every)
 
 
 def heads_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> tuple[int, int]:
