@@ -163,8 +163,10 @@ def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int
 
 
 def _about(wished: int, structure: Structure, moe: MoeConfig) -> tuple[int, ...]:
-    """KV groups to look for shapes with: widths in large multiples meet a budget only now and then, and so they do with one
-    group more or fewer."""
+    """KV groups to look for shapes with.
+
+    Widths in large multiples meet a budget only now and then; one group more or fewer gives them as many chances again.
+    """
     if moe.groups != "auto" or moe.attention != "groups":
         return (wished,)
     every = structure.layers[0].units[KV_GROUP]
