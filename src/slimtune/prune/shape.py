@@ -19,7 +19,7 @@ ABOUT = 4
 _LEAST = 8
 """Widths are multiples of it: grouped products in bfloat16 want rows of 16 bytes."""
 _APART = 0.05
-"""What speaks against a KV group more or fewer than half the part: as much as against widths of half the multiple."""
+"""What speaks against a KV group more or fewer than wished for: as much as against widths of half the multiple."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
     wished, heads = groups_of(structure, budget, moe), heads_of(structure, budget, moe)
     multiple = _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple
     for groups in _about(wished, structure, moe):
+        if found and budget.ffn_multiple == "auto":
+            break
         active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
         ratio_of = _ratio(structure, (groups, *heads), moe.shared and moe.experts == "partition", budget.of)
         for shape in _shapes(channels, active, groups, multiple, moe):
@@ -163,7 +165,7 @@ def groups_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> int
 
 
 def _about(wished: int, structure: Structure, moe: MoeConfig) -> tuple[int, ...]:
-    """KV groups to look for shapes with.
+    """KV groups to look for shapes with, those wished for first.
 
     Widths in large multiples meet a budget only now and then; one group more or fewer gives them as many chances again.
     """

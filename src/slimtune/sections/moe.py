@@ -26,8 +26,8 @@ class MoeConfig(Section):
     Qwen2-MoE or Qwen3-MoE, with one a GLM4-MoE or Dots1."""
     groups: Positive | Literal["auto", "all"] = "auto"
     """KV groups (with their query heads) that stay in every layer, those of the largest squared gradients. ``auto``: of
-    attention about half the part goes that a token does without of all, a group more or fewer where experts then leave fewer
-    channels out or are of larger multiples; ``all``: attention stays as it is."""
+    attention about half the part goes that a token does without of all, a group more or fewer where widths by
+    ``budget.ffn_multiple`` meet the budget so; ``all``: attention stays as it is."""
     attention: Literal["groups", "pairs", "tokens"] = "groups"
     """What a token does without of attention. ``groups``: whole KV groups, for good; ``pairs``: rotary pairs of q and k, the
     same for all tokens, as zeros; ``tokens``: those, and for every token its own dimensions of v and of what o_proj reads
