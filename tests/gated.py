@@ -16,7 +16,7 @@ from slimtune.structure.axes import AXES, Structure
 from slimtune.structure.families import describe
 from slimtune.structure.plan import Plan
 
-PADDED = (0, 4, 9)
+PADDED = (0, 4, 9, 13)
 """Padding tokens on the left of each row of ``padded_sample``."""
 
 

@@ -55,6 +55,14 @@ def test_what_is_masked_is_what_is_written(name: str, shares: int, top_k: int, t
     assert type(stock).__module__.startswith("transformers.")
     assert not list((tmp_path / "m").glob("*.py"))
     assert sum(each.numel() for each in stock.parameters()) == count(structure, plan).total
+    assert used(stock, top_k) == count(structure, plan, active=True).total
+
+
+def used(model: torch.nn.Module, top_k: int) -> int:
+    """What a token uses of a written model's tensors: of those of routed experts, [E, ...], ``top_k`` rows."""
+    experts = [name for name, _ in model.named_parameters() if ".experts." in name]
+    assert experts
+    return sum(each[0].numel() * top_k if name in experts else each.numel() for name, each in model.named_parameters())
 
 
 def test_overlapping_experts_of_different_widths_are_filled_up_with_zeros(tmp_path: Path) -> None:
@@ -129,6 +137,7 @@ def test_open_gates_are_the_base_bit_for_bit(name: str) -> None:
 @pytest.mark.parametrize("shares", [0, 2])
 def test_padding_changes_no_token(shares: int) -> None:
     model, structure, plan, router = converted("llama", shares, 2)
+    router.noise = 1.0  # which is for training alone
     batch = padded_sample()
     with torch.no_grad(), routed(model, structure, plan, router):
         together = model(**batch).logits

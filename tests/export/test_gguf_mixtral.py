@@ -17,6 +17,7 @@ from mixtral import write_mixtral
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import gguf, gguf_compared
+from slimtune.export.gguf_layout import layout_of
 from slimtune.export.gguf_run import run
 
 PROMPTS = [[433, 1639, 5509, 260, 1516, 278], [19, 77, 1200], list(range(100, 190))]
@@ -164,3 +165,9 @@ def test_export_and_verify(tmp_path: Path) -> None:
     weights |= {names[0]: weights[names[1]], names[1]: weights[names[0]]}
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     assert CliRunner().invoke(app, ["verify", file]).exit_code == 1
+
+
+@pytest.mark.parametrize("family", ["glm4_moe", "dots1", "qwen2_moe", "qwen3_moe"])
+def test_other_experts_are_refused_with_the_way_to_mixtral(family: str) -> None:
+    with pytest.raises(UserError, match=rf"model_type '{family}'.* makes a mixtral of .* with moe\.shared=false"):
+        layout_of(family, [], 8, 4, {})

@@ -299,6 +299,9 @@ def test_what_cannot_be_is_refused_before_anything_runs(bench: Bench, tmp_path: 
         ({"moe__number": 3, "moe__top_k": 4}, "less than the 4 experts"),
         ({"moe__shared": False, "moe__top_k": 3}, "exact for 1, 2, 4, 8"),
         ({"moe__prior": "none", "search__steps": 0}, "nothing to decide by"),
+        ({"moe__prior": "cmoe", "moe__experts": "overlap"}, r"moe\.prior=cmoe gives every channel to one expert"),
+        ({"moe__tune": False, "moe__kd": 0, "moe__ce": 0}, "leaves the search nothing to learn by"),
+        ({"moe__tokens": 4}, r"moe\.tokens=4 are too few to tell 5 experts apart"),
         ({"model": {"path": bench.base, "quantize": "nf4"}}, "does not go with method=tomoe"),
     ):
         with pytest.raises(UserError, match=told):

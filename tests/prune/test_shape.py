@@ -117,6 +117,20 @@ def test_a_budget_that_no_shape_meets_names_the_nearest(llama3: Structure) -> No
         shape_of(llama3, BudgetConfig(keep=0.6, of="block"), MoeConfig(number=3, top_k=4))
 
 
+@pytest.mark.parametrize(
+    ("budget", "moe", "said"),
+    [
+        ({"keep": 1.0}, {}, r"no experts for budget\.keep=1\.0: a token may use 14336 of a layer's 14336 channels"),
+        ({"keep": 0.6}, {"number": 5000}, r"no experts for budget\.keep=0\.6: .*moe\.number=5000\); change budget\.keep"),
+        ({"ffn_multiple": 9000}, {"shared": False}, r"and 4 routed experts of 9000 or more have to fit in"),
+        ({"keep": 0.6}, {"number": 4}, r"moe\.number=4 experts are as many as a token uses \(moe\.top_k\)"),
+    ],
+)
+def test_where_there_is_no_shape_at_all_the_keys_are_named(llama3: Structure, budget: Any, moe: Any, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        shape_of(llama3, BudgetConfig(of="block", **budget), MoeConfig(**moe))
+
+
 def test_layers_of_different_widths_are_refused(llama3: Structure) -> None:
     from dataclasses import replace
 

@@ -58,10 +58,24 @@ def check(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Non
         raise UserError(
             "moe.prior=none with search.steps=0 leaves nothing to decide by; set moe.prior=energy or a number of steps"
         )
+    if recipe.moe.experts == "overlap" and recipe.moe.prior == "cmoe":
+        raise UserError(
+            "moe.prior=cmoe gives every channel to one expert, and with moe.experts=overlap they may share them; set "
+            "moe.prior=energy, or moe.experts=partition"
+        )
+    if recipe.search.steps and not any(recipe.moe.factors):
+        raise UserError(
+            "moe.kd=0 with moe.ce=0 leaves the search nothing to learn by; leave one of them out, or set search.steps=0"
+        )
     host_of(structure.family, recipe.moe.shared)  # a family that has none can have no masks either
     if recipe.moe.attention != "groups":
         check_pairs(structure, config.to_dict(), f"moe.attention={recipe.moe.attention}")
     shape = shape_of(structure, recipe.budget, recipe.moe)
+    if recipe.moe.prior != "none" and recipe.moe.tokens < shape.number:
+        raise UserError(
+            f"moe.tokens={recipe.moe.tokens} are too few to tell {shape.number} experts apart; give {shape.number} at least "
+            "(default: 4096)"
+        )
     sizes = (shape.number, shape.top_k, shape.width, shape.shares, shape.groups, shape.values)
     moe.config_of(config, structure, moe.Layout(*sizes))
 

@@ -67,6 +67,8 @@ _UNIFORM = {
     "qwen2": Layout("qwen2", any_heads=False),
     "qwen3": Layout("qwen3", biases=False),
 }
+_MIXTURES = ("glm4_moe", "dots1", "qwen2_moe", "qwen3_moe")
+"""Classes of experts without an architecture here that computes the same (Qwen3-MoE's was not tried)."""
 _BY_LAYER = {
     "llama": Layout("deci", paired=True, by_layer=True),
     "mistral": Layout("deci", paired=True, by_layer=True),
@@ -86,7 +88,10 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
         UserError: llama.cpp has none that holds it; names the reason and what does.
     """
     if family not in _UNIFORM:
-        raise UserError(f"GGUF is not written for model_type {family!r} yet (for {', '.join(_UNIFORM)} it is); {ELSEWHERE}")
+        other = "; convert makes a mixtral of Llama and Mistral with moe.shared=false" * (family in _MIXTURES)
+        raise UserError(
+            f"GGUF is not written for model_type {family!r} yet (for {', '.join(_UNIFORM)} it is{other}); {ELSEWHERE}"
+        )
     found = _UNIFORM[family]
     if len(set(widths)) > 1 or not (found.any_heads or widths[0].heads * head == hidden):
         found = _BY_LAYER[family]

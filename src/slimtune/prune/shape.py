@@ -76,11 +76,12 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
     found: list[tuple[float, Shape]] = []
     wished, heads = groups_of(structure, budget, moe), heads_of(structure, budget, moe)
     multiple = _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple
+    divided = moe.shared and moe.experts == "partition"
     for groups in _about(wished, structure, moe):
         if found and budget.ffn_multiple == "auto":
             break
         active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
-        ratio_of = _ratio(structure, (groups, *heads), moe.shared and moe.experts == "partition", budget.of)
+        ratio_of = _ratio(structure, (groups, *heads), divided, budget.of)
         for shape in _shapes(channels, active, groups, multiple, moe):
             ratio = ratio_of(shape)
             error = abs(ratio - budget.keep)
@@ -90,6 +91,14 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
                 found.append((_cost(shape, moe) + _APART * abs(groups - wished) + more, shape))
     if found:
         return replace(min(found, key=lambda each: each[0])[1], pairs=heads[0], values=heads[1])
+    if best[0] == float("inf"):
+        active = round(expert_channels(structure, budget.keep, budget.of, wished, *heads))
+        raise UserError(
+            f"there are no experts for budget.keep={budget.keep}: a token may use {min(channels, max(0, active))} of a layer's "
+            f"{channels} channels, and {moe.chosen} routed experts of {multiple} or more{' and a shared one' * divided} have "
+            f"to fit in, with others to choose from (moe.number={moe.number}); change budget.keep, moe.number, moe.top_k or "
+            "budget.ffn_multiple"
+        )
     raise UserError(
         f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by experts "
         f"(moe.number={moe.number}, moe.top_k={moe.top_k}, moe.shared={str(moe.shared).lower()}, moe.groups={moe.groups}, "
@@ -105,6 +114,11 @@ def _check(moe: MoeConfig) -> None:
         raise UserError(
             f"moe.number={moe.number} is less than the {moe.chosen} experts that a token uses (moe.top_k); give more of "
             "them, or a smaller moe.top_k"
+        )
+    if moe.number == moe.chosen and moe.experts == "partition":
+        raise UserError(
+            f"moe.number={moe.number} experts are as many as a token uses (moe.top_k), which leaves a router nothing "
+            "to choose; give more of them, or a smaller moe.top_k"
         )
     if not (moe.shared and moe.experts == "partition") and moe.chosen not in (1, 2, 4, 8, 16):
         raise UserError(
