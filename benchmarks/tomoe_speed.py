@@ -1,6 +1,6 @@
 """Speed at a model's true shape, with random weights: the dense one beside experts, of which a token uses a part, and cuts.
 
-    python benchmarks/tomoe_speed.py llama-3-8b --rows docs/results/tomoe-speed.json   # an H200, 6 minutes, up to 120 GB
+    python benchmarks/tomoe_speed.py llama-3-8b --rows docs/results/tomoe-speed.json   # an H200, 8 minutes, up to 120 GB
     python benchmarks/tomoe_speed.py --rows docs/results/tomoe-speed.json              # only print the tables
 
 ``partition``: experts that have each channel once, and a shared one; ``unshared``: without that; ``overlap``: each expert is a
@@ -209,7 +209,8 @@ def _table(rows: list[Row]) -> str:
     lines = [
         f"{first['shape']} shape, {first['kind']} ({first['class']}), random weights, {first['dtype']}, {first['machine']};"
     ]
-    lines += [f"steps after {first['context']:,} tokens.", "", *(f"- {_about(parts[keep])}" for keep in parts), ""]
+    about = {keep: _about(parts[keep]) + _read([row for row in mine if row["keep"] == keep]) for keep in parts}
+    lines += [f"steps after {first['context']:,} tokens.", "", *(f"- {each}" for each in about.values()), ""]
     lines += [f"| | batch | experts | dense, ms | {' | '.join(per_cent)} |", f"|{' --- |' * (4 + len(parts))}"]
     for what, how, batch in dict.fromkeys(key_of(row) for row in mine):
         alike = [row for row in rows if key_of(row) == (what, how, batch)]
@@ -219,7 +220,24 @@ def _table(rows: list[Row]) -> str:
             added = f" of {alike[0]['prompt']:,}" if what == "prefill" else f", {how}" * ("graph" in how)
             named = f"{what}{added} | {batch} | {way} | {dense:,.2f}"
             lines.append(f"| {named} | {' | '.join(cells.get(keep, '') for keep in parts)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_fastest(rows, list(parts))]) + "\n"
+
+
+def _fastest(rows: list[Row], keeps: list[float]) -> list[str]:
+    """The same with each model in its fastest way, beside the dense one in its own: what a user can get."""
+    lines = [f"| each in its fastest way | batch | dense, ms | {' | '.join(f'{100 * keep:g}%' for keep in keeps)} |"]
+    lines += [f"|{' --- |' * (3 + len(keeps))}"]
+    for what, batch in dict.fromkeys((row["what"], row["batch"]) for row in rows):
+        cells, times = list[str](), list[float]()
+        for keep in keeps:
+            alike = [row for row in rows if (row["what"], row["batch"], row["keep"]) == (what, batch, keep)]
+            best = [
+                min((row for row in alike if row["model"] == model), key=lambda row: row["ms"]) for model in ("dense", "other")
+            ]
+            times.append(best[0]["ms"])
+            cells.append(f"{best[0]['ms'] / best[1]['ms']:.2f}x ({' and '.join(dict.fromkeys(row['how'] for row in best))})")
+        lines.append(f"| {what} | {batch} | {median(times):,.2f} | {' | '.join(cells)} |")
+    return lines
 
 
 def _about(row: Row) -> str:
@@ -231,6 +249,15 @@ def _about(row: Row) -> str:
     else:
         experts += f"{row['width']:,} channels"
     return f"{100 * row['keep']:g}%: {experts}; {row['weight_bytes'] / 1e9:.1f} GB"
+
+
+def _read(rows: list[Row]) -> str:
+    """Experts that steps of each batch read, in the mean of the layers, and as many as the formula expects."""
+    steps = {row["batch"]: row for row in rows if "experts_read" in row}
+    if not steps:
+        return ""
+    read, expected = (", ".join(f"{row[key]:.2f}" for row in steps.values()) for key in ("experts_read", "experts_expected"))
+    return f"; a step of {', '.join(map(str, steps))} rows reads {read} experts of a layer ({expected} expected)"
 
 
 def _cell(row: Row) -> str:

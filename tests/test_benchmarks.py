@@ -396,6 +396,21 @@ def test_experts_are_timed_beside_the_dense_model_and_held_to_the_bytes_that_a_s
     assert again[-len(cuts) :] != cuts, "in place of the rows of before"
 
 
+def test_experts_are_held_to_the_dense_model_in_its_own_fastest_way() -> None:
+    def row(model: str, how: str, ms: float, keep: float = 0.5) -> dict[str, Any]:
+        return {"model": model, "what": "decode", "how": how, "batch": 64, "keep": keep, "ms": ms}
+
+    slow_graph = [
+        row("dense", "graph", 50.0),
+        row("other", "graph", 40.0),
+        row("dense", "eager", 20.0),
+        row("other", "eager", 60.0),
+    ]
+    alike = [row("dense", "eager", 30.0, 0.8), row("other", "eager", 15.0, 0.8)]
+    found = script("tomoe_speed")._fastest([*slow_graph, *alike], [0.8, 0.5])
+    assert found[-1] == "| decode | 64 | 25.00 | 2.00x (eager) | 0.50x (eager and graph) |"
+
+
 def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:
     growth = script("growth")
     args = growth.parser("").parse_args(["cpu-size"])
