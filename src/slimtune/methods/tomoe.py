@@ -1,4 +1,4 @@
-"""ToMoE: a dense model becomes a mixture of experts (arXiv 2501.15316; partition, routing and prior are ours: docs/method.md).
+"""ToMoE: a dense model becomes a mixture of experts (arXiv 2501.15316; partition, routing and prior are ours: docs/experts.md).
 
 search   ``adapt`` turns teach generator, routers and, with ``moe.tune``, LoRA; or ``decide`` turns those without LoRA
 recover  the experts are fixed; ``adapt`` turns teach LoRA and routers

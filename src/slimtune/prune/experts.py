@@ -74,6 +74,7 @@ class ExpertGenerator(nn.Module):
         self.prior.copy_(prior)
 
     def forward(self) -> Tensor:
+        """Logits of the channels [L, F, S], fp32."""
         return self.made().channels
 
     def made(self) -> Made:

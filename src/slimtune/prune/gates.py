@@ -1,6 +1,6 @@
 """The bank of masks that the gates of a model read.
 
-Leaf masks (DESIGN 4): the generator's masks are detached to leaves, the model's backward fills their gradient, one
+Leaf masks (docs/method.md): the generator's masks are detached to leaves, the model's backward fills their gradient, one
 all-reduce, then the generator's own backward. So checkpointing, DDP and FSDP2 never see the generator's graph.
 """
 

@@ -20,9 +20,15 @@ from slimtune.structure.experts import Host
 
 
 class Router(nn.Module):
-    """Routers of all layers, fp32.
+    """Routers of all layers, fp32: ``weights`` [E, D] of each, small and random until ``start``.
+
+    Args:
+        hidden: D; number: E.
+        top_k: experts of a token.
+        host: the stock class, which says how logits become weights.
 
     Attributes:
+        counts: how often each expert was chosen [layers, E], where somebody counts; None: nobody.
         temperature: of the shares.
         noise: factor of Gumbel noise on the logits, while training; 0: none.
         balance: factor of the load balance, whose gradient joins that of the loss; 0: none.

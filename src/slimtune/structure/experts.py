@@ -23,6 +23,7 @@ class Division:
 
     @classmethod
     def of(cls, shared: Sequence[int], routed: Sequence[Sequence[int]]) -> Division:
+        """Of channels in any order."""
         return cls(tuple(sorted(map(int, shared))), tuple(tuple(sorted(map(int, each))) for each in routed))
 
     @property
