@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import UserError
+from slimtune.structure.experts import HOSTS
 
 ELSEWHERE = "use the model's folder as it is"
 Get = Callable[[str], Tensor]
@@ -67,8 +68,6 @@ _UNIFORM = {
     "qwen2": Layout("qwen2", any_heads=False),
     "qwen3": Layout("qwen3", biases=False),
 }
-_MIXTURES = ("glm4_moe", "dots1", "qwen2_moe", "qwen3_moe")
-"""Classes of experts without an architecture here that computes the same (Qwen3-MoE's was not tried)."""
 _BY_LAYER = {
     "llama": Layout("deci", paired=True, by_layer=True),
     "mistral": Layout("deci", paired=True, by_layer=True),
@@ -88,7 +87,7 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
         UserError: llama.cpp has none that holds it; names the reason and what does.
     """
     if family not in _UNIFORM:
-        other = "; convert makes a mixtral of Llama and Mistral with moe.shared=false" * (family in _MIXTURES)
+        other = "; convert makes a mixtral of Llama and Mistral with moe.shared=false" * (family in HOSTS)
         raise UserError(
             f"GGUF is not written for model_type {family!r} yet (for {', '.join(_UNIFORM)} it is{other}); {ELSEWHERE}"
         )
