@@ -97,6 +97,21 @@ def test_every_layer_tells_which_part_of_its_channels_is_in_some_expert(runs: An
     assert all(0.5 < part <= 1 for part in steps)
 
 
+@pytest.mark.parametrize("step", [0, 9])
+def test_the_budget_pulls_only_where_widths_are_free(bench: Bench, tmp_path: Path, step: int) -> None:
+    """In the last fifth widths are what the Plan will have: the penalty's slope there is the same at every step, to no end."""
+    changes = {**MOE, **KINDS["published"], "search__steps": 10}
+    changes = {**changes, "moe": {**changes["moe"], "union": 0.0}}
+    experts = tomoe._ToMoE(session_of(bench, tmp_path / "run", **changes)).experts
+    sampled = experts.sample(step)
+    leaves = {site: torch.zeros_like(mask, requires_grad=True) for site, mask in sampled.items()}
+    for leaf in leaves.values():
+        leaf.grad = torch.zeros_like(leaf)
+    figures = experts.learn(step, sampled, [leaves])
+    assert float(figures["budget"]) > 0
+    assert (float(figures["grad_norm"]) > 0) == (step == 0)
+
+
 def test_without_validation_rows_no_shares_are_told(bench: Bench, tmp_path: Path) -> None:
     few = {"data__valid_fraction": 0.0, "evaluate__every": 0, "search__steps": 1, "recover__steps": 1}
     summary = tune(bench.recipe(tmp_path, **{**MOE, **few}))

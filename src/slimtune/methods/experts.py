@@ -176,7 +176,9 @@ class Experts:
             masks = torch.stack([mask[1:].T for (_, axis), mask in sampled.items() if axis == FFN])
             ratio = self._sampled_ratio(masks, sampled)
             over, union = budget.budget_loss(ratio, self.target(step)), union_loss(masks)
-            extra.append(self.config.budget * over + self.config.union * union)
+            if self._free(step):  # where widths are given its slope is what stays the same, and would outweigh that of the loss
+                extra.append(self.config.budget * over)
+            extra.append(self.config.union * union)
             figures |= {"sampled": ratio.detach(), "budget": over.detach(), "union": union.detach()}
         torch.autograd.backward(
             [*sampled.values(), *extra], [*(gradients[site] for site in sampled), *map(torch.ones_like, extra)]
