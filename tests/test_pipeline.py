@@ -490,7 +490,7 @@ def test_resume_and_overwrite_exclude_each_other(bench: Bench, tmp_path: Path) -
 def test_an_unknown_key_names_the_nearest(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(bench.recipe(tmp_path / "run").to_yaml())
     result = run_cli(app, ["tune", str(tmp_path / "recipe.yaml"), "budget.kep=0.5"])
-    assert (result.exit_code, result.stderr) == (2, "error: recipe: unknown key 'budget.kep'. Did you mean 'keep'?\n")
+    assert (result.exit_code, result.stderr) == (2, "error: recipe: unknown key 'budget.kep'. Did you mean 'budget.keep'?\n")
 
 
 def test_an_earlier_run_is_neither_replaced_nor_continued_unasked(bench: Bench, finished: tuple[Path, Any]) -> None:

@@ -43,10 +43,10 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
     ("raw", "message"),
     [
         ({"bugdet": {}}, r"unknown key 'bugdet'. Did you mean 'budget'\?"),
-        ({"budget": {"kep": 0.5}}, r"unknown key 'budget.kep'. Did you mean 'keep'\?"),
+        ({"budget": {"kep": 0.5}}, r"unknown key 'budget.kep'. Did you mean 'budget.keep'\?"),
         (
             {"data": {"train": [{"path": "x", "promt": "y"}]}},
-            r"unknown key 'data.train.0.promt'. Did you mean 'prompt'\?",
+            r"unknown key 'data.train.0.promt'. Did you mean 'data.train.0.prompt'\?",
         ),
         ({"keep": 0.5}, r"unknown key 'keep'. Did you mean 'budget.keep'\?"),
         ({"data": {"train": [{"path": "x", "zzz": 1}]}}, r"unknown key 'data.train.0.zzz'. Known: path, name, split, "),
@@ -102,7 +102,7 @@ def test_an_earlier_name_of_a_key_is_read(tmp_path: Path) -> None:
         ),
         ("data.train.path=x", r"'train' is not a section .*; give data\.train=x$"),
         ("budget={keep: 0.5, keep: 0.6}", r"key 'keep' stands there twice"),
-        ("budget.kepp=0.5", r"Did you mean 'keep'\?"),
+        ("budget.kepp=0.5", r"Did you mean 'budget.keep'\?"),
     ],
 )
 def test_what_an_override_cannot_be(file: Path, override: str, message: str) -> None:

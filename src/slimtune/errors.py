@@ -15,10 +15,10 @@ class UserError(Exception):
     """Whether every process of a run comes to it, so that the first one's word is enough."""
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """``" Did you mean 'x'?"`` for the closest known word, else the empty string."""
+def nearest(word: str, known: Iterable[str], below: Iterable[str] = ()) -> str:
+    """``" Did you mean 'x'?"`` for the closest known word, else the empty string; with the keys that x is below."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {match[0]!r}?" if match else ""
+    return f" Did you mean {'.'.join([*below, match[0]])!r}?" if match else ""
 
 
 def out_of_memory(error: Exception) -> str | None:

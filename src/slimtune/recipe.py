@@ -101,10 +101,10 @@ class Recipe(Section):
     @property
     def moe_windows(self) -> int:
         """Windows that ``tomoe`` reads: of its passes over decision batches, its search and its recovery."""
-        passes = (self.moe.groups != "all") + (self.moe.prior != "none") + self.moe.fits(self.search.steps)
         batch = self.search.batch or self.train.batch
         searched = self.search.steps * (self.train.batch if self.moe.tune else batch)
-        return passes * self.moe.prior_steps * batch + searched + self.recover.steps * self.train.batch
+        prior = self.moe.passes(self.search.steps) * self.moe.prior_steps * batch
+        return prior + searched + self.recover.steps * self.train.batch
 
     @property
     def windows(self) -> int:
@@ -268,7 +268,7 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         homes = [name for name in Recipe.model_fields if loc[-1] in _keys_at([name])] if len(loc) == 1 else []
         known = _keys_at(loc[:-1])
-        hint = f" Did you mean {homes[0] + '.' + where!r}?" if homes else nearest(loc[-1], known)
+        hint = f" Did you mean {homes[0] + '.' + where!r}?" if homes else nearest(loc[-1], known, loc[:-1])
         return f"recipe: unknown key {where!r}.{hint or ' Known: ' + ', '.join(known)}"
     if first["type"] == "value_error" and not where:
         return f"recipe: {first['ctx']['error']}"

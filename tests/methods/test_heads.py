@@ -106,6 +106,14 @@ def test_the_report_and_the_card_can_be_read(runs: Any, tmp_path: Path) -> None:
     assert "| value dimensions of a token, in each head | 14 |" in card
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_passes_over_decision_batches_are_as_many_as_are_counted(runs: Any, bench: Bench, tmp_path: Path, kind: str) -> None:
+    method = tomoe._ToMoE(session_of(bench, tmp_path / "run", **{**MOE, **KINDS[kind]}))
+    recipe, summary = method.recipe, runs(kind)[1]
+    once = sum(method.decision.tokens(step) for step in range(recipe.moe.prior_steps))
+    assert summary["tokens"]["prior"] == recipe.moe.passes(recipe.search.steps) * once
+
+
 def test_on_the_way_masks_and_channels_are_at_the_present_target(bench: Bench, tmp_path: Path) -> None:
     session = session_of(bench, tmp_path / "run", **{**MOE, **KINDS["tokens"], "search__steps": 10, "search__ramp": 0.5})
     experts = tomoe._ToMoE(session).experts

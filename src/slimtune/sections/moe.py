@@ -86,6 +86,10 @@ class MoeConfig(Section):
         searched = -(-steps // self.refit_every) if self.refit_every else 0
         return (searched + self.refit_rounds) if self.refit else 0
 
+    def passes(self, steps: int) -> int:
+        """Passes over decision batches: for KV groups where some may go, for the prior and for each fit."""
+        return (self.attention == "groups" and self.groups != "all") + (self.prior != "none") + self.fits(steps)
+
     @property
     def chosen(self) -> int:
         """Routed experts that a token uses."""
