@@ -16,6 +16,7 @@ import json
 import re
 from pathlib import Path
 
+import caught
 import compiling
 import cost
 import decode_ways
@@ -39,6 +40,7 @@ TABLES = re.compile(rf"({START}(?P<file>\S+): (?P<parts>[a-z ]+) -->\n)(?:(?!{ST
 FIGURE = re.compile(r"<!-- figure (?P<file>\S+) -->\n!\[[^\]]*\]\((?P<picture>\S+\.svg)\)")
 PARTS = ("figures", "tasks", "means", "retention", "leads")
 OWN = {
+    "caught": caught.table,
     "speed": speed.tables,
     "ways": decode_ways.table,
     "cost": cost.table,

@@ -38,6 +38,7 @@ OF_OWN_KIND = {
     "small-updates": {"way", "model", "layers", "rate", "steps", "before", "after", "gpu"},
     "startup": {"command", "seconds", "fastest", "runs", "python", "typer"},
     "compiling": {"way", "model", "layers", "widths", "graphs", "first_seconds", "step_seconds", "gpu"},
+    "tomoe-caught": {"recipe", "keep", "layer", "active", "tokens", "routed", "fixed", "fixed_seen", "commit", "machine"},
     "tomoe-fits": {"name", "words", "seed", "ppl", "ppl_se", "valid_ppl", "tokens", "commit", "machine"},
     "tomoe-probes": {"probe", "name", "method", "keep", "ppl", "parameters", "block_ratio", "commit", "machine"},
     "tomoe-routing": {"run", "class", "dtype", "difference", "ppl_gated", "ppl_written", "same_given", "same", "machine"},
@@ -409,6 +410,19 @@ def test_experts_are_held_to_the_dense_model_in_its_own_fastest_way() -> None:
     alike = [row("dense", "eager", 30.0, 0.8), row("other", "eager", 15.0, 0.8)]
     found = script("tomoe_speed")._fastest([*slow_graph, *alike], [0.8, 0.5])
     assert found[-1] == "| decode | 64 | 25.00 | 2.00x (eager) | 0.50x (eager and graph) |"
+
+
+def test_what_routed_and_fixed_channels_catch_by_hand(tmp_path: Path) -> None:
+    caught = script("caught")
+    energy = torch.tensor([[4.0, 1.0, 0.0], [0.0, 2.0, 3.0]])
+    routed = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    parts = caught.caught(energy, routed, torch.tensor([0.0, 0.0, 1.0]), 1)
+    assert parts == pytest.approx({"routed": 6 / 7, "fixed": 3 / 7, "fixed_seen": 4 / 7})
+    (own, other) = caught.rows_of(ROOT / "recipes" / "tomoe-demo.yaml", 0.5, str(tmp_path))[:2]
+    assert [own["layer"], other["layer"]] == [0, 1]
+    assert own["fixed"] <= own["fixed_seen"] <= 1
+    assert own["fixed"] < own["routed"] <= 1
+    assert caught.table([own, other]).splitlines()[-1].startswith("| tomoe-demo | 0.5 | 352 | ")
 
 
 def test_growth_is_told_as_a_multiple_of_plain_loras() -> None:
