@@ -33,7 +33,7 @@ golden: setup
 
 # The tables and figures of docs/RESULTS.md and docs/results/FIGURES.md, from the raw rows in docs/results/. What makes new rows stands beside each table.
 results: setup
-	$(BIN)/python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md
+	$(BIN)/python benchmarks/results.py docs/RESULTS.md docs/results/FIGURES.md docs/results/EARLIER.md
 
 # What claims of cost are made of, at a size for a CPU, as ratios in one process each (several GPUs' stand-ins: processes of one run).
 SMALL := cpu-size --batch 2 --window 64

@@ -213,10 +213,10 @@ def test_a_dry_run_goes_from_random_weights_to_a_row(
 
 def test_tables_and_figures_of_the_results_are_those_of_their_rows(tmp_path: Path) -> None:
     results, file = script("results"), ROOT / "docs" / "RESULTS.md"
-    figures = ROOT / "docs" / "results" / "FIGURES.md"
+    aside = [ROOT / "docs" / "results" / name for name in ("FIGURES.md", "EARLIER.md")]
     text = file.read_text(encoding="utf-8")
     assert text.count(results.START) > 3
-    for document in (file, figures):
+    for document in (file, *aside):
         assert results.START in document.read_text(encoding="utf-8")
         assert results.filled(document.read_text(encoding="utf-8"), document.parent) == document.read_text(encoding="utf-8")
     assert results.pictures(text, file.parent)

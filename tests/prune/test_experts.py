@@ -43,9 +43,20 @@ def test_gradients_point_to_where_a_channel_is_wanted(logits: torch.Tensor) -> N
 def test_overlapping_experts_have_their_width(logits: torch.Tensor) -> None:
     masks = topped(logits, 7, 0.4, dim=1)
     assert torch.equal(masks.detach().sum(1), torch.full((2, 5), 7.0))
-    masks.sum().backward()
+
+
+def test_what_raises_a_whole_expert_changes_nothing_and_has_no_gradient(logits: torch.Tensor) -> None:
+    """As many channels stay whatever the level, so that a loss that wants all of them must not drive logits up for ever."""
+    masks = topped(logits, 7, 0.4, dim=1)
+    assert torch.equal(topped(logits + 7.0, 7, 0.4, dim=1), masks)
+    weights = torch.rand(masks.shape, generator=torch.Generator().manual_seed(2))
+    (weights * masks).sum().backward()
     assert logits.grad is not None
-    assert (logits.grad >= 0).all()
+    torch.testing.assert_close(logits.grad.sum(1), torch.zeros(2, 5), atol=1e-5, rtol=0)
+    assert logits.grad.abs().max() > 1e-3
+    logits.grad = None
+    topped(logits, 7, 0.4, dim=1).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), atol=1e-5, rtol=0)
 
 
 def test_the_union_by_hand() -> None:

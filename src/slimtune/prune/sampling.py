@@ -51,8 +51,10 @@ def sample(logits: Tensor, noise: Tensor, kind: Noise, estimator: Estimator, tem
 def topped(logits: Tensor, width: int, temperature: float, dim: int = -1, offset: float = 0.0) -> Tensor:
     """The ``width`` largest along ``dim``, of equals the first: 0/1, with the gradient of sigmoid above the last of them.
 
+    That level moves with the logits so that as many stay: what raises all of them changes nothing, so it has no gradient.
+
     Args:
-        width: 0: those of at least ``-offset``.
+        width: 0: those of at least ``-offset``, a level that stays.
     """
     if width:
         order = torch.sort(logits.detach(), dim=dim, descending=True, stable=True)
@@ -63,5 +65,9 @@ def topped(logits: Tensor, width: int, temperature: float, dim: int = -1, offset
         hard = (logits.detach() >= level).to(logits.dtype)
     if not torch.is_grad_enabled():
         return hard
+    if width:
+        near = torch.sigmoid((logits.detach() - level) / temperature)
+        slope = near * (1 - near)  # at the level itself a quarter, so the sum is no zero
+        level = level + (slope / slope.sum(dim, keepdim=True) * (logits - logits.detach())).sum(dim, keepdim=True)
     soft = torch.sigmoid((logits - level) / temperature)
     return hard + (soft - soft.detach())
