@@ -99,9 +99,10 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
             f"to fit in, with others to choose from (moe.number={moe.number}); change budget.keep, moe.number, moe.top_k or "
             "budget.ffn_multiple"
         )
+    shared = "" if moe.experts == "overlap" else f"moe.shared={str(moe.shared).lower()}, "
     raise UserError(
         f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by experts "
-        f"(moe.number={moe.number}, moe.top_k={moe.top_k}, moe.shared={str(moe.shared).lower()}, moe.groups={moe.groups}, "
+        f"(moe.number={moe.number}, moe.top_k={moe.top_k}, {shared}moe.groups={moe.groups}, "
         f"budget.ffn_multiple={budget.ffn_multiple}): the nearest part that a token can use is {best[1]:.4f}; ask for that, or "
         "change those"
     )
