@@ -7,7 +7,7 @@ Of a token and a channel that is e = (h |W_down|)^2, the square of what it adds 
 of the recipe begins with, from decision rows; measured is the base on validation rows, in each layer as a part of what the best
 channels of each single token would catch, as many as the token uses. ``routed``: shared expert and chosen ones; ``fixed``:
 those that catch most on decision rows; ``fixed_seen``: those that catch most on the very rows it is measured on, which no cut
-can beat.
+of as many channels in each layer can beat.
 """
 
 from __future__ import annotations

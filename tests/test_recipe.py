@@ -252,7 +252,7 @@ def test_an_alarm_that_cannot_be_read(file: Path) -> None:
         "alarm.then=halt": "alarm.then='halt' is not valid",
         "alarm.command='a \"b'": "alarm.command='a \"b' is not valid: .*No closing quotation",
         "alarm.timeout=0": "alarm.timeout=0 is not valid: .*greater than 0",
-        "alarm.webhok=x": r"unknown key 'alarm.webhok'. Did you mean 'webhook'\?",
+        "alarm.webhok=x": r"unknown key 'alarm.webhok'. Did you mean 'alarm.webhook'\?",
         "speed.batches=[]": "speed.batches=.* is not valid",
         "speed.measure=maybe": "speed.measure='maybe' is not valid",
     }.items():

@@ -57,7 +57,7 @@ def test_a_method_may_say_which_budgets_it_stands_for(tmp_path: Path) -> None:
 BAD: list[tuple[dict[str, Any], str]] = [
     (
         {"methods": {"atp": {}, "mine": {"lora.rnk": 3}}},
-        "comparison: methods.mine: unknown key 'lora.rnk'. Did you mean 'rank'?",
+        "comparison: methods.mine: unknown key 'lora.rnk'. Did you mean 'lora.rank'?",
     ),
     ({"methods": {"mine": {"method": "prune"}}}, "comparison: methods.mine: method='prune' is not valid"),
     ({"methods": {"mine": {"lora": {"rank": 0}}}}, "comparison: methods.mine: lora.rank=0 is not valid"),

@@ -196,7 +196,7 @@ def test_what_is_written_is_what_recovery_tuned_where_that_was_whole(
     [
         ({"model__quantize": "int4"}, r"model.quantize='int4' is not valid: Input should be 'none' or 'nf4'"),
         ({"model__quantize": True}, r"model.quantize=True is not valid: Input should be 'none' or 'nf4'"),
-        ({"model__quantise": "nf4"}, r"unknown key 'model.quantise'. Did you mean 'quantize'"),
+        ({"model__quantise": "nf4"}, r"unknown key 'model.quantise'. Did you mean 'model.quantize'"),
         ({"quantize": "nf4"}, r"unknown key 'quantize'. Did you mean 'model.quantize'"),
         ({"train__shard": "full"}, r"model.quantize needs whole weights and does not go with train.shard=full; leave one"),
         ({"train__compile": True}, r"model.quantize=nf4 does not go with train.compile=true; leave one of them out"),

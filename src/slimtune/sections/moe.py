@@ -75,9 +75,9 @@ class MoeConfig(Section):
     """Factor of the load balance, in each layer: the number of experts times the sum over them of share of tokens times mean
     score (published: without the number, the mean of the layers)."""
     union: Annotated[float, Field(ge=0.0)] = 3.0
-    """``overlap``: factor of the penalty on channels that are in no expert."""
+    """``overlap`` with ``prior: none``: factor of the penalty on channels that are in no expert."""
     budget: Annotated[float, Field(ge=0.0)] = 16.0
-    """``overlap``: factor of the penalty |log(active / target)|."""
+    """``overlap`` with ``prior: none``: factor of the penalty |log(active / target)|, while widths are free."""
     tokens: Count = 4096
     """Tokens a layer that the prior keeps of what it reads."""
 
