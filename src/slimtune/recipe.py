@@ -123,7 +123,7 @@ class Recipe(Section):
     @property
     def refit_windows(self) -> int:
         """Windows that ``twostage`` reads between its decision and its cut."""
-        return self.twostage.least_squares * self.twostage.batches * (self.search.batch or self.train.batch)
+        return self.twostage.fits * self.twostage.batches * (self.search.batch or self.train.batch)
 
     @property
     def scoring_windows(self) -> int:

@@ -197,7 +197,7 @@ def test_ranking_by_layer_keeps_equal_shares_and_the_others_do_not(bench: Bench,
     ("scores", "stop", "extra"),
     [
         ("wanda", "recover", {}),
-        ("wanda", "recover", {"twostage__least_squares": True}),
+        ("wanda", "recover", {"twostage__least_squares": True, "twostage__refit_rounds": 2}),
         ("generator", "recover", {}),
         ("generator", "recover", {"compensate__weights": "decide"}),
         ("generator", "decide", {"generator__prior": "wanda", "search__decide_every": 2, "evaluate__every": 2}),
@@ -251,6 +251,22 @@ def test_least_squares_at_the_cut_start_from_the_bases_weights(bench: Bench, tmp
         found.append([module.base_layer.weight.clone() for _, row, module in linears_of(run.model, run.structure) if row.into])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_second_fit_reads_what_comes_through_the_first(bench: Bench, tmp_path: Path) -> None:
+    """So what lies before all that was fitted is as it was, and the tokens are twice as many."""
+    found, tokens = [], []
+    for rounds in (1, 2):
+        keys = {"twostage__least_squares": True, "twostage__batches": 2, "twostage__refit_rounds": rounds}
+        run = twostage._TwoStage(session_of(bench, tmp_path / str(rounds), method="twostage", **keys))
+        sizes = {site: run.structure.layers[site[0]].units[site[1]] for site in run.structure.sites()}
+        tokens.append(run._refit({site: (torch.arange(size) % 2 == 0).float() for site, size in sizes.items()}))
+        found.append([module.base_layer.weight.clone() for _, row, module in linears_of(run.model, run.structure) if row.into])
+        assert run.recipe.refit_windows == rounds * 2 * run.recipe.train.batch
+    (first, *later), (again, *others) = found
+    torch.testing.assert_close(first, again)
+    assert all(not torch.allclose(one, other, rtol=1e-3) for one, other in zip(later, others, strict=True))
+    assert tokens[1] == 2 * tokens[0]
 
 
 def test_flaps_biases_and_least_squares_exclude_each_other(bench: Bench, tmp_path: Path) -> None:

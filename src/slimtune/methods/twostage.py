@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimtune.methods.compensation import Fit, compensation_of
+from slimtune.methods.compensation import Compensation, Fit, compensation_of
 from slimtune.methods.decide import Decider
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.passes import Passes
@@ -141,15 +141,21 @@ class _TwoStage:
         """Kept columns take over what removed inputs did, by moments of the model that the Plan leaves; the tokens read."""
         self.bank.open()  # what was decided under compensating weights goes on from the base's
         self.bank.follower = None
-        self.bank.close(masks)
-        passes = Passes(self.session, self.model, self.decider.batches, self.recipe.twostage.batches)
-        wanted = self.recipe.compensate
-        moments = passes.second_moments(torch.device("cpu") if wanted.offload else self.session.device)
-        self.bank.open()
-        compensation = compensation_of(self.session, self.model, moments, Fit(wanted.damping, judge=False))
-        compensation.closed(masks)
+        compensation: Compensation | None = None
+        wanted, tokens = self.recipe.compensate, 0
+        for _ in range(self.recipe.twostage.refit_rounds):
+            self.bank.close(masks)
+            passes = Passes(self.session, self.model, self.decider.batches, self.recipe.twostage.batches)
+            moments = passes.second_moments(torch.device("cpu") if wanted.offload else self.session.device)
+            self.bank.open()
+            if compensation:
+                compensation.opened()  # what is fitted is the base's weights each time
+            compensation = compensation_of(self.session, self.model, moments, Fit(wanted.damping, judge=False))
+            compensation.closed(masks)
+            tokens += passes.tokens
+        assert compensation is not None
         compensation.settled()
-        return passes.tokens
+        return tokens
 
     def _phase(self, name: str, steps: int, turns: list[Turn]) -> Phase:
         before = self.recipe.search.steps if name == "recover" and self.recipe.twostage.scores == "generator" else 0

@@ -27,5 +27,12 @@ class TwoStageConfig(Section):
     least_squares: bool = False
     """At the cut the kept columns of o_proj and down_proj take over what the removed inputs did, as with ``compensate`` of atp;
     ``batches`` decision batches are read once more for it, by the model that the Plan leaves."""
+    refit_rounds: Positive = 1
+    """Fits of ``least_squares``; from the second on each reads what comes through the one before."""
     tune: bool = True
     """Off: what is cut is not tuned, so that decisions can be compared by themselves."""
+
+    @property
+    def fits(self) -> int:
+        """Passes over decision batches between the decision and the cut."""
+        return self.refit_rounds if self.least_squares else 0
