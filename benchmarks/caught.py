@@ -37,9 +37,9 @@ Row = dict[str, Any]
 
 
 @torch.no_grad()
-def rows_of(file: Path, keep: float, folder: str) -> list[Row]:
-    """A row for each layer of the recipe's base."""
-    recipe = load(file, [f"out={folder}", f"budget.keep={keep}"])
+def rows_of(file: Path, keep: float, folder: str, *words: str) -> list[Row]:
+    """A row for each layer of the recipe's base; ``words`` change the recipe."""
+    recipe = load(file, [f"out={folder}", f"budget.keep={keep}", *words])
     structure, run = structure_of(load_config(recipe.model)), RunFolder(folder)
     splits = load_splits(recipe.data, load_tokenizer(recipe.model), frozenset({"train", "decision", "valid"}))
     accelerator = make_accelerator(recipe)
