@@ -180,7 +180,7 @@ def test_a_real_model_goes_on_as_in_torch(base: str, tmp_path: Path, request: py
     gguf.write(folder, tmp_path / "model.gguf", "f32")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ran = run(tmp_path / "model.gguf", TEXTS, tokens=64, threads=2)
+    ran = run(tmp_path / "model.gguf", TEXTS, tokens=64)
     for text, tokens, read in zip(TEXTS, ran.tokens, ran.read, strict=True):
         ids = tokenizer(text, return_tensors="pt")["input_ids"]
         assert read == ids.shape[1]
