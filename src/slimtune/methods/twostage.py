@@ -150,6 +150,7 @@ class _TwoStage:
             self.bank.open()
             if compensation:
                 compensation.opened()  # what is fitted is the base's weights each time
+                compensation = None  # before the next one copies them
             compensation = compensation_of(self.session, self.model, moments, Fit(wanted.damping, judge=False))
             compensation.closed(masks)
             tokens += passes.tokens
