@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import looked_at
+from kernel_times import looked_at
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from expert_ways import WAYS, Way
-from kernels import looked_at
+from kernel_times import looked_at
 from speed import CUTS, HERE, cut_config, drawn
 from transformers import AutoConfig, PreTrainedConfig
 
