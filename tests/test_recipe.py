@@ -54,6 +54,7 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
         ({"out": ""}, r"out='' is not valid"),
         ({"model": {"config": {"hidden_size": 8}}}, r"add model.init=config"),
         ({"distill": {"recover": True}}, r"no effect without distill.weight"),
+        ({"twostage": {"refit_rounds": 2}}, r"^recipe: twostage.refit_rounds=2 repeats fits of .*; set it true$"),
         ({"budget": {"keep": 0}}, r"budget.keep=0 is not valid: .*greater than 0"),
         ({"budget": {"keep": 1.5}}, r"budget.keep=1.5 is not valid"),
         (

@@ -108,12 +108,12 @@ class Recipe(Section):
 
     @property
     def windows(self) -> int:
-        """All windows that ``atp`` reads: what a run of another method may read to be compared at equal cost."""
+        """All windows that the method reads at most, of a rival as many as ``atp`` or what its decision takes."""
         if self.method == "tomoe":
             return self.moe_windows
-        if self.method == "twostage" and not self.twostage.tune:
-            return self.scoring_windows
-        return self.updates * self.train.batch + self.decide_windows
+        tuned = self.method != "twostage" or self.twostage.tune
+        read = self.updates * self.train.batch + self.decide_windows if tuned else 0
+        return max(read, self.scoring_windows) if self.method == "twostage" else read
 
     @property
     def prunes(self) -> bool:
@@ -270,9 +270,9 @@ def _explain(error: ValidationError) -> str:
         known = _keys_at(loc[:-1])
         hint = f" Did you mean {homes[0] + '.' + where!r}?" if homes else nearest(loc[-1], known, loc[:-1])
         return f"recipe: unknown key {where!r}.{hint or ' Known: ' + ', '.join(known)}"
-    if first["type"] == "value_error" and not where:
-        return f"recipe: {first['ctx']['error']}"
     inside = _keys_at(loc)
+    if first["type"] == "value_error" and inside and isinstance(first["input"], Mapping):
+        return f"recipe: {first['ctx']['error']}"
     if inside and not isinstance(first["input"], Mapping):
         return f"recipe: {where}={first['input']!r} is not valid: it is a section with keys {', '.join(inside)}"
     reasons = dict.fromkeys(item["msg"] for item in (first, *others) if _keys(item["loc"]) == loc)  # one a union's member

@@ -238,6 +238,14 @@ def test_what_is_not_tuned_is_decided_and_fitted_alone(bench: Bench, tmp_path: P
         assert torch.equal(base[name][list(kept[FFN])], written[name])
 
 
+def test_what_a_decision_takes_is_counted_where_nothing_else_is_read(bench: Bench, tmp_path: Path) -> None:
+    none = {"search__steps": 0, "recover__steps": 0, "generator__prior": "none"}
+    keys = {"scores": "wanda", "least_squares": True, "batches": 2}
+    recipe = bench.recipe(tmp_path, method="twostage", twostage=keys, **none)
+    assert recipe.windows == recipe.scoring_windows == 4 * recipe.train.batch
+    assert recipe.tuning_steps == 0
+
+
 def test_least_squares_at_the_cut_start_from_the_bases_weights(bench: Bench, tmp_path: Path) -> None:
     """Whatever compensated while the generator decided."""
     found = []

@@ -178,8 +178,9 @@ class Experts:
             over, union = budget.budget_loss(ratio, self.target(step)), union_loss(masks)
             if self._free(step):  # where widths are given its slope is what stays the same, and would outweigh that of the loss
                 extra.append(self.config.budget * over)
+                figures["budget"] = over.detach()
             extra.append(self.config.union * union)
-            figures |= {"sampled": ratio.detach(), "budget": over.detach(), "union": union.detach()}
+            figures |= {"sampled": ratio.detach(), "union": union.detach()}
         torch.autograd.backward(
             [*sampled.values(), *extra], [*(gradients[site] for site in sampled), *map(torch.ones_like, extra)]
         )

@@ -19,6 +19,7 @@ from slimtune.prune.cmoe import cmoe_split
 from slimtune.prune.gates import MaskBank, Site, squares_over_ranks
 from slimtune.prune.split import split
 from slimtune.structure.axes import FFN, KV_GROUP
+from slimtune.structure.plan import Plan
 from slimtune.train.loop import hash_seed
 from slimtune.train.objective import Batch, accumulate, loss_sum
 from slimtune.train.session import Batches, Session
@@ -150,4 +151,19 @@ def starved(shares: list[list[float]], top_k: int) -> str:
     return (
         f"{len(few)} of {sum(map(len, shares))} experts are used by less than {LEAST:.0%} of the validation tokens: {named}"
         f"{' and others' if len(few) > 3 else ''}; raise moe.balance, or recover.steps"
+    )
+
+
+ALIKE = 0.95
+"""The part of a layer's channels in experts that one of them has alone, from which on a token's choice hardly matters."""
+
+
+def alike(plan: Plan) -> str:
+    """What to tell of layers whose experts are the same channels over again; empty where there are none."""
+    parts = [each.used(1) / len(each.union) for each in plan.experts]
+    if not (few := [part for part in parts if part >= ALIKE]):
+        return ""
+    return (
+        f"in {len(few)} of {len(parts)} layers experts are alike: one has {min(few):.0%} or more of the channels that all have "
+        "together, so nothing depends on the route; give moe.prior, a longer search, or cut with method: atp"
     )

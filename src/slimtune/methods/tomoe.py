@@ -17,7 +17,7 @@ from torch import Tensor
 from slimtune.methods.experts import Experts
 from slimtune.methods.outcome import Outcome
 from slimtune.methods.refit import Fits, put_refit, taken_refit
-from slimtune.methods.routes import prior_of, shares_of, starved
+from slimtune.methods.routes import alike, prior_of, shares_of, starved
 from slimtune.methods.start import gated_model
 from slimtune.methods.teacher import Teacher
 from slimtune.models.modes import quiet
@@ -72,7 +72,7 @@ class _ToMoE:
         self._phase("recover", [Turn("adapt", self._recover)], self.recover, step)
         assert self.plan is not None
         shares = shares_of(self.session, self.model, self.bank, self.experts, self.masks)
-        if told := starved(shares, self.plan.top_k):
+        for told in filter(None, (starved(shares, self.plan.top_k), alike(self.plan))):
             self.session.progress.say(f"[yellow]{told}[/yellow]")
         tokens = {**self.tokens, "adapt": self.tuner.tokens}
         for handle in self.handles:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import model_validator
+
 from slimtune.section import Section
 from slimtune.sections.bounds import Positive
 
@@ -36,3 +38,11 @@ class TwoStageConfig(Section):
     def fits(self) -> int:
         """Passes over decision batches between the decision and the cut."""
         return self.refit_rounds if self.least_squares else 0
+
+    @model_validator(mode="after")
+    def _rounds_of_something(self) -> TwoStageConfig:
+        if self.refit_rounds > 1 and not self.least_squares:
+            raise ValueError(
+                f"twostage.refit_rounds={self.refit_rounds} repeats fits of twostage.least_squares, which is off; set it true"
+            )
+        return self
