@@ -92,28 +92,36 @@ def rows_of(args: argparse.Namespace) -> list[dict[str, Any]]:
     if args.compile and device.type == "cuda":  # half a minute a model and batch
         last = Settings(tuple(args.compile), args.prompt, args.context, 32, args.repeats, ("compiled graph",), prompts=False)
         found += measured(fuller, last, say)
-    return [{**head, **row, "parameters": sizes[row["model"]].parameters, "seconds": _short(row["seconds"])} for row in found]
+    return [{**head, **row, "parameters": sizes[row["model"]].parameters, "seconds": short(row["seconds"])} for row in found]
 
 
 def gguf_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The same of files in llama.cpp, by its own clocks: one row of tokens."""
     with tempfile.TemporaryDirectory(prefix="slimtune-speed-") as scratch:
-        files = {}
-        for name, config in configs(args, vocab_size=6144, bos_token_id=None, eos_token_id=0):
-            drawn(name, config, torch.device("cpu"), torch.bfloat16).save_pretrained(Path(scratch) / name)
-            for file in (ASSETS / "tokenizer.json", ASSETS / "tokenizer_config.json"):
-                copyfile(file, Path(scratch) / name / file.name)
-            files[name] = Path(scratch) / f"{name}.gguf"
-            gguf.write(Path(scratch) / name, files[name], args.gguf)
-            rmtree(Path(scratch) / name)
+        models = configs(args, **OF_ASSETS)
+        files = {name: gguf_file(name, config, Path(scratch), args.gguf) for name, config in models}
         found = llama_runs.bench(files, Settings((1,), args.prompt, repeats=args.repeats), partial(print, flush=True))
     head = {"shape": args.shape, "keep": args.keep, "seed": args.seed, "dtype": args.gguf, "context": args.prompt}
     head |= {key: value for key, value in found.items() if key in ("machine", "prompt", "xllamacpp")}
     sizes = {model["name"]: model["parameters"] for model in found["models"]}
-    return [{**head, **row, "parameters": sizes[row["model"]], "seconds": _short(row["seconds"])} for row in found["rows"]]
+    return [{**head, **row, "parameters": sizes[row["model"]], "seconds": short(row["seconds"])} for row in found["rows"]]
 
 
-def _short(seconds: list[float]) -> str:
+OF_ASSETS = {"vocab_size": 6144, "bos_token_id": None, "eos_token_id": 0}
+"""Of a shape with the embedded base's tokenizer, for a file needs one."""
+
+
+def gguf_file(name: str, config: PreTrainedConfig, folder: Path, kind: str) -> Path:
+    """A file of this kind, with random weights."""
+    drawn(name, config, torch.device("cpu"), torch.bfloat16).save_pretrained(folder / name)
+    for file in (ASSETS / "tokenizer.json", ASSETS / "tokenizer_config.json"):
+        copyfile(file, folder / name / file.name)
+    gguf.write(folder / name, folder / f"{name}.gguf", kind)
+    rmtree(folder / name)
+    return folder / f"{name}.gguf"
+
+
+def short(seconds: list[float]) -> str:
     """Of all turns, as text: rows are flat."""
     return " ".join(f"{value:.5g}" for value in seconds)
 

@@ -48,15 +48,15 @@ SAME = ("shape", "machine", "kind", "keep", "model", "implementation", "what", "
 """What rows that measured the same have in common."""
 
 
-def base_of(shape: str) -> PreTrainedConfig:
+def base_of(shape: str, **more: Any) -> PreTrainedConfig:
     """Its config."""
-    keys = dict(json.loads((HERE / "shapes.json").read_text())[shape])
+    keys = {**json.loads((HERE / "shapes.json").read_text())[shape], **more}
     return AutoConfig.for_model(keys.pop("model_type"), **keys)
 
 
-def other_of(kind: str, keep: float, args: argparse.Namespace) -> tuple[PreTrainedConfig, Row]:
+def other_of(kind: str, keep: float, args: argparse.Namespace, **more: Any) -> tuple[PreTrainedConfig, Row]:
     """A config, and what rows tell of it."""
-    base = base_of(args.shape)
+    base = base_of(args.shape, **more)
     if kind == "uniform":
         config = cut_config(base, keep, args.seed, **{**CUTS["uniform"], "of": "block"})
         return config, {"groups": config.num_key_value_heads, "width": config.intermediate_size}
@@ -209,8 +209,8 @@ def _table(rows: list[Row]) -> str:
     lines = [
         f"{first['shape']} shape, {first['kind']} ({first['class']}), random weights, {first['dtype']}, {first['machine']};"
     ]
-    about = {keep: _about(parts[keep]) + _read([row for row in mine if row["keep"] == keep]) for keep in parts}
-    lines += [f"steps after {first['context']:,} tokens.", "", *(f"- {each}" for each in about.values()), ""]
+    shown = {keep: about(parts[keep]) + _read([row for row in mine if row["keep"] == keep]) for keep in parts}
+    lines += [f"steps after {first['context']:,} tokens.", "", *(f"- {each}" for each in shown.values()), ""]
     lines += [f"| | batch | experts | dense, ms | {' | '.join(per_cent)} |", f"|{' --- |' * (4 + len(parts))}"]
     for what, how, batch in dict.fromkeys(key_of(row) for row in mine):
         alike = [row for row in rows if key_of(row) == (what, how, batch)]
@@ -240,7 +240,7 @@ def _fastest(rows: list[Row], keeps: list[float]) -> list[str]:
     return lines
 
 
-def _about(row: Row) -> str:
+def about(row: Row) -> str:
     """Of one model: its experts and bytes."""
     experts = f"{row['groups']} KV groups, "
     if "number" in row:
