@@ -51,7 +51,7 @@ bench: setup
 GRIDS := $(addprefix docs/results/,$(addsuffix .json,python-docs health-docs legal-docs health-docs-earlier))
 tables: setup
 	@for rows in $(GRIDS); do echo; echo $$rows; $(BIN)/python benchmarks/grid.py --rows $$rows || exit 1; done
-	@for rows in $(filter-out $(GRIDS) %dry-run.json %crosscheck.json %lm-eval.json %lm-eval-44m.json %speed.json %decode-ways.json %cost.json %growth.json %compiling.json %loading.json %locking.json %scale.json %small-updates.json %startup.json %tomoe-caught.json %tomoe-fits.json %tomoe-probes.json %tomoe-routing.json %tomoe-speed.json,$(wildcard docs/results/*.json)); do \
+	@for rows in $(filter-out $(GRIDS) %dry-run.json %crosscheck.json %lm-eval.json %lm-eval-44m.json %speed.json %decode-ways.json %cost.json %growth.json %compiling.json %loading.json %locking.json %scale.json %small-updates.json %startup.json %tomoe-caught.json %tomoe-fits.json %tomoe-gguf.json %tomoe-probes.json %tomoe-routing.json %tomoe-speed.json,$(wildcard docs/results/*.json)); do \
 	  echo; echo $$rows; $(BIN)/python -m slimtune compare --table --rows $$rows || exit 1; done
 	@echo; echo docs/results/speed.json; $(BIN)/python benchmarks/speed.py --rows docs/results/speed.json
 	@echo; echo docs/results/decode-ways.json; $(BIN)/python benchmarks/decode_ways.py --rows docs/results/decode-ways.json
@@ -59,6 +59,7 @@ tables: setup
 	@echo; echo docs/results/small-updates.json; $(BIN)/python benchmarks/small_updates.py --rows docs/results/small-updates.json
 	@echo; echo docs/results/startup.json; $(BIN)/python benchmarks/startup.py --table --rows docs/results/startup.json
 	@test ! -f docs/results/tomoe-speed.json || { echo; echo docs/results/tomoe-speed.json; $(BIN)/python benchmarks/tomoe_speed.py --rows docs/results/tomoe-speed.json; }
+	@test ! -f docs/results/tomoe-gguf.json || { echo; echo docs/results/tomoe-gguf.json; $(BIN)/python benchmarks/tomoe_gguf.py --rows docs/results/tomoe-gguf.json; }
 	@echo; echo docs/results/dry-run.json; $(BIN)/python benchmarks/dry_run.py --rows docs/results/dry-run.json
 
 # Caches and builds; .venv and runs/ stay.

@@ -4,8 +4,8 @@
 
 Between ``<!-- rows FILE: PARTS -->`` and ``<!-- /rows -->`` come the tables of that file of rows (relative to the document):
 PARTS are any of ``figures tasks means retention leads``, as ``slimtune compare`` prints them, or one of ``speed``,
-``ways``, ``cost``, ``compiling``, ``growth``, ``locking``, ``routing``, ``scale``, ``startup``, ``tomoe`` and ``updates``,
-as the scripts print them that make those rows; what signs mean is said once in a document.
+``ways``, ``cost``, ``compiling``, ``growth``, ``llamacpp``, ``locking``, ``routing``, ``scale``, ``startup``, ``tomoe`` and
+``updates``, as the scripts print them that make those rows; what signs mean is said once in a document.
 ``![...](X.svg)`` after ``<!-- figure FILE -->`` is drawn anew.
 """
 
@@ -27,6 +27,7 @@ import scale
 import small_updates
 import speed
 import startup
+import tomoe_gguf
 import tomoe_speed
 
 from slimtune.comparison.figure import draw
@@ -51,6 +52,7 @@ OWN = {
     "scale": scale.table,
     "startup": startup.table,
     "tomoe": tomoe_speed.table,
+    "llamacpp": tomoe_gguf.table,
     "updates": small_updates.table,
 }
 """Parts of rows that are no runs, by the script that makes them."""

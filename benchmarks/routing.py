@@ -6,8 +6,8 @@
 
 The gated model is built anew from the base, ``plan.json`` and the adapter. ``same_given``: the part of the tokens for which the
 written model's routers choose the same experts from what the gated one's read, ``same``: from what they read themselves, in the
-layer where that is least. ``same_stock``: what the written model agrees with itself by once transformers computes its experts one
-by one and attention without a kernel, the same sums in another order. Text: full windows of the test split.
+layer where that is least. ``same_stock``: how far the written model agrees with itself once transformers computes its experts
+one by one and attention without a kernel, the same sums in another order. Text: full windows of the test split.
 """
 
 from __future__ import annotations
@@ -143,7 +143,8 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         cells = [row["run"], row["class"], row["dtype"], f"{row['windows'] * row['length']:,}", f"{row['difference']:.1e}"]
         cells += [f"{row[key]:.4f}" for key in ("ppl_gated", "ppl_written")]
-        lines.append(f"| {' | '.join([*cells, *(f'{row[key]:.2%}' for key in ('same_given', 'same', 'same_stock'))])} |")
+        cells += [f"{row[key]:.2%}" if key in row else "" for key in ("same_given", "same", "same_stock")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 

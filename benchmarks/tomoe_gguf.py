@@ -5,8 +5,8 @@
 
 ``unshared``: experts that have each channel once, of which a token uses some; ``overlap``: each expert is a subset of all
 channels; ``uniform``: a cut of equal widths to the same part of the blocks. Files of one budget are timed by turns beside the
-dense one, each in a fresh process, by llama.cpp's own clocks; a step reads the chosen experts alone, a prompt all. A cell is how
-many times faster than dense (lowest to highest of the turns; what the bytes that a step reads, or a prompt's operations, allow).
+dense one, each in a fresh process, by llama.cpp's own clocks; a step reads the chosen experts alone, a prompt all. A cell is
+how many times faster than dense (lowest to highest of the turns; what the bytes of a step or the operations of a prompt allow).
 """
 
 from __future__ import annotations
@@ -55,9 +55,7 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
 def table(rows: list[Row]) -> str:
     """Per shape and machine, as Markdown."""
     groups = dict.fromkeys((row["shape"], row["dtype"], row["machine"]) for row in rows)
-    return "\n".join(
-        _table([row for row in rows if (row["shape"], row["dtype"], row["machine"]) == group]) for group in groups
-    )
+    return "\n".join(_table([row for row in rows if (row["shape"], row["dtype"], row["machine"]) == group]) for group in groups)
 
 
 def _table(rows: list[Row]) -> str:
@@ -81,8 +79,9 @@ def _table(rows: list[Row]) -> str:
 
 def _cell(rows: list[Row], kind: str) -> str:
     timed = [{**row, "seconds": [float(each) for each in row["seconds"].split()]} for row in rows]
-    found = compared(timed, kind, "dense")
-    return f"{found[0]['faster']:.2f}x ({found[0]['low']:.2f} to {found[0]['high']:.2f}; {found[0]['by_size']:.2f})" if found else ""
+    if not (found := compared(timed, kind, "dense")):
+        return ""
+    return f"{found[0]['faster']:.2f}x ({found[0]['low']:.2f} to {found[0]['high']:.2f}; {found[0]['by_size']:.2f})"
 
 
 def main() -> None:

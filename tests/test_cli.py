@@ -212,7 +212,8 @@ def test_families_says_whether_a_folder_is_supported(tmp_path: Path, config: Any
     assert (result.exit_code, message in result.output) == (code, True), result.output
 
 
-def test_recipe_lists_every_key_with_its_default_and_meaning() -> None:
+def test_recipe_lists_every_key_with_its_default_and_meaning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     out = run(app, ["recipe"]).stdout
     for section, values in Recipe().model_dump().items():
         keys = [f"{section}.{key}" for key in values] if isinstance(values, dict) and values else [section]
@@ -227,6 +228,16 @@ def test_recipe_lists_every_key_with_its_default_and_meaning() -> None:
     general = run(app, ["recipe", "guard"]).stdout  # a key that is in no section
     assert "Bounds on figures" in general
     assert "budget.keep" not in general
+
+
+def test_on_a_narrow_terminal_no_key_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There type and default stand below it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = [line.split("  ") for line in run(app, ["recipe"]).stdout.splitlines()]
+    shown = {" ".join(part.split()) for line in lines for part in line if part.strip()}
+    for section, values in Recipe().model_dump().items():
+        assert {f"{section}.{key}" for key in values} <= shown if isinstance(values, dict) and values else section in shown
+    assert {"moe.final_temperature", "default: 0.2", "float > 0"} <= shown
 
 
 def test_every_key_of_a_recipe_is_documented() -> None:

@@ -116,8 +116,9 @@ def convert(
 ) -> None:
     """Turn a dense model into a mixture of experts as a recipe says (method: tomoe).
 
-    Nothing is deleted for good: each token uses the part of the model that budget.keep says. The written folder is a
-    Mixtral, Qwen2-MoE, Qwen3-MoE, GLM4-MoE or Dots1, which stock software loads.
+    What a cut would delete is divided among experts: each token uses the part that budget.keep says (of the blocks alone
+    with budget.of=block). Of Llama, Mistral, Qwen2 and Qwen3; the written folder is a Mixtral, Qwen2-MoE, Qwen3-MoE,
+    GLM4-MoE or Dots1, which stock software loads. Keys: slimtune recipe moe.
     """
     from slimtune.recipe import load
 

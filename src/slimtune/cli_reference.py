@@ -24,17 +24,19 @@ def families(
     if model is not None:
         _supported(model)
         return
+    known = ["model_type", "what is cut", "experts as", "notes"]
     _print(
-        _table("Supported", ["model_type", "what is cut", "notes"], [_family_row(row) for row in FAMILIES.values()]),
+        _table("Supported", known, [_family_row(row) for row in FAMILIES.values()]),
         _table("Refused", ["model_type", "because"], REFUSED.items()),
     )
 
 
-def _family_row(family: Any) -> tuple[str, str, str]:
+def _family_row(family: Any) -> tuple[str, ...]:
     from slimtune.structure.axes import FFN, KV_GROUP
 
     heads, channels = (family.consumer(axis).path.rpartition(".")[2] for axis in (KV_GROUP, FFN))
-    return family.model_type, f"KV groups ({heads}), MLP channels ({channels})", family.note
+    hosts = ", ".join(family.experts or ()) or "none"  # of slimtune convert
+    return family.model_type, f"KV groups ({heads}), MLP channels ({channels})", hosts, family.note
 
 
 def _supported(model: Path) -> None:
@@ -97,7 +99,24 @@ def _keys(title: str, model: type[BaseModel], prefix: str, names: set[str]) -> T
         if name in names:
             default = "required" if field.is_required() else _yaml(field.default)
             rows.append((prefix + name, _type(field), default, " ".join((field.description or "").replace("``", "`").split())))
+    if _width() < _NARROW:  # in four columns a meaning would be a ribbon of three words a line
+        stacked = ((f"{key}\n  {kind}\n  default: {default}", meaning) for key, kind, default, meaning in rows)
+        return _table(f"{title}: {summary}", ["key", "meaning"], stacked, least=max(len(row[0]) for row in rows))
     return _table(f"{title}: {summary}", ["key", "type", "default", "meaning"], rows)
+
+
+_NARROW = 110
+"""Columns of a terminal."""
+
+
+_LONG = 34
+"""Columns of a first one that may be wrapped."""
+
+
+def _width() -> int:
+    from rich.console import Console
+
+    return Console().width
 
 
 def _type(field: Any) -> str:
@@ -134,14 +153,18 @@ def _yaml(value: Any) -> str:
     return f"[{', '.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
 
 
-def _table(title: str, columns: list[str], rows: Any) -> Table:
+def _table(title: str, columns: list[str], rows: Any, least: int | None = None) -> Table:
+    """A table; ``least``: columns that the first one takes at least, where it may be wrapped."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for index, name in enumerate(columns):
-        table.add_column(name, no_wrap=index == 0)
+        if index == 0 and least:
+            table.add_column(name, min_width=least, max_width=_LONG)
+        else:
+            table.add_column(name, no_wrap=index == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))  # Text: a bracket in a value is no markup
     return table

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from slimtune.cli import app
 
 pytestmark = [pytest.mark.usefixtures("forked"), pytest.mark.timeout(180)]
 ROOT = Path(__file__).parents[2]
+ALONE, TEXT = Path(__file__).with_name("alone.py"), "Return a list of"
 RECIPE = ROOT / "recipes" / "tomoe-demo.yaml"
 FEW = [
     "search.steps=2",
@@ -35,7 +38,7 @@ def converted(out: Path, *words: str) -> dict:
     return found
 
 
-def test_the_embedded_base_becomes_a_mixtral_that_llama_cpp_runs(tmp_path: Path) -> None:
+def test_the_embedded_base_becomes_a_mixtral_that_llama_cpp_runs(warm: Any, tmp_path: Path) -> None:
     summary = converted(tmp_path / "run", "moe.shared=false", "budget.tolerance=0.01")
     assert summary["result"]["class"] == "MixtralForCausalLM"
     assert summary["reload_difference"] < 1e-4
@@ -43,6 +46,7 @@ def test_the_embedded_base_becomes_a_mixtral_that_llama_cpp_runs(tmp_path: Path)
     assert summary["result"]["parameters"] <= summary["base"]["parameters"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert sum(each.numel() for each in model.parameters()) == summary["result"]["parameters"]
+    check_alone(warm, tmp_path / "run" / "model", model)
     done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", "gguf", "-q", "f32", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout[done.stdout.index("{") :])
@@ -58,6 +62,19 @@ def test_every_expert_is_used_and_what_is_written_has_the_perplexity_of_the_gate
     assert abs(summary["result"]["active_ratio"] - 0.9) <= 0.002
     assert min(min(layer) for layer in summary["shares"]) >= 0.01
     check_perplexity(tmp_path / "run")
+
+
+def check_alone(warm: Any, folder: Path, model: Any) -> None:
+    """A process without slimtune, allowed no code but that of transformers, writes the same."""
+    done = warm.run([sys.executable, "-P", str(ALONE), json.dumps([[str(folder)], [TEXT], 6, False])])
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])[str(folder)]
+    assert found["module"].startswith("transformers.models.mixtral.")
+    ids = torch.tensor(found["ids"])
+    written = model.eval().generate(ids, do_sample=False, max_new_tokens=6, min_new_tokens=6)[0, ids.shape[1] :]
+    assert [written.tolist()] == found["tokens"]
+    assert found["static"] == written.tolist()
+    assert found["same_text"]
 
 
 def check_perplexity(out: Path) -> None:

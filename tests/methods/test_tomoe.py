@@ -157,10 +157,12 @@ def test_a_frozen_base_stays_as_it_is(runs: Any, bench: Bench) -> None:
     plan = plan_of(out)
     for layer, division in enumerate(plan.experts):
         for expert, channels in enumerate(division.routed):
-            place = f"model.layers.{layer}"
-            gate = base[f"{place}.mlp.gate_proj.weight"][list(channels)]
-            assert torch.equal(found[f"{place}.block_sparse_moe.experts.{expert}.w1.weight"], gate)
-        assert torch.equal(found[f"{place}.self_attn.q_proj.weight"], base[f"{place}.self_attn.q_proj.weight"])
+            place, mlp = f"model.layers.{layer}", f"model.layers.{layer}.mlp"
+            gate, up, down = (base[f"{mlp}.{name}_proj.weight"] for name in ("gate", "up", "down"))
+            for name, part in {"w1": gate[list(channels)], "w3": up[list(channels)], "w2": down[:, list(channels)]}.items():
+                assert torch.equal(found[f"{place}.block_sparse_moe.experts.{expert}.{name}.weight"], part)
+        for name in "qkvo":
+            assert torch.equal(found[f"{place}.self_attn.{name}_proj.weight"], base[f"{place}.self_attn.{name}_proj.weight"])
 
 
 def test_whole_kv_groups_go_where_the_budget_says_so(bench: Bench, tmp_path: Path) -> None:

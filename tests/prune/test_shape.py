@@ -6,9 +6,9 @@ import pytest
 from transformers import LlamaConfig
 
 from slimtune.errors import UserError
-from slimtune.models.load import structure_of
-from slimtune.prune.shape import Shape, active_ratio, groups_of, shape_of
-from slimtune.sections import BudgetConfig, MoeConfig
+from slimtune.models.load import load_config, structure_of
+from slimtune.prune.shape import Shape, active_ratio, groups_of, shape_of, stored_more
+from slimtune.sections import BudgetConfig, ModelConfig, MoeConfig
 from slimtune.structure.axes import Structure
 from slimtune.structure.experts import Division
 from slimtune.structure.plan import Plan, count
@@ -61,6 +61,31 @@ def test_masks_inside_heads_count_as_a_plan_counts_them(llama3: Structure, keep:
     ratio = counts.total_ratio if of == "total" else counts.block_ratio
     assert ratio == pytest.approx(active_ratio(llama3, shape, of), abs=1e-12)
     assert abs(ratio - keep) <= budget.tolerance
+
+
+@pytest.fixture(scope="module")
+def small() -> Structure:
+    """Of the embedded base."""
+    return structure_of(load_config(ModelConfig(path="builtin:base-10m")))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_number_auto_finds_is_never_more_to_store_than_the_dense_model(small: Structure, shared: bool) -> None:
+    told = 0
+    for keep in (0.5, 0.7, 0.9, 0.94, 0.965, 0.98, 0.99, 0.996):
+        budget = BudgetConfig(keep=keep, of="block")
+        try:
+            shape = shape_of(small, budget, MoeConfig(shared=shared))
+        except UserError as error:
+            told += "more to store than the dense model; ask for less" in str(error)
+            continue
+        assert not stored_more(small, shape)
+    assert bool(told) == shared
+
+
+def test_all_of_the_model_is_no_budget(small: Structure) -> None:
+    with pytest.raises(UserError, match=r"budget\.keep=1\.0 leaves a router nothing to choose; .* less than 1"):
+        shape_of(small, BudgetConfig(keep=1.0, of="block"), MoeConfig())
 
 
 def test_groups_do_not_go_where_masks_do(llama3: Structure) -> None:
@@ -120,7 +145,6 @@ def test_a_budget_that_no_shape_meets_names_the_nearest(llama3: Structure) -> No
 @pytest.mark.parametrize(
     ("budget", "moe", "said"),
     [
-        ({"keep": 1.0}, {}, r"no experts for budget\.keep=1\.0: a token may use 14336 of a layer's 14336 channels"),
         ({"keep": 0.6}, {"number": 5000}, r"no experts for budget\.keep=0\.6: .*moe\.number=5000\); change budget\.keep"),
         ({"ffn_multiple": 9000}, {"shared": False}, r"and 4 routed experts of 9000 or more have to fit in"),
         ({"keep": 0.6}, {"number": 4}, r"moe\.number=4 experts are as many as a token uses \(moe\.top_k\)"),

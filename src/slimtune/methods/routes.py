@@ -165,5 +165,5 @@ def alike(plan: Plan) -> str:
         return ""
     return (
         f"in {len(few)} of {len(parts)} layers experts are alike: one has {min(few):.0%} or more of the channels that all have "
-        "together, so nothing depends on the route; give moe.prior, a longer search, or cut with method: atp"
+        "together, so hardly anything depends on the route; give moe.prior, a longer search, or cut with method=atp"
     )

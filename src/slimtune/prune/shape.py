@@ -20,6 +20,8 @@ _LEAST = 8
 """Widths are multiples of it: grouped products in bfloat16 want rows of 16 bytes."""
 _APART = 0.05
 """What speaks against a KV group more or fewer than wished for: as much as against widths of half the multiple."""
+_STORED = 10.0
+"""What speaks against more bytes than the dense model has: more than all else can."""
 
 
 @dataclass(frozen=True)
@@ -68,29 +70,22 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
     Raises:
         UserError: no shape meets the budget, or the base's layers differ.
     """
-    _check(moe)
+    _check(moe, budget.keep)
     channels = structure.layers[0].units[FFN]
     if any(layer.units != structure.layers[0].units for layer in structure.layers):
         raise UserError("method=tomoe needs a base whose layers are all alike: experts of all layers are of one width")
-    best: tuple[float, float] = (float("inf"), 0.0)
-    found: list[tuple[float, Shape]] = []
     wished, heads = groups_of(structure, budget, moe), heads_of(structure, budget, moe)
     multiple = _LEAST if budget.ffn_multiple == "auto" else budget.ffn_multiple
     divided = moe.shared and moe.experts == "partition"
-    for groups in _about(wished, structure, moe):
-        if found and budget.ffn_multiple == "auto":
-            break
-        active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
-        ratio_of = _ratio(structure, (groups, *heads), divided, budget.of)
-        for shape in _shapes(channels, active, groups, multiple, moe):
-            ratio = ratio_of(shape)
-            error = abs(ratio - budget.keep)
-            best = min(best, (error, ratio))
-            if error <= budget.tolerance:
-                more = not shape.overlap and stored_more(structure, shape)
-                found.append((_cost(shape, moe) + _APART * abs(groups - wished) + more, shape))
+    found, best = _found(structure, budget, moe, wished, heads, multiple)
     if found:
-        return replace(min(found, key=lambda each: each[0])[1], pairs=heads[0], values=heads[1])
+        cost, shape = min(found, key=lambda each: each[0])
+        if cost >= _STORED and moe.number == "auto":
+            raise UserError(
+                f"budget.keep={budget.keep} of {budget.of}: all experts that meet it are, with their routers, more to store "
+                "than the dense model; ask for less, or give a larger budget.tolerance or moe.number"
+            )
+        return replace(shape, pairs=heads[0], values=heads[1])
     if best[0] == float("inf"):
         active = round(expert_channels(structure, budget.keep, budget.of, wished, *heads))
         raise UserError(
@@ -103,12 +98,35 @@ def shape_of(structure: Structure, budget: BudgetConfig, moe: MoeConfig) -> Shap
     raise UserError(
         f"budget.keep={budget.keep} of {budget.of} cannot be met within budget.tolerance={budget.tolerance} by experts "
         f"(moe.number={moe.number}, moe.top_k={moe.top_k}, {shared}moe.groups={moe.groups}, "
-        f"budget.ffn_multiple={budget.ffn_multiple}): the nearest part that a token can use is {best[1]:.4f}; ask for that, or "
-        "change those"
+        f"budget.ffn_multiple={budget.ffn_multiple}): the nearest part that a token can use is {best[1]:.4f}; ask for that, "
+        "change those, or allow more by budget.tolerance (0.01 of a small base)"
     )
 
 
-def _check(moe: MoeConfig) -> None:
+def _found(
+    structure: Structure, budget: BudgetConfig, moe: MoeConfig, wished: int, heads: tuple[int, int], multiple: int
+) -> tuple[list[tuple[float, Shape]], tuple[float, float]]:
+    """Shapes that meet the budget, with what speaks against each; by how much the nearest of all misses it, and its part."""
+    best: tuple[float, float] = (float("inf"), 0.0)
+    found: list[tuple[float, Shape]] = []
+    for groups in _about(wished, structure, moe):
+        if found and budget.ffn_multiple == "auto":
+            break
+        active = expert_channels(structure, budget.keep, budget.of, groups, *heads)
+        ratio_of = _ratio(structure, (groups, *heads), moe.shared and moe.experts == "partition", budget.of)
+        for shape in _shapes(structure.layers[0].units[FFN], active, groups, multiple, moe):
+            ratio = ratio_of(shape)
+            error = abs(ratio - budget.keep)
+            best = min(best, (error, ratio))
+            if error <= budget.tolerance:
+                more = not shape.overlap and stored_more(structure, shape)
+                found.append((_cost(shape, moe) + _APART * abs(groups - wished) + _STORED * more, shape))
+    return found, best
+
+
+def _check(moe: MoeConfig, keep: float) -> None:
+    if keep >= 1:
+        raise UserError(f"budget.keep={keep} leaves a router nothing to choose; method=tomoe needs less than 1")
     if moe.attention != "groups" and moe.groups not in ("auto", "all"):
         raise UserError(f"moe.groups={moe.groups} is for moe.attention=groups, and it is {moe.attention}: leave it out")
     if moe.number != "auto" and moe.number < moe.chosen:

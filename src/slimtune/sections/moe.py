@@ -25,8 +25,8 @@ class MoeConfig(Section):
     """``partition``: a shared expert that every token uses, as wide as several routed ones. Without one the model is a Mixtral,
     Qwen2-MoE or Qwen3-MoE, with one a GLM4-MoE or Dots1."""
     groups: Positive | Literal["auto", "all"] = "auto"
-    """KV groups (with their query heads) that stay in every layer, those of the largest squared gradients. ``auto``: of
-    attention about half the part goes that a token does without of all, a group more or fewer where widths by
+    """KV groups (with their query heads) that stay in every layer, those of the largest squared gradients. ``auto``: attention
+    loses about half of 1 - ``budget.keep`` (a quarter at 0.5), a group more or fewer where widths by
     ``budget.ffn_multiple`` meet the budget so; ``all``: attention stays as it is."""
     attention: Literal["groups", "pairs", "tokens"] = "groups"
     """What a token does without of attention. ``groups``: whole KV groups, for good; ``pairs``: rotary pairs of q and k, the
@@ -40,7 +40,7 @@ class MoeConfig(Section):
     refit_rounds: Positive = 2
     """Fits once they are decided: each reads what comes through the one before."""
     damping: Annotated[float, Field(gt=0.0)] = 0.01
-    """Of ``refit``, in units of the mean square of what is left of the inputs."""
+    """What ``refit`` adds to the diagonal of its normal equations, in units of their mean square."""
     tune: bool = True
     """LoRA learns while experts are found (one stage). Off: the base is frozen until ``recover``, as published."""
     generator: Literal["gru", "direct"] = "gru"
@@ -58,13 +58,13 @@ class MoeConfig(Section):
     router_lr: Annotated[float, Field(gt=0.0)] = 1e-4
     """Peak learning rate (AdamW) of the routers."""
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.05
-    """Of the generator's decoders."""
+    """Weight decay (AdamW) of the generator's decoders."""
     clip: Annotated[float, Field(gt=0.0)] = 1.0
     """Gradient-norm clip, of the generator and of routers and masks of tokens, each by itself."""
     temperature: Annotated[float, Field(gt=0.0)] = 0.4
-    """Of the relaxed masks at the beginning; with ``prior: none`` of relaxed routing, too."""
+    """Temperature of the relaxed masks as the search begins; with ``prior: none`` of relaxed routing, too, throughout."""
     final_temperature: Annotated[float, Field(gt=0.0)] = 0.2
-    """At the end; it falls geometrically."""
+    """Temperature of the relaxed masks as the search ends; it falls geometrically (published: 0.4, it stays)."""
     explore: Annotated[float, Field(ge=0.0)] = 0.0
     """Factor of the noise on masks and routing while experts are found; 1 as published."""
     kd: Annotated[float, Field(ge=0.0)] | None = None
@@ -73,9 +73,10 @@ class MoeConfig(Section):
     """Factor of the cross-entropy while experts are found. Default: 1 with ``tune``, 0 without (published)."""
     balance: Annotated[float, Field(ge=0.0)] = 0.1
     """Factor of the load balance, in each layer: the number of experts times the sum over them of share of tokens times mean
-    score (published: without the number, the mean of the layers)."""
+    score (published: 1 without the number, in the mean of the layers, here 1 / (layers x experts))."""
     union: Annotated[float, Field(ge=0.0)] = 3.0
-    """``overlap`` with ``prior: none``: factor of the penalty on channels that are in no expert."""
+    """``overlap`` with ``prior: none``: factor of the penalty on channels that are in no expert, in the mean of the layers
+    (published: 3 in the mean of layers and attentions, here 1.5)."""
     budget: Annotated[float, Field(ge=0.0)] = 16.0
     """``overlap`` with ``prior: none``: factor of the penalty |log(active / target)|, while widths are free."""
     tokens: Count = 4096
