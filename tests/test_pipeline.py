@@ -12,6 +12,7 @@ import shutil
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -533,6 +534,30 @@ def test_an_infinite_gradient_never_reaches_a_checkpoint(bench: Bench, tmp_path:
     with pytest.raises(UserError, match="grad norm is nan in phase 'search', turn 'adapt', step 0"):
         tune(bench.recipe(tmp_path, train__checkpoint_every=1))
     assert not (tmp_path / "checkpoint-main.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "rates"),
+    [
+        ("atp", "train.lr (now 0.001) or generator.lr (now 0.01),"),
+        ("finetune", "train.lr (now 0.001),"),
+        ("twostage", "train.lr (now 0.001),"),
+        ("tomoe", "train.lr (now 0.001), moe.lr (now 0.002) or moe.router_lr (now 0.0001),"),
+    ],
+)
+def test_what_is_to_be_lowered_is_what_the_method_has(method: str, rates: str) -> None:
+    recipe = Recipe(method=method, train={"lr": 1e-3}, generator={"lr": 1e-2}, moe={"lr": 2e-3})
+    session, told = SimpleNamespace(recipe=recipe), SimpleNamespace(name="recover")
+    with pytest.raises(UserError) as error:
+        loop._stop_on_nan(session, told, told, 3, "loss is nan")  # type: ignore[arg-type]
+    assert f"step 3: lower {rates} or set train.precision=float32" in str(error.value)
+
+
+def test_keys_of_another_method_are_told_to_have_no_effect() -> None:
+    recipe = Recipe(method="tomoe", generator={"lr": 1.0}, compensate={"weights": "none"}, moe={"lr": 1.0})
+    assert preflight.idle(recipe) == ["generator.lr", "compensate.weights"]
+    assert preflight.idle(Recipe(method="atp", moe={"tune": False}, generator={"lr": 1.0})) == ["moe.tune"]
+    assert preflight.idle(Recipe()) == preflight.idle(Recipe(method="finetune", moe={"tune": False})) == []
 
 
 def test_a_learning_rate_beyond_all_reason_is_named(bench: Bench, tmp_path: Path) -> None:

@@ -34,6 +34,8 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
     Raises:
         UserError: the data cannot be read, do not fit the model, or leave nothing to measure.
     """
+    if unread := idle(recipe):
+        progress.say(f"[yellow]no effect with method={recipe.method}: {', '.join(unread)}[/yellow]")
     progress.say("reading and tokenising data ...")
     need = frozenset({"train", "valid", "test", *(["decision"] if recipe.prunes else [])})
     splits = load_splits(guarded(recipe), tokenizer, need)
@@ -48,6 +50,14 @@ def read(recipe: Recipe, vocabulary: int, tokenizer: Any, progress: Progress) ->
         progress.say(f"runs of {recipe.data.ngram} words that also stand somewhere in the train rows: {parts}")
     _check_held_out(splits, recipe)
     return splits
+
+
+def idle(recipe: Recipe) -> list[str]:
+    """Keys that are not at their defaults, of sections that are for other methods alone."""
+    unread = {"atp": ("moe", "twostage"), "tomoe": ("generator", "compensate", "twostage"), "twostage": ("moe",)}
+    sections = {name: getattr(recipe, name) for name in unread.get(recipe.method, ())}  # finetune: another method's recipe
+    keys = ((name, section, key) for name, section in sections.items() for key in type(section).model_fields)
+    return [f"{name}.{key}" for name, section, key in keys if getattr(section, key) != getattr(type(section)(), key)]
 
 
 def guarded(recipe: Recipe) -> DataConfig:

@@ -104,7 +104,8 @@ class Passes:
                 if owner_of(site[0]) != torch.distributed.get_rank():
                     continue
             moments[site] = Moments(half if half.device.type == device.type else kept_on(device, half), total.size)
-        self.check(moments, "compensate.weights=none")
+        rival = self.session.recipe.method == "twostage" and self.session.recipe.twostage.least_squares
+        self.check(moments, "twostage.least_squares=false" if rival else "compensate.weights=none")
         return moments
 
     def check(self, moments: Mapping[Site, Moments | Tensor], without: str) -> None:

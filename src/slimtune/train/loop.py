@@ -13,6 +13,7 @@ import torch
 
 from slimtune.errors import UserError
 from slimtune.models.sharded import gathered_state
+from slimtune.recipe import Recipe
 from slimtune.runtime import no_full_collections
 from slimtune.train import checkpoint, shards
 from slimtune.train.session import Figures, Session
@@ -156,11 +157,21 @@ def _cadence(session: Session, phase: Phase) -> int:
 
 
 def _stop_on_nan(session: Session, phase: Phase, turn: Turn, step: int, what: str) -> None:
-    train = session.recipe.train
+    *others, last = (f"{key} (now {rate})" for key, rate in _rates(session.recipe).items())
+    lower = f"{', '.join(others)} or {last}" if others else last
     raise UserError(
-        f"the {what} in phase {phase.name!r}, turn {turn.name!r}, step {step}: lower train.lr (now {train.lr}) or "
-        f"generator.lr (now {session.recipe.generator.lr}), or set train.precision=float32, and start anew with --overwrite"
+        f"the {what} in phase {phase.name!r}, turn {turn.name!r}, step {step}: lower {lower}, or set train.precision=float32, "
+        "and start anew with --overwrite"
     )
+
+
+def _rates(recipe: Recipe) -> dict[str, float]:
+    """Learning rates that the recipe's method has."""
+    rates = {"train.lr": recipe.train.lr}
+    if recipe.method == "tomoe":
+        return rates | {"moe.lr": recipe.moe.lr, "moe.router_lr": recipe.moe.router_lr}
+    decides = recipe.method == "atp" or (recipe.method == "twostage" and recipe.twostage.scores == "generator")
+    return rates | ({"generator.lr": recipe.generator.lr} if decides else {})
 
 
 def _checkpoint(session: Session, phase: Phase, step: int) -> None:
