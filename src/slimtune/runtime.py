@@ -266,5 +266,3 @@ def quiet_libraries() -> None:
     hub_logging.set_verbosity_error()  # an unreachable hub is told once, by our error, not with every retry
     transformers_logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    # of a faster kernel for 4-bit weights on a CPU, which no run uses; told on every import, with or without such weights
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
