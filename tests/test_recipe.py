@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from slimtune.errors import UserError
 from slimtune.recipe import Recipe, load, parse
-from slimtune.sections import ModelConfig
+from slimtune.sections import ModelConfig, SearchConfig
 
 
 @pytest.fixture
@@ -78,6 +78,23 @@ def test_an_empty_file_is_all_defaults(tmp_path: Path) -> None:
 def test_what_is_refused(raw: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse(raw)
+
+
+@pytest.mark.parametrize(
+    ("raw", "steps"),
+    [
+        ({"method": "tomoe"}, 0),
+        ({"method": "tomoe", "search": {"ramp": 0.5}}, 0),
+        ({"method": "tomoe", "search": {"steps": 20}}, 20),
+        ({"method": "tomoe", "moe": {"prior": "none", "experts": "overlap"}}, 20),
+        ({"method": "atp"}, 20),
+        ({}, 20),
+    ],
+)
+def test_experts_of_a_split_are_not_searched_for_unless_that_is_asked(raw: dict[str, Any], steps: int) -> None:
+    recipe = parse(raw)
+    assert recipe.search.steps == Recipe(**raw).search.steps == steps
+    assert recipe.search.ramp == raw.get("search", {}).get("ramp", SearchConfig().ramp)
 
 
 def test_an_earlier_name_of_a_key_is_read(tmp_path: Path) -> None:

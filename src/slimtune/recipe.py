@@ -36,6 +36,7 @@ from slimtune.sections import (
     SpeedConfig,
     TrainConfig,
     TwoStageConfig,
+    unsearched,
 )
 from slimtune.yaml_file import Loader, read_yaml, told
 
@@ -154,13 +155,12 @@ class Recipe(Section):
             if (value := getattr(self.distill, key)) and not self.distill.weight:
                 shown = "true" if value is True else value
                 raise ValueError(f"distill.{key}={shown} has no effect without distill.weight, e.g. distill.weight=1")
-        if self.search.update == "joint" and (
-            self.distill.weight or self.lora.semantics != "hard" or self.search.decide_every > 1
-        ):
+        joint = self.search.update == "joint"
+        if joint and (self.distill.weight or self.lora.semantics != "hard" or self.search.decide_every > 1):
             raise ValueError("search.update=joint needs lora.semantics=hard, distill.weight=0 and search.decide_every=1")
-        if self.search.update == "joint" and self.method == "twostage":
+        if joint and self.method == "twostage":
             raise ValueError("search.update=joint is for method=atp: a rival has no LoRA yet while it decides")
-        if self.search.update == "joint" and self.method == "atp" and self.compensate.weights != "none":
+        if joint and self.method == "atp" and self.compensate.weights != "none":
             raise ValueError("search.update=joint trains LoRA under sampled gates; it needs compensate.weights=none")
         if self.method == "atp" and not self.search.steps and self.generator.prior == "none":
             raise ValueError("search.steps=0 leaves nothing to decide by; set generator.prior=taylor or a number of steps")
@@ -185,11 +185,11 @@ class Recipe(Section):
     @classmethod
     def _named_anew(cls, raw: Any) -> Any:
         """``trackers`` is the earlier name of ``track``: in recipes, and in those that earlier runs keep."""
-        if not isinstance(raw, Mapping) or "trackers" not in raw:
+        if not isinstance(raw, Mapping):
             return raw
-        if "track" in raw:
+        if {"track", "trackers"} <= raw.keys():
             raise UserError("recipe: trackers is the earlier name of track; give one of the two")
-        return {"track" if key == "trackers" else key: value for key, value in raw.items()}
+        return unsearched({"track" if key == "trackers" else key: value for key, value in raw.items()})
 
     @model_validator(mode="wrap")
     @classmethod

@@ -3,7 +3,7 @@
 from slimtune.sections.bounds import Names
 from slimtune.sections.data import DataConfig, Source, Sources
 from slimtune.sections.guard import AlarmConfig, Guard, SpeedConfig
-from slimtune.sections.moe import MoeConfig
+from slimtune.sections.moe import MoeConfig, unsearched
 from slimtune.sections.run import (
     BudgetConfig,
     CompensateConfig,
@@ -40,4 +40,5 @@ __all__ = [
     "SpeedConfig",
     "TrainConfig",
     "TwoStageConfig",
+    "unsearched",
 ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -102,3 +103,15 @@ class MoeConfig(Section):
         kd = (0.0 if self.tune else 2.0) if self.kd is None else self.kd
         ce = (1.0 if self.tune else 0.0) if self.ce is None else self.ce
         return kd, ce
+
+
+def unsearched(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recipe as it is given, with ``search.steps`` at 0 where it makes experts of a split and does not name that key.
+
+    A search finds nothing that the split has not, unless the base stays frozen (docs/decisions, 0036 and 0038).
+    """
+    moe, search = raw.get("moe") or {}, raw.get("search") or {}
+    prior = moe.get("prior") if isinstance(moe, Mapping) else getattr(moe, "prior", None)
+    if raw.get("method") != "tomoe" or prior == "none" or not isinstance(search, Mapping) or "steps" in search:
+        return raw
+    return {**raw, "search": {**search, "steps": 0}}

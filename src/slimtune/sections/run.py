@@ -131,7 +131,8 @@ class SearchConfig(Section):
     """The phase in which ``decide`` and ``adapt`` turns alternate."""
 
     steps: Count = 20
-    """Steps (one ``adapt`` turn each). They come out of those of ``recover``: best a tenth of all steps or fewer."""
+    """Steps (one ``adapt`` turn each). They come out of those of ``recover``: best a tenth of all steps or fewer. Default with
+    ``method: tomoe``: 0, unless ``moe.prior`` is none; there a step is one turn for all that learns."""
     batch: Positive | None = None
     """Windows of a ``decide`` turn over all processes; default: ``train.batch``."""
     decide_every: Positive = 1
