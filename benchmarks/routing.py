@@ -146,7 +146,7 @@ def table(rows: list[Row]) -> str:
     for row in rows:
         cells = [row["run"], row["class"], row["dtype"], f"{row['windows'] * row['length']:,}", f"{row['difference']:.1e}"]
         cells += [f"{row[key]:.4f}" for key in ("ppl_gated", "ppl_written")]
-        cells += [f"{row[key]:.2%}" if key in row else "" for key in ("same_given", "same", "same_stock")]
+        cells += [f"{row[key]:.2%}" for key in ("same_given", "same", "same_stock")]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

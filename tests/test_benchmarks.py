@@ -42,7 +42,8 @@ OF_OWN_KIND = {
     "tomoe-fits": {"name", "words", "seed", "ppl", "ppl_se", "valid_ppl", "tokens", "commit", "machine"},
     "tomoe-gguf": {"shape", "keep", "model", "what", "ms", "seconds", "bytes", "flops", "xllamacpp", "machine"},
     "tomoe-probes": {"probe", "name", "method", "keep", "ppl", "parameters", "block_ratio", "commit", "machine"},
-    "tomoe-routing": {"run", "class", "dtype", "ppl_gated", "ppl_written", "same_given", "same", "same_stock", "machine"},
+    "tomoe-routing": {"run", "class", "dtype", "difference", "ppl_gated", "ppl_written", "machine"}
+    | {"same_given", "same", "same_stock"},
     "tomoe-speed": {"shape", "kind", "keep", "implementation", "graphs", "ms", "bytes_read_model", "weight_bytes", "machine"},
     "decode-ways": {"way", "batch", "dense_us", "aligned_us", "by_size", "machine"},
 }
