@@ -20,7 +20,7 @@ from statistics import median
 from typing import Any
 
 from speed import HERE, OF_ASSETS, gguf_file, short
-from tomoe_speed import MOE, about, base_of, other_of
+from tomoe_speed import MOE, about, base_of, other_of, put
 
 from slimtune.bench import llama_runs
 from slimtune.bench.measure import Settings, compared, key_of
@@ -30,9 +30,9 @@ Row = dict[str, Any]
 KINDS = ("unshared", "overlap", "uniform")
 
 
-def rows_of(args: argparse.Namespace) -> list[Row]:
-    """Of every budget the dense file beside the others; rows of all."""
-    say, settings, rows = partial(print, flush=True), Settings((1,), args.prompt, repeats=args.repeats), list[Row]()
+def rows_of(args: argparse.Namespace) -> None:
+    """Of every budget the dense file beside the others, written as they come."""
+    say, settings = partial(print, flush=True), Settings((1,), args.prompt, repeats=args.repeats)
     with tempfile.TemporaryDirectory(prefix="slimtune-speed-") as name:
         scratch = Path(name)
         dense = gguf_file("dense", base_of(args.shape, **OF_ASSETS), scratch, args.gguf)
@@ -44,12 +44,13 @@ def rows_of(args: argparse.Namespace) -> list[Row]:
             head |= {"machine": found["machine"], "xllamacpp": found["xllamacpp"], "prompt": args.prompt}
             head |= {"repeats": args.repeats, "steps": settings.steps} | ({"commit": by} if (by := commit()) else {})
             sizes = {model["name"]: {key: model[key] for key in ("parameters", "weight_bytes")} for model in found["models"]}
+            rows = list[Row]()
             for row in found["rows"]:
                 told = others[row["model"]][1] if row["model"] in others else {}
                 rows.append({**head, **told, **sizes[row["model"]], **row, "seconds": short(row["seconds"])})
+            put(args.rows, rows, ("shape", "dtype", "machine", "keep"))  # turns of a budget are paired: all of it is new
             for file in files.values():
                 file.unlink()
-    return rows
 
 
 def table(rows: list[Row]) -> str:
@@ -97,14 +98,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=Path, required=True)
     args = parser.parse_args()
-    rows = json.loads(args.rows.read_text()) if args.rows.exists() else []
     if args.shape:
-        new = rows_of(args)
-        same = ("shape", "dtype", "machine", "keep")
-        later = {tuple(row[key] for key in same) for row in new}
-        rows = [row for row in rows if tuple(row[key] for key in same) not in later] + new
-        args.rows.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
-    print(table(rows))
+        rows_of(args)
+    print(table(json.loads(args.rows.read_text())))
 
 
 if __name__ == "__main__":

@@ -188,11 +188,11 @@ def free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def put(file: Path, new: list[Row]) -> None:
+def put(file: Path, new: list[Row], same: Sequence[str] = SAME) -> None:
     """Rows in place of those that measured the same."""
     rows = json.loads(file.read_text()) if file.exists() else []
-    later = {tuple(row[key] for key in SAME) for row in new}
-    rows = [row for row in rows if tuple(row[key] for key in SAME) not in later] + new
+    later = {tuple(row[key] for key in same) for row in new}
+    rows = [row for row in rows if tuple(row[key] for key in same) not in later] + new
     file.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 
