@@ -1,12 +1,13 @@
 """Speed in llama.cpp, on the CPU, at a model's true shape with random weights: experts and cuts beside the dense model.
 
-    python benchmarks/tomoe_gguf.py llama-3.2-1b --rows docs/results/tomoe-gguf.json    # two cores, 20 minutes, 12 GB of disk
+    python benchmarks/tomoe_gguf.py llama-3.2-1b --rows docs/results/tomoe-gguf.json    # two cores, 40 minutes, 13 GB of disk
     python benchmarks/tomoe_gguf.py --rows docs/results/tomoe-gguf.json                 # only print the table
 
-``unshared``: experts that have each channel once, of which a token uses some; ``overlap``: each expert is a subset of all
-channels; ``uniform``: a cut of equal widths to the same part of the blocks. Files of one budget are timed by turns beside the
-dense one, each in a fresh process, by llama.cpp's own clocks; a step reads the chosen experts alone, a prompt all. A cell is
-how many times faster than dense (lowest to highest of the turns; what the bytes of a step or the operations of a prompt allow).
+``partition``: experts that have each channel once, of which a token uses the shared one and some others; ``unshared``: none
+is shared; ``overlap``: each is a subset of all channels; ``uniform``: a cut of equal widths to the same part of the blocks.
+Files of one budget are timed by turns beside the dense one, each in a fresh process, by llama.cpp's own clocks; a step reads
+the chosen experts alone, a prompt all. A cell is how many times faster than dense (lowest to highest of the turns; what the
+bytes of a step or the operations of a prompt allow).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from slimtune.bench.measure import Settings, compared, key_of
 from slimtune.comparison.program import commit
 
 Row = dict[str, Any]
-KINDS = ("unshared", "overlap", "uniform")
+KINDS = ("partition", "unshared", "overlap", "uniform")
 
 
 def rows_of(args: argparse.Namespace) -> None:

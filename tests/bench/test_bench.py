@@ -12,12 +12,12 @@ from transformers import StaticCache
 from typer.testing import CliRunner
 
 from cuts import UNEVEN, cut_model, write_folder
-from mixtral import write_mixtral
 from slimtune.bench.measure import Rates, Settings, compared, figures, measures
 from slimtune.bench.torch_runs import Runs, Step
 from slimtune.bench.work import cache_of
 from slimtune.cli import app
 from slimtune.export import gguf
+from sparse import write_sparse
 
 ASK = ["--batch", "1,2", "--prompt", "16", "--context", "16", "--steps", "4", "--repeats", "2", "--device", "cpu"]
 
@@ -148,7 +148,7 @@ def test_files_in_llama_cpp(two: Path) -> None:
 
 
 def test_of_experts_in_a_file_those_that_are_chosen(tmp_path: Path) -> None:
-    write_mixtral(tmp_path / "model")
+    write_sparse(tmp_path / "model")
     gguf.write(tmp_path / "model", tmp_path / "model.gguf")
     done = run([str(tmp_path / "model.gguf"), "--repeats", "1", "--prompt", "16", "--steps", "4", "--json", "-"])
     assert done.exit_code == 0, done.output

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cuts import UNEVEN, cut_model
-from mixtral import tiny_mixtral
 from slimtune.bench.work import Work
+from sparse import tiny_sparse
 
 HIDDEN, HEAD, WORDS = 64, 16, 97
 
@@ -45,7 +45,7 @@ def test_windows_are_not_looked_beyond() -> None:
 
 def test_of_experts_those_that_are_chosen() -> None:
     """Two of five a word: a step of one row reads two, of two rows on the average 3.2, of many all."""
-    model = tiny_mixtral()
+    model = tiny_sparse()
     work = Work.of(model)
     one = 3 * 64 * 96
     assert work.expert_bytes == 4 * 2 * 5 * one
@@ -57,7 +57,7 @@ def test_of_experts_those_that_are_chosen() -> None:
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "phi", "mixtral"])
 def test_operations_are_those_that_torch_counts(name: str) -> None:
-    model = tiny_mixtral(experts_implementation="eager") if name == "mixtral" else cut_model(name, UNEVEN)[0]
+    model = tiny_sparse(experts_implementation="eager") if name == "mixtral" else cut_model(name, UNEVEN)[0]
     model.set_attn_implementation("eager")
     work, tokens = Work.of(model), 10
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -88,7 +88,7 @@ REFUSED = {
     "gemma": (
         "gemma",
         {},
-        r"GGUF is not written for model_type 'gemma' yet \(for llama, mistral, mixtral, qwen2, qwen3 it is\)",
+        r"GGUF is not written for model_type 'gemma' yet \(for llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, .* it is\)",
     ),
 }
 

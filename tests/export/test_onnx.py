@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import slimtune
 from cuts import UNEVEN, write_folder
-from mixtral import write_mixtral
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import onnx
+from sparse import write_sparse
 
 run = CliRunner().invoke
 
@@ -114,7 +114,7 @@ def test_bad_input_has_one_clear_error(name: str, tmp_path: Path) -> None:
 
 
 def test_a_model_with_experts_is_refused(tmp_path: Path) -> None:
-    write_mixtral(tmp_path / "model")
+    write_sparse(tmp_path / "model")
     with pytest.raises(UserError, match=r"--to onnx: a model of 'mixtral' chooses experts word by word.*use --to gguf"):
         slimtune.export_model(tmp_path / "model", "onnx")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import slimtune
 from cuts import UNEVEN, Kept, cut_model, even, logits_of, reference_logits, sample_ids, write_folder
 from families import FAMILY_NAMES
-from mixtral import write_mixtral
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import record, rewrite
 from slimtune.export.huggingface import save
 from slimtune.structure.plan import Plan
+from sparse import write_sparse
 
 run = CliRunner().invoke
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4}
@@ -83,7 +83,7 @@ def test_zeros_make_widths_equal_and_change_no_logit(name: str, tmp_path: Path) 
 @pytest.mark.parametrize(("to", "kind"), [("hf", "bf16"), ("vllm", "f32"), ("hf-uniform", "")])
 def test_experts_are_written_as_published_files_name_them(to: str, kind: str, tmp_path: Path, in_here: None) -> None:
     """One by one, and not as transformers has them in memory: other readers, vLLM and ours for GGUF, know no other names."""
-    model = write_mixtral(tmp_path / "model")
+    model = write_sparse(tmp_path / "model")
     found = slimtune.export_model(tmp_path / "model", to, quantize=kind)
     count = sum(each.numel() for each in model.parameters())
     assert (found["class"], found["parameters"], found["parameters_before"]) == ("MixtralForCausalLM", count, count)

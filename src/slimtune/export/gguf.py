@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from slimtune.errors import UserError, nearest
-from slimtune.export import gguf_vocab
-from slimtune.export.gguf_layout import ELSEWHERE, ROUTER, Layout, Widths, layout_of, padded, tensors
+from slimtune.export import gguf_experts, gguf_vocab
+from slimtune.export.gguf_experts import ROUTER, Sparse
+from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, layout_of, padded, tensors
 from slimtune.models.load import check_weights, load_config
 from slimtune.sections import ModelConfig
 
@@ -62,8 +63,9 @@ def write(folder: Path, file: Path, kind: str = "", check: Check = lambda file, 
     """
     gguf = _package()
     config = load_config(ModelConfig(path=str(folder)))
-    family = config.model_type.removeprefix("slimtune_")
-    widths = widths_of(config)
+    family = str(config.model_type).removeprefix("slimtune_")
+    sparse = gguf_experts.sparse_of(config, family)
+    widths = widths_of(config, sparse)
     partial = file.with_name(f".{file.name}.partial")
     with ExitStack() as stack:
         weights = _Weights(folder, stack, bool(config.tie_word_embeddings))
@@ -73,9 +75,11 @@ def write(folder: Path, file: Path, kind: str = "", check: Check = lambda file, 
         vocabulary = gguf_vocab.read(folder, weights.shape("model.embed_tokens.weight")[0], _special(config))
         writer = gguf.GGUFWriter(None, layout.arch)
         _describe(writer, config, layout, padded(widths, layout), KINDS[kind], folder.name)
+        if sparse:
+            gguf_experts.describe(writer, config, sparse)
         _tell_tokens(writer, vocabulary)
         stack.callback(partial.unlink, missing_ok=True)
-        kept = _write(writer, partial, lambda: _all(weights, config, widths, layout), kind)
+        kept = _write(writer, partial, lambda: _all(weights, config, widths, layout, sparse), kind)
         check(partial, kind)
         os.replace(partial, file)
     found = {"architecture": layout.arch, "kind": kind, "bytes": file.stat().st_size, "kept": kept}
@@ -86,22 +90,20 @@ def _check_arithmetic(config: Any, layout: Layout) -> None:
     """Raise UserError where llama.cpp would compute something else and say nothing."""
     if (act := getattr(config, "hidden_act", "silu")) != "silu":
         raise UserError(f"hidden_act={act!r}: llama.cpp computes these blocks with silu; {ELSEWHERE}")
-    if layout.arch == "qwen2" and _scaling(config)["rope_type"] == "llama3":
-        raise UserError(f"rope_type 'llama3': llama.cpp's 'qwen2' has no place for it; {ELSEWHERE}")
+    if not layout.long_context and _scaling(config)["rope_type"] == "llama3":
+        other = "convert with moe.shared=false, whose mixtral has one, or " * (layout.arch == "glm4moe")
+        raise UserError(f"rope_type 'llama3': llama.cpp's {layout.arch!r} has no place for it; {other}{ELSEWHERE}")
     share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if share != 1:
         raise UserError(f"partial_rotary_factor={share}: llama.cpp turns whole heads in these blocks; {ELSEWHERE}")
-    experts, used = getattr(config, "num_local_experts", 1), getattr(config, "num_experts_per_tok", 1)
-    if not 1 <= used <= experts:
-        raise UserError(f"num_experts_per_tok={used} of num_local_experts={experts}: no model runs so; correct config.json")
 
 
-def widths_of(config: PreTrainedConfig) -> list[Widths]:
-    """Of every layer."""
+def widths_of(config: PreTrainedConfig, sparse: Sparse | None = None) -> list[Widths]:
+    """Of every layer; ``sparse``: what ``config`` says of experts."""
     layers = getattr(config, "per_layer_config", None)
     own = [layers[index] if layers else config for index in range(config.num_hidden_layers)]
-    experts = getattr(config, "num_local_experts", 0)
-    return [Widths(each.num_attention_heads, each.num_key_value_heads, each.intermediate_size, experts) for each in own]
+    mlps = [sparse.width if sparse else each.intermediate_size for each in own]
+    return [Widths(each.num_attention_heads, each.num_key_value_heads, mlp) for each, mlp in zip(own, mlps, strict=True)]
 
 
 def kind_in(file: Path) -> str:
@@ -157,8 +159,8 @@ class _Weights:
         return kinds.get(self.get("model.norm.weight").dtype, "f32")
 
 
-def _all(weights: _Weights, config: PreTrainedConfig, widths: Sequence[Widths], layout: Layout) -> Any:
-    yield from tensors(weights.get, weights.files, widths, layout, head_of(config))
+def _all(weights: _Weights, config: PreTrainedConfig, widths: Sequence[Widths], layout: Layout, sparse: Sparse | None) -> Any:
+    yield from tensors(weights.get, weights.files, widths, layout, head_of(config), sparse)
     if left := sorted(set(weights.files) - weights.read):
         raise UserError(f"llama.cpp's {layout.arch!r} has no place for {left[0]!r} of this model; {ELSEWHERE}")
     scaling = _scaling(config)
@@ -193,9 +195,6 @@ def _describe(writer: Any, config: Any, layout: Layout, widths: Sequence[Widths]
     writer.add_feed_forward_length(mlp)
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
-    if widths[0].experts:
-        writer.add_expert_count(widths[0].experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)

@@ -3,10 +3,10 @@
 Most architectures of llama.cpp read one width for all layers. Two read every layer's own: ``deci`` (a Llama block with optional
 biases, rotary pairs side by side) and ``openelm`` (norms on queries and keys, rotary halves, q/k/v in one matrix, tied output).
 
-A Mixtral is a ``llama`` whose layers have experts: both take the softmax over all of them and let the weights of those chosen
-add up to one.
+A Mixtral is a ``llama`` whose layers have experts; other classes of experts have architectures of their own (``gguf_experts``).
+A Dots1 is a ``glm4moe`` with norms on queries and keys, for ``dots1`` there has as many KV heads as query heads.
 
-Shape legend: D hidden size, H query heads, K KV heads, d head size, F MLP width, E experts.
+Shape legend: D hidden size, H query heads, K KV heads, d head size, F MLP width.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from slimtune.errors import UserError
+from slimtune.export import gguf_experts
+from slimtune.export.gguf_experts import Sparse
 from slimtune.structure.experts import HOSTS
 
 ELSEWHERE = "use the model's folder as it is"
@@ -27,17 +29,11 @@ Get = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class Widths:
-    """Of one layer.
-
-    Attributes:
-        mlp: of each expert where there are such.
-        experts: MLPs to choose from; 0: one MLP, and no choice.
-    """
+    """Of one layer; ``mlp``: of each expert where there are such."""
 
     heads: int
     kv_heads: int
     mlp: int
-    experts: int = 0
 
 
 @dataclass(frozen=True)
@@ -51,6 +47,8 @@ class Layout:
         by_layer: widths are lists.
         any_heads: heads times their size need not be the hidden size.
         biases: linears may have some.
+        second_norm: what the norm before the MLP is called.
+        long_context: frequencies that are divided each by its own number (rotary scaling "llama3") have a place.
     """
 
     arch: str
@@ -59,14 +57,19 @@ class Layout:
     by_layer: bool = False
     any_heads: bool = True
     biases: bool = True
+    second_norm: str = "ffn_norm"
+    long_context: bool = True
 
 
 _UNIFORM = {
     "llama": Layout("llama", paired=True),
     "mistral": Layout("llama", paired=True),
     "mixtral": Layout("llama", paired=True),
-    "qwen2": Layout("qwen2", any_heads=False),
+    "qwen2": Layout("qwen2", any_heads=False, long_context=False),
     "qwen3": Layout("qwen3", biases=False),
+    "qwen3_moe": Layout("qwen3moe", biases=False, long_context=False),
+    "glm4_moe": Layout("glm4moe", second_norm="post_attention_norm", long_context=False),
+    "dots1": Layout("glm4moe", second_norm="post_attention_norm", long_context=False),
 }
 _BY_LAYER = {
     "llama": Layout("deci", paired=True, by_layer=True),
@@ -87,12 +90,12 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
         UserError: llama.cpp has none that holds it; names the reason and what does.
     """
     if family not in _UNIFORM:
-        other = "; convert makes a mixtral of Llama and Mistral with moe.shared=false" * (family in HOSTS)
+        other = "; convert makes a glm4_moe of Qwen2 with moe.shared=true" * (family in HOSTS)
         raise UserError(
             f"GGUF is not written for model_type {family!r} yet (for {', '.join(_UNIFORM)} it is{other}); {ELSEWHERE}"
         )
     found = _UNIFORM[family]
-    if len(set(widths)) > 1 or not (found.any_heads or widths[0].heads * head == hidden):
+    if family not in HOSTS and (len(set(widths)) > 1 or not (found.any_heads or widths[0].heads * head == hidden)):
         found = _BY_LAYER[family]
     biased = next((name for name in names if name.endswith("_proj.bias")), None)
     if biased and not found.biases:
@@ -121,7 +124,7 @@ def padded(widths: Sequence[Widths], layout: Layout) -> list[Widths]:
 
 
 def tensors(
-    get: Get, names: Mapping[str, Any], widths: Sequence[Widths], layout: Layout, head: int
+    get: Get, names: Mapping[str, Any], widths: Sequence[Widths], layout: Layout, head: int, sparse: Sparse | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """(name there, tensor) of the whole model, one layer at a time.
 
@@ -129,6 +132,7 @@ def tensors(
         get: a tensor of the model folder by its name.
         names: those that the folder has.
         head: d, size of a head.
+        sparse: what is said of experts, where layers have such.
     """
     yield "token_embd.weight", get("model.embed_tokens.weight")
     yield "output_norm.weight", get("model.norm.weight")
@@ -136,19 +140,16 @@ def tensors(
         yield "output.weight", get("lm_head.weight")
     for index, (own, width) in enumerate(zip(widths, padded(widths, layout), strict=True)):
         layer = _Layer(get, names, f"model.layers.{index}.", own, width, head, layout.paired)
-        for name, tensor in _block(layer, layout):
+        for name, tensor in _block(layer, layout, sparse):
             yield f"blk.{index}.{name}", tensor
 
 
 _NORMS = {
     "attn_norm.weight": "input_layernorm.weight",
-    "ffn_norm.weight": "post_attention_layernorm.weight",
     "attn_q_norm.weight": "self_attn.q_norm.weight",
     "attn_k_norm.weight": "self_attn.k_norm.weight",
 }
 _MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_EXPERTS = {"ffn_gate_exps": "w1", "ffn_up_exps": "w3", "ffn_down_exps": "w2"}
-ROUTER = "ffn_gate_inp.weight"
 
 
 @dataclass(frozen=True)
@@ -175,22 +176,15 @@ class _Layer:
         return tensor.reshape(heads, 2, self.head // 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
 
 
-def _block(layer: _Layer, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    for name, source in _NORMS.items():
+def _block(layer: _Layer, layout: Layout, sparse: Sparse | None) -> Iterator[tuple[str, Tensor]]:
+    norms = {**_NORMS, f"{layout.second_norm}.weight": "post_attention_layernorm.weight"}
+    for name, source in norms.items():
         if layer.there(source):
             norm = layer.tensor(source)
             if layer.width.heads or name != "attn_norm.weight":  # without heads llama.cpp has no place for their norm
                 yield name, norm
     yield from _attention(layer, layout)
-    yield from (_experts if layer.given.experts else _mlp)(layer)
-
-
-def _experts(layer: _Layer) -> Iterator[tuple[str, Tensor]]:
-    """The router, [E, D], and the experts' matrices, [E, F, D] and [E, D, F]: of one layer one of the three is in memory."""
-    yield ROUTER, layer.tensor("block_sparse_moe.gate.weight")
-    for name, source in _EXPERTS.items():
-        own = (f"block_sparse_moe.experts.{expert}.{source}.weight" for expert in range(layer.given.experts))
-        yield f"{name}.weight", torch.stack([layer.tensor(each) for each in own])
+    yield from gguf_experts.tensors(layer.tensor, sparse) if sparse else _mlp(layer)
 
 
 def _mlp(layer: _Layer) -> Iterator[tuple[str, Tensor]]:

@@ -13,12 +13,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cuts import generate, logits_of
-from mixtral import write_mixtral
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import gguf, gguf_compared
-from slimtune.export.gguf_layout import layout_of
 from slimtune.export.gguf_run import run
+from sparse import write_sparse
 
 PROMPTS = [[433, 1639, 5509, 260, 1516, 278], [19, 77, 1200], list(range(100, 190))]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
@@ -48,18 +47,32 @@ def differences(model: Any, file: Path) -> list[float]:
     return found
 
 
-@pytest.mark.parametrize("keys", CASES.values(), ids=CASES)
-def test_llama_cpp_computes_what_torch_does(tmp_path: Path, keys: dict[str, Any]) -> None:
-    model = write_mixtral(tmp_path / "model", **keys)
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared, GQA, tied": ("glm4_moe", {"tie_word_embeddings": True}),
+    "shared, biases": ("glm4_moe", {"attention_bias": True, "num_key_value_heads": 4, "num_experts_per_tok": 1}),
+    "shared, norms on heads": ("dots1", {"num_key_value_heads": 4}),
+    "shared, norms on heads, GQA, tied": ("dots1", {"tie_word_embeddings": True, "n_shared_experts": 1}),
+    "norms on heads": ("qwen3_moe", {}),
+    "norms on heads, tied, one KV head": ("qwen3_moe", {"tie_word_embeddings": True, "num_key_value_heads": 1}),
+}
+"""Of other classes."""
+ARCHS = {"mixtral": "llama", "glm4_moe": "glm4moe", "dots1": "glm4moe", "qwen3_moe": "qwen3moe"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"), [*(("mixtral", keys) for keys in CASES.values()), *OTHERS.values()], ids=[*CASES, *OTHERS]
+)
+def test_llama_cpp_computes_what_torch_does(tmp_path: Path, model_type: str, keys: dict[str, Any]) -> None:
+    model = write_sparse(tmp_path / "model", model_type, **keys)
     written = gguf.write(tmp_path / "model", tmp_path / "model.gguf")
-    assert (written["architecture"], written["kind"], written["kept"]) == ("llama", "f32", {})
+    assert (written["architecture"], written["kind"], written["kept"]) == (ARCHS[model_type], "f32", {})
     assert max(differences(model, tmp_path / "model.gguf")) < 1e-4
     tokens = run(tmp_path / "model.gguf", PROMPTS, tokens=12).tokens
     assert tokens == [generate(model, torch.tensor([prompt]))[0] for prompt in PROMPTS]
 
 
 def test_what_stands_in_the_file(tmp_path: Path) -> None:
-    write_mixtral(tmp_path / "model", sliding_window=16)
+    write_sparse(tmp_path / "model", sliding_window=16)
     gguf.write(tmp_path / "model", tmp_path / "model.gguf")
     reader = GGUFReader(tmp_path / "model.gguf")
     told = {name: field.contents() for name, field in reader.fields.items()}
@@ -76,7 +89,7 @@ def test_what_stands_in_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kind", "alike"), [("f16", 0.9999), ("bf16", 0.999), ("q8_0", 0.99), ("q4_1", 0.85)])
 def test_weights_in_fewer_bits(tmp_path: Path, kind: str, alike: float) -> None:
     """Routers stay whole, rows of 24 numbers fit no block of 32. Words whose choice tips over cost more than the rounding."""
-    model = write_mixtral(tmp_path / "model", intermediate_size=24)
+    model = write_sparse(tmp_path / "model", intermediate_size=24)
     written = gguf.write(tmp_path / "model", tmp_path / "model.gguf", kind)
     kinds = {tensor.name: tensor.tensor_type.name.lower() for tensor in GGUFReader(tmp_path / "model.gguf").tensors}
     block = "f16" if kind.startswith("q") else kind
@@ -91,7 +104,7 @@ def test_weights_in_fewer_bits(tmp_path: Path, kind: str, alike: float) -> None:
 
 def test_one_tensor_of_experts_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All others are read after it was written, and none twice in one pass."""
-    write_mixtral(tmp_path / "model")
+    write_sparse(tmp_path / "model")
     stacked = list[int]()
     plain = torch.stack
     monkeypatch.setattr(torch, "stack", lambda parts: stacked.append(len(parts)) or plain(parts))
@@ -108,7 +121,7 @@ def test_of_fewer_bits_the_refusal_tells_what_else_it_may_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     """A word that rounding sends to another expert is far off, in a file that is the model's all the same."""
-    write_mixtral(tmp_path / "model")
+    write_sparse(tmp_path / "model")
     figures = {"tokens_same": 9, "tokens": 96, "logprob_difference": 2.5, "logprob_mean": 0.39, "load_s": 0.1, "texts": []}
     monkeypatch.setattr(gguf_compared, "compared", lambda folder, file: figures)
     done = CliRunner().invoke(app, ["export", str(tmp_path / "model"), "--to", "gguf", "-q", kind])
@@ -133,7 +146,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("keys", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, keys: dict[str, Any], reason: str) -> None:
-    write_mixtral(tmp_path / "model")
+    write_sparse(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | keys))
     with pytest.raises(UserError, match=reason):
@@ -142,7 +155,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, keys: dict[str, A
 
 
 def test_more_experts_than_llama_cpp_takes_are_told_in_its_words(tmp_path: Path) -> None:
-    write_mixtral(tmp_path / "model", num_local_experts=1100, intermediate_size=8, num_hidden_layers=1)
+    write_sparse(tmp_path / "model", num_local_experts=1100, intermediate_size=8, num_hidden_layers=1)
     gguf.write(tmp_path / "model", tmp_path / "x.gguf", "q8_0")
     with pytest.raises(
         UserError, match=r"llama.cpp does not run .*GGML_ASSERT\(hparams.n_expert <= LLAMA_MAX_EXPERTS\) failed$"
@@ -152,7 +165,7 @@ def test_more_experts_than_llama_cpp_takes_are_told_in_its_words(tmp_path: Path)
 
 def test_export_and_verify(tmp_path: Path) -> None:
     """Through the commands, which run the file; a file whose experts changed places is another model's."""
-    write_mixtral(tmp_path / "model")
+    write_sparse(tmp_path / "model")
     done = CliRunner().invoke(app, ["export", str(tmp_path / "model"), "--to", "gguf"])
     assert done.exit_code == 0, done.output
     assert "96 of 96 greedy tokens as in torch" in done.stdout
@@ -167,7 +180,57 @@ def test_export_and_verify(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["verify", file]).exit_code == 1
 
 
-@pytest.mark.parametrize("family", ["glm4_moe", "dots1", "qwen2_moe", "qwen3_moe"])
-def test_other_experts_are_refused_with_the_way_to_mixtral(family: str) -> None:
-    with pytest.raises(UserError, match=rf"model_type '{family}'.* makes a mixtral of .* with moe\.shared=false"):
-        layout_of(family, [], 8, 4, {})
+HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+OTHERS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "weights of all": (
+        "qwen3_moe",
+        {"norm_topk_prob": False},
+        r"norm_topk_prob=False: GGUF of qwen3_moe is written .*True",
+    ),
+    "a dense layer": (
+        "glm4_moe",
+        {"first_k_dense_replace": 1},
+        r"first_k_dense_replace=1: GGUF of glm4_moe is written .*0",
+    ),
+    "groups": ("dots1", {"n_group": 5}, r"n_group=5: GGUF of dots1 is written for n_group=1 alone; use the model's folder"),
+    "long context": ("glm4_moe", {"rope_parameters": LLAMA3}, r"'glm4moe' has no place for it; convert with moe.shared=false"),
+    "long context, norms": ("qwen3_moe", {"rope_parameters": LLAMA3}, r"'qwen3moe' has no place for it; use the model's"),
+    "half a head": ("glm4_moe", {"rope_parameters": HALF}, r"partial_rotary_factor=0.5: llama.cpp turns whole heads"),
+    "too many chosen": ("dots1", {"num_experts_per_tok": 6}, r"num_experts_per_tok=6 of n_routed_experts=5: no model runs so"),
+    "one more": ("glm4_moe", {"n_shared_experts": 0}, r"no place for 'model.layers.0.mlp.shared_experts.down_proj.weight'"),
+    "unweighed": ("qwen2_moe", {}, r"model_type 'qwen2_moe' yet .* convert makes a glm4_moe of Qwen2 with moe\.shared=true"),
+}
+
+
+@pytest.mark.parametrize(("model_type", "keys", "reason"), OTHERS_REFUSED.values(), ids=OTHERS_REFUSED)
+def test_what_of_other_classes_is_refused(tmp_path: Path, model_type: str, keys: dict[str, Any], reason: str) -> None:
+    write_sparse(tmp_path / "model", model_type)
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | keys))
+    with pytest.raises(UserError, match=reason):
+        gguf.write(tmp_path / "model", tmp_path / "x.gguf")
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_stands_in_a_file_with_a_shared_expert(tmp_path: Path) -> None:
+    """The choice has a bias and the weights a factor; the shared expert is as wide as two."""
+    model = write_sparse(tmp_path / "model", "glm4_moe")
+    gguf.write(tmp_path / "model", tmp_path / "model.gguf", "q8_0")
+    reader = GGUFReader(tmp_path / "model.gguf")
+    told = {name.removeprefix("glm4moe."): field.contents() for name, field in reader.fields.items()}
+    assert {name: told[name] for name in told if name.startswith("expert_")} == {
+        "expert_count": 5,
+        "expert_used_count": 2,
+        "expert_shared_count": 2,
+        "expert_feed_forward_length": 96,
+        "expert_weights_norm": True,
+        "expert_weights_scale": 2.0,
+        "expert_gating_func": 2,
+    }
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    shapes = {name: tuple(int(each) for each in reversed(tensor.shape)) for name, tensor in tensors.items()}
+    assert (shapes["blk.1.ffn_up_shexp.weight"], shapes["blk.1.ffn_down_shexp.weight"]) == ((192, 64), (64, 192))
+    assert shapes["blk.1.ffn_gate_exps.weight"] == (5, 96, 64)
+    assert [tensors[f"blk.1.{name}"].tensor_type.name for name in ("ffn_gate_inp.weight", "exp_probs_b.bias")] == ["F32", "F32"]
+    bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
+    assert torch.equal(torch.from_numpy(tensors["blk.1.exp_probs_b.bias"].data.copy()), bias)
