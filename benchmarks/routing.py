@@ -85,7 +85,7 @@ def compared(out: Path, recipe: Recipe, ids: Tensor, dtype: torch.dtype, again: 
         gated = model(input_ids=ids).logits.float()
     written = stock(out, ids, dtype)
     found, own = chosen_of(written, ids)
-    _, given = chosen_of(written, ids, read)
+    given = [sorted_choice(each(x)) for each, x in zip(routers_of(written), read, strict=True)]
     row: Row = {
         "class": type(written).__name__,
         "difference": float((found - gated).abs().max() / gated.abs().max()),
@@ -105,17 +105,26 @@ def stock(out: Path, ids: Tensor, dtype: torch.dtype, **ways: str) -> Any:
     return AutoModelForCausalLM.from_pretrained(out / "model", dtype=dtype, **ways).to(ids.device).eval()
 
 
-def chosen_of(model: Any, ids: Tensor, given: list[Tensor] | None = None) -> tuple[Tensor, list[Tensor]]:
-    """Logits [B, T, V] of a stock model and the experts of each layer [B T, k], sorted; of ``given`` inputs of its routers."""
+def chosen_of(model: Any, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Logits [B, T, V] of a stock model and the experts of each layer [B T, k], sorted."""
     found: list[Tensor] = []
-    routers = [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
-    hooks = [each.register_forward_hook(lambda _, __, output: found.append(output[2].sort(-1).values)) for each in routers]
-    for router, x in zip(routers, given or (), strict=bool(given)):
-        hooks.append(router.register_forward_pre_hook(lambda _, args, x=x: (x.view_as(args[0]), *args[1:])))
+    hooks = [
+        each.register_forward_hook(lambda _, __, output: found.append(sorted_choice(output))) for each in routers_of(model)
+    ]
     logits = model(input_ids=ids).logits.float()
     for hook in hooks:
         hook.remove()
     return logits, found
+
+
+def routers_of(model: Any) -> list[Any]:
+    """Those of a stock model, from the first layer on."""
+    return [module for module in model.modules() if type(module).__name__.lower().endswith("topkrouter")]
+
+
+def sorted_choice(output: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    """Experts [N, k] of what a router gives: logits, weights, experts."""
+    return output[2].sort(-1).values
 
 
 def same(ours: Tensor, theirs: Tensor) -> float:
