@@ -50,7 +50,7 @@ def rows_of(file: Path, keep: float, folder: str, *words: str) -> list[Row]:
     masks = experts.fixed(experts.plan())
     method.bank.open()
     batch = recipe.search.batch or recipe.train.batch
-    most = max(1, config.tokens // config.prior_steps)
+    most = max(1, config.prior_tokens // config.prior_steps)
     seen, unseen = (
         routes._read(session, method.model, Passes(session, method.model, batches, config.prior_steps), most)
         for batches in (method.decision, session.batches(splits.valid, "caught", batch))

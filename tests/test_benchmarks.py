@@ -420,7 +420,7 @@ def test_what_routed_and_fixed_channels_catch_by_hand(tmp_path: Path) -> None:
     routed = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     parts = caught.caught(energy, routed, torch.tensor([0.0, 0.0, 1.0]), 1)
     assert parts == pytest.approx({"routed": 6 / 7, "fixed": 3 / 7, "fixed_seen": 4 / 7})
-    demo, few = ROOT / "recipes" / "tomoe-demo.yaml", ("moe.prior_steps=2", "moe.tokens=1024")
+    demo, few = ROOT / "recipes" / "tomoe-demo.yaml", ("moe.prior_steps=2", "moe.prior_tokens=1024")
     (own, other) = caught.rows_of(demo, 0.5, str(tmp_path), *few)[:2]
     assert [own["layer"], other["layer"]] == [0, 1]
     assert own["fixed"] <= own["fixed_seen"] <= 1

@@ -238,7 +238,8 @@ def test_the_prior_keeps_as_many_tokens_whatever_the_micro_batches(
     monkeypatch.setattr(
         "slimtune.methods.routes.split", lambda energy, *rest: (kept.append(len(energy)), real(energy, *rest))[1]
     )
-    session = session_of(bench, tmp_path / "run", **{**MOE, "moe__tokens": 60, "search__batch": 6, "train__micro_batch": micro})
+    more = {"moe__prior_tokens": 60, "search__batch": 6, "train__micro_batch": micro}
+    session = session_of(bench, tmp_path / "run", **{**MOE, **more})
     method = tomoe._ToMoE(session)
     tomoe.prior_of(session, method.model, method.bank, method.decision, method.experts)
     assert kept == [60] * 3
@@ -329,7 +330,7 @@ def test_what_cannot_be_is_refused_before_anything_runs(bench: Bench, tmp_path: 
         ({"moe__prior": "none", "search__steps": 0}, "nothing to decide by"),
         ({"moe__prior": "cmoe", "moe__experts": "overlap"}, r"moe\.prior=cmoe gives every channel to one expert"),
         ({"moe__tune": False, "moe__kd": 0, "moe__ce": 0}, "leaves the search nothing to learn by"),
-        ({"moe__tokens": 4}, r"moe\.tokens=4 are too few to tell 5 experts apart"),
+        ({"moe__prior_tokens": 4}, r"moe\.prior_tokens=4 are too few to tell 5 experts apart"),
         ({"model": {"path": bench.base, "quantize": "nf4"}}, "does not go with method=tomoe"),
     ):
         with pytest.raises(UserError, match=told):

@@ -12,9 +12,9 @@ and a step ``8 S G`` of the generator (forward, backward, and forward once more 
 takes two products of ``2 d^2`` a token of each consumer's d inputs, in fp32, then ``d^3 / 3 + 4 D d^2``, in every process.
 
 Bytes: 4 of each number of ``L F S`` logits, their softmax, masks and those in force, and 8 more each pass of a step (masks that
-collect gradients, and these). A gated token keeps its mask and the gated input. The prior keeps ``moe.tokens`` of all layers:
-what channels add, in 16 bits, and the MLP's input. A fit has two fp32 matrices of every consumer at once, and
-what it fitted stays beside the base's until the experts are decided.
+collect gradients, and these). A gated token keeps its mask and the gated input. Of all layers the prior keeps
+``moe.prior_tokens``: what channels add, in 16 bits, and the MLP's input. A fit has two fp32 matrices of every consumer at once,
+and what it fitted stays beside the base's until the experts are decided.
 
 Masks inside heads (``moe.attention``) save no operation, for what they leave out is computed and multiplied by zero; what they
 take themselves is not counted.
@@ -71,10 +71,10 @@ def check(recipe: Recipe, config: PreTrainedConfig, structure: Structure) -> Non
     if recipe.moe.attention != "groups":
         check_pairs(structure, config.to_dict(), f"moe.attention={recipe.moe.attention}")
     shape = shape_of(structure, recipe.budget, recipe.moe)
-    if recipe.moe.prior != "none" and recipe.moe.tokens < shape.number:
+    if recipe.moe.prior != "none" and recipe.moe.prior_tokens < shape.number:
         raise UserError(
-            f"moe.tokens={recipe.moe.tokens} are too few to tell {shape.number} experts apart; give {shape.number} at least "
-            "(default: 4096)"
+            f"moe.prior_tokens={recipe.moe.prior_tokens} are too few to tell {shape.number} experts apart; give {shape.number} "
+            "at least (default: 4096)"
         )
     sizes = (shape.number, shape.top_k, shape.width, shape.shares, shape.groups, shape.values)
     moe.config_of(config, structure, moe.Layout(*sizes))
@@ -238,7 +238,7 @@ def mask_bytes(job: Job) -> int:
 def prior_bytes(job: Job) -> int:
     """Of the tokens that are kept for the split."""
     layers = len(job.structure.layers)
-    return job.recipe.moe.tokens * (2 * _channels(job) + job.bytes_ * int(job.config.hidden_size) * layers)
+    return job.recipe.moe.prior_tokens * (2 * _channels(job) + job.bytes_ * int(job.config.hidden_size) * layers)
 
 
 def fitted_bytes(job: Job) -> int:

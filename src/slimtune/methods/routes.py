@@ -39,7 +39,7 @@ def prior_of(session: Session, model: nn.Module, bank: MaskBank, batches: Batche
     session.progress.say(f"prior: channels split by what they add on {config.prior_steps} batches")
     heads = HeadScores(session.structure) if experts.heads else None
     parts = -(-batches.batch // (session.recipe.train.micro_batch or batches.batch))
-    energies, inputs = _read(session, model, passes, max(1, config.tokens // (config.prior_steps * parts)), heads)
+    energies, inputs = _read(session, model, passes, max(1, config.prior_tokens // (config.prior_steps * parts)), heads)
     sizes = torch.tensor(shape.sizes(1.0)) if not shape.overlap else torch.tensor([0, *[shape.width] * shape.number, 0])
     scores, weights = [], {}
     for layer in range(len(session.structure.layers)):

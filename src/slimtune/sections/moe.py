@@ -52,6 +52,8 @@ class MoeConfig(Section):
     rival); ``none``: from experts that are all alike (published)."""
     prior_steps: Positive = 16
     """Decision batches read for the prior, and once more for each fit of ``refit``."""
+    prior_tokens: Count = 4096
+    """Tokens a layer that the prior keeps of what it reads."""
     prior_scale: Annotated[float, Field(ge=0.0)] = 4.0
     """Standard deviation of the prior's logits over the channels."""
     lr: Annotated[float, Field(gt=0.0)] = 1e-3
@@ -80,8 +82,6 @@ class MoeConfig(Section):
     (published: 3 in the mean of layers and attentions, here 1.5)."""
     budget: Annotated[float, Field(ge=0.0)] = 16.0
     """``overlap`` with ``prior: none``: factor of the penalty |log(active / target)|, while widths are free."""
-    tokens: Count = 4096
-    """Tokens a layer that the prior keeps of what it reads."""
 
     def fits(self, steps: int) -> int:
         """Fits of ``refit`` in a run of so many search steps."""
