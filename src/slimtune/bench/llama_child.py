@@ -26,6 +26,9 @@ def main(file: str, asked: str) -> None:
     params.cpuparams.n_threads = words["threads"]
     params.cpuparams_batch.n_threads = words["threads"]
     params.fit_params = False
+    # Read, not mapped: pages of a mapped file are as quick as the system's cache happens to hold them, and another file's beside
+    # them were a quarter slower in every fresh process, until they were written anew.
+    params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     started = time.perf_counter()
     server = xllamacpp.Server(params)
     load_s = time.perf_counter() - started
