@@ -26,8 +26,8 @@ def main(file: str, asked: str) -> None:
     params.cpuparams.n_threads = words["threads"]
     params.cpuparams_batch.n_threads = words["threads"]
     params.fit_params = False
-    # Read, not mapped: pages of a mapped file are as quick as the system's cache happens to hold them, and another file's beside
-    # them were a quarter slower in every fresh process, until they were written anew.
+    # Read, not mapped: pages of a mapped file are as quick as the system's cache happens to hold them. Some files were a
+    # quarter slower so, in every fresh process, and written anew they were not.
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     started = time.perf_counter()
     server = xllamacpp.Server(params)
