@@ -27,7 +27,7 @@ def main(file: str, asked: str) -> None:
     params.cpuparams_batch.n_threads = words["threads"]
     params.fit_params = False
     # Read, not mapped: pages of a mapped file are as quick as the system's cache happens to hold them. Some files were a
-    # quarter slower so, in every fresh process, and written anew they were not.
+    # quarter slower so or more, in every fresh process, and written anew they were not.
     params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
     started = time.perf_counter()
     server = xllamacpp.Server(params)
