@@ -211,7 +211,7 @@ def test_groups_that_all_stay_need_no_gradients() -> None:
 
 def test_a_teacher_costs_a_forward_pass_and_logits() -> None:
     forward = job().forward()
-    plain, taught = cost(), cost(moe={"kd": 1.0, "tokens": 3})
+    plain, taught = cost(), cost(moe={"kd": 1.0, "prior_tokens": 3})
     assert taught.phases[0].step_flops - plain.phases[0].step_flops == pytest.approx(5 * TOKENS * forward)
     assert taught.phases[1].step_flops == plain.phases[1].step_flops
     assert taught.memory["logits"] == 2 * 12 * TOKENS * SHAPE["vocab_size"]
@@ -248,11 +248,14 @@ def test_memory_is_that_of_the_fullest_phase() -> None:
     assert found.memory["routers, gradients, AdamW"] == routers
     kept = 4096 * LAYERS * (2 * CHANNELS + 4 * HIDDEN)
     assert found.memory["tokens of the prior"] == kept, "beside the gradients of KV groups"
-    search = cost(moe={"tokens": 3})
+    search = cost(moe={"prior_tokens": 3})
     assert "tokens of the prior" not in search.memory
     assert search.memory["masks"] == 4 * 6 * LAYERS * CHANNELS * slots
-    assert cost(moe={"tokens": 3}, train={"micro_batch": 1, "batch": 4}).memory["masks"] == 4 * 12 * LAYERS * CHANNELS * slots
-    few = {"tokens": 3, "groups": "all"}
+    assert (
+        cost(moe={"prior_tokens": 3}, train={"micro_batch": 1, "batch": 4}).memory["masks"]
+        == 4 * 12 * LAYERS * CHANNELS * slots
+    )
+    few = {"prior_tokens": 3, "groups": "all"}
     assert cost(moe=few, data={"max_length": 4}).memory["moments of refit"] == experts.refit_bytes(of)
     assert cost(moe=few, data={"max_length": 4}).memory["fitted consumers"] == 4 * HIDDEN * LAYERS * (QUERIES + CHANNELS)
     assert "moments of refit" not in cost(moe={**few, "refit": False}, data={"max_length": 4}).memory

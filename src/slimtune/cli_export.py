@@ -78,7 +78,7 @@ def export(
     hf-uniform: all families, a stock class, which needs no code: layers are filled up with zeros to the widest one
     (a run with budget.layout=uniform needs none).
     gguf: Llama, Mistral, Qwen2 and Qwen3, uniform or with widths by layer (Qwen3 then with tied embeddings), and
-    Mixtral; for llama.cpp and what is built on it.
+    experts (Mixtral, Qwen3-MoE, GLM4-MoE, Dots1); for llama.cpp and what is built on it.
     onnx: all families, none with experts; token ids and mask in, logits out, for onnxruntime (a folder, fp32).
     vllm: all families; a folder for vLLM's Transformers backend, checked in transformers, not run in vLLM.
     vllm, --form deci: Llama, Mistral without windows and Qwen2; for vLLM's own kernels, with zeros for removed heads.

@@ -12,12 +12,12 @@ from transformers import StaticCache
 from typer.testing import CliRunner
 
 from cuts import UNEVEN, cut_model, write_folder
+from mixtures import write_sparse
 from slimtune.bench.measure import Rates, Settings, compared, figures, measures
 from slimtune.bench.torch_runs import Runs, Step
 from slimtune.bench.work import cache_of
 from slimtune.cli import app
 from slimtune.export import gguf
-from sparse import write_sparse
 
 ASK = ["--batch", "1,2", "--prompt", "16", "--context", "16", "--steps", "4", "--repeats", "2", "--device", "cpu"]
 

@@ -7,8 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cuts import UNEVEN, cut_model
+from mixtures import tiny_sparse
 from slimtune.bench.work import Work
-from sparse import tiny_sparse
 
 HIDDEN, HEAD, WORDS = 64, 16, 97
 

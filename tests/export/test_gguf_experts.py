@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from cuts import generate, logits_of
+from mixtures import write_sparse
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import gguf, gguf_compared
 from slimtune.export.gguf_run import run
-from sparse import write_sparse
 
 PROMPTS = [[433, 1639, 5509, 260, 1516, 278], [19, 77, 1200], list(range(100, 190))]
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 
 import slimtune
 from cuts import UNEVEN, write_folder
+from mixtures import write_sparse
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import onnx
-from sparse import write_sparse
 
 run = CliRunner().invoke
 

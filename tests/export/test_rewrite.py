@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 import slimtune
 from cuts import UNEVEN, Kept, cut_model, even, logits_of, reference_logits, sample_ids, write_folder
 from families import FAMILY_NAMES
+from mixtures import write_sparse
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export import record, rewrite
 from slimtune.export.huggingface import save
 from slimtune.structure.plan import Plan
-from sparse import write_sparse
 
 run = CliRunner().invoke
 WIDE = {"num_attention_heads": 8, "num_key_value_heads": 4}
