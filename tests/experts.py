@@ -36,10 +36,12 @@ def divided(structure: Structure, shares: int, top_k: int, groups: int | None = 
     return Plan.divided(structure, kept, divisions, top_k)
 
 
-def converted(name: str, shares: int, top_k: int, **more: Any) -> tuple[Any, Structure, Plan, Router]:
+def converted(
+    name: str, shares: int, top_k: int, config: dict[str, Any] | None = None, **more: Any
+) -> tuple[Any, Structure, Plan, Router]:
     """A dense model with cut attention, its structure before, the division of its channels, and routers far from ties."""
     overrides = {"sliding_window": None} if name == "mistral" and shares else {}
-    model, structure = random_model(name, **overrides)
+    model, structure = random_model(name, **overrides, **(config or {}))
     plan = divided(structure, shares, top_k, **more)
     cut(model, structure, plan.for_good)
     host = host_of(structure.family, shares > 0)

@@ -39,10 +39,11 @@ CLASSES = {
 }
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize(("top_k", "head"), [(1, 16), (2, 16), (4, 24)])
 @pytest.mark.parametrize(("name", "shares"), CLASSES)
-def test_what_is_masked_is_what_is_written(name: str, shares: int, top_k: int, tmp_path: Path) -> None:
-    model, structure, plan, router = converted(name, shares, top_k, groups=1)
+def test_what_is_masked_is_what_is_written(name: str, shares: int, top_k: int, head: int, tmp_path: Path) -> None:
+    """Heads of 24 together are wider than the model is."""
+    model, structure, plan, router = converted(name, shares, top_k, groups=1, config={"head_dim": head})
     ids = sample_ids()
     with torch.no_grad(), routed(model, structure, plan, router):
         expected = model(input_ids=ids).logits
@@ -148,6 +149,21 @@ def test_padding_changes_no_token(shares: int) -> None:
     assert torch.equal(together, again)
 
 
+@pytest.mark.parametrize("shares", [0, 2])
+def test_the_beginning_token_is_attended_to_and_has_experts_like_any_other(shares: int) -> None:
+    model, structure, plan, router = converted("llama", shares, 2)
+    ids = sample_ids()
+    ids[:, 0] = model.config.bos_token_id
+    other = ids.clone()
+    other[:, 0] = model.config.bos_token_id + 1
+    with torch.no_grad():
+        opened = model(input_ids=ids).logits
+        with routed(model, structure, plan, router):
+            gated, without = model(input_ids=ids).logits, model(input_ids=other).logits
+    assert (gated[:, 0] - opened[:, 0]).abs().max() > 1e-3, "it has all channels"
+    assert ((gated - without)[:, 1:].abs().amax((1, 2)) > 1e-3).all(), "later tokens do not see it"
+
+
 def test_families_without_a_stock_class_are_refused() -> None:
     for name in ("phi", "gemma", "gemma2", "gemma3_text", "granite"):
         with pytest.raises(UserError, match="no stock class holds experts"):
@@ -211,6 +227,8 @@ def test_the_stock_configs_carry_what_the_base_says() -> None:
                 assert found[key] == raw[key], (name, shares, key)
             assert found["rope_parameters"]["rope_theta"] == raw["rope_parameters"]["rope_theta"]
             assert found["num_experts_per_tok"] == 2
+            assert found["intermediate_size"] == (8 if found["model_type"] == "mixtral" else raw["intermediate_size"])
+            assert found.get("num_nextn_predict_layers", 0) == 0, "which are not written"
 
 
 def test_masks_of_a_plan_are_its_divisions() -> None:

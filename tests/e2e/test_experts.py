@@ -46,30 +46,37 @@ def test_the_embedded_base_becomes_a_mixtral_that_llama_cpp_runs(warm: Any, tmp_
     assert summary["result"]["parameters"] <= summary["base"]["parameters"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert sum(each.numel() for each in model.parameters()) == summary["result"]["parameters"]
-    check_alone(warm, tmp_path / "run" / "model", model)
-    done = CliRunner().invoke(app, ["export", str(tmp_path / "run"), "--to", "gguf", "-q", "f32", "--json"])
-    assert done.exit_code == 0, done.output
-    found = json.loads(done.stdout[done.stdout.index("{") :])
-    assert found["architecture"] == "llama"
-    assert found["tokens_same"] == found["tokens"]
+    check_alone(warm, tmp_path / "run" / "model", "mixtral")
+    check_gguf(tmp_path / "run", "llama")
     check_perplexity(tmp_path / "run")
 
 
-def test_every_expert_is_used_and_what_is_written_has_the_perplexity_of_the_gated_model(tmp_path: Path) -> None:
-    """Held-out rows of text, both types; with a shared expert."""
+def test_every_expert_is_used_and_what_is_written_has_the_perplexity_of_the_gated_model(warm: Any, tmp_path: Path) -> None:
+    """Held-out rows of text, both types; with a shared expert, which llama.cpp runs, too."""
     summary = converted(tmp_path / "run", "budget.keep=0.9", "moe.prior_steps=4", "recover.steps=4")
     assert summary["result"]["class"] == "Glm4MoeForCausalLM"
     assert abs(summary["result"]["active_ratio"] - 0.9) <= 0.002
     assert min(min(layer) for layer in summary["shares"]) >= 0.01
     check_perplexity(tmp_path / "run")
+    check_alone(warm, tmp_path / "run" / "model", "glm4_moe")
+    check_gguf(tmp_path / "run", "glm4moe")
 
 
-def check_alone(warm: Any, folder: Path, model: Any) -> None:
+def check_gguf(out: Path, architecture: str) -> None:
+    done = CliRunner().invoke(app, ["export", str(out), "--to", "gguf", "-q", "f32", "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout[done.stdout.index("{") :])
+    assert found["architecture"] == architecture
+    assert found["tokens_same"] == found["tokens"]
+
+
+def check_alone(warm: Any, folder: Path, name: str) -> None:
     """A process without slimtune, allowed no code but that of transformers, writes the same."""
     done = warm.run([sys.executable, "-P", str(ALONE), json.dumps([[str(folder)], [TEXT], 6, False])])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])[str(folder)]
-    assert found["module"].startswith("transformers.models.mixtral.")
+    assert found["module"].startswith(f"transformers.models.{name}.")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.tensor(found["ids"])
     written = model.eval().generate(ids, do_sample=False, max_new_tokens=6, min_new_tokens=6)[0, ids.shape[1] :]
     assert [written.tolist()] == found["tokens"]

@@ -197,6 +197,13 @@ OTHERS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "long context, norms": ("qwen3_moe", {"rope_parameters": LLAMA3}, r"'qwen3moe' has no place for it; use the model's"),
     "half a head": ("glm4_moe", {"rope_parameters": HALF}, r"partial_rotary_factor=0.5: llama.cpp turns whole heads"),
     "too many chosen": ("dots1", {"num_experts_per_tok": 6}, r"num_experts_per_tok=6 of n_routed_experts=5: no model runs so"),
+    "no number": ("dots1", {"n_shared_experts": None}, r"config.json has no n_shared_experts, a number that models of type"),
+    "long context, biases": (
+        "glm4_moe",
+        {"rope_parameters": LLAMA3, "attention_bias": True},
+        r"'glm4moe' has no place for it; use the model's",
+    ),
+    "half of it weighed": ("qwen2_moe", {"norm_topk_prob": False}, r"model_type 'qwen2_moe' yet .* a glm4_moe of Qwen2 with"),
     "one more": ("glm4_moe", {"n_shared_experts": 0}, r"no place for 'model.layers.0.mlp.shared_experts.down_proj.weight'"),
     "unweighed": ("qwen2_moe", {}, r"model_type 'qwen2_moe' yet .* convert makes a glm4_moe of Qwen2 with moe\.shared=true"),
 }
@@ -234,3 +241,19 @@ def test_what_stands_in_a_file_with_a_shared_expert(tmp_path: Path) -> None:
     assert [tensors[f"blk.1.{name}"].tensor_type.name for name in ("ffn_gate_inp.weight", "exp_probs_b.bias")] == ["F32", "F32"]
     bias = model.get_buffer("model.layers.1.mlp.gate.e_score_correction_bias")
     assert torch.equal(torch.from_numpy(tensors["blk.1.exp_probs_b.bias"].data.copy()), bias)
+
+
+def test_a_bias_that_llama_cpp_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "model", "dots1", attention_bias=True)
+    with pytest.raises(UserError, match=r"no biases in 'glm4moe', and this model has 'model.layers.0.self_attn.o_proj.bias'"):
+        gguf.write(tmp_path / "model", tmp_path / "x.gguf")
+    assert [each.name for each in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_context_is_bounded_by_windows_that_some_layer_has(tmp_path: Path) -> None:
+    for name, kind, bound in (("all", "full_attention", 128), ("few", "sliding_attention", 16)):
+        write_sparse(tmp_path / name, "dots1", sliding_window=16, layer_types=["full_attention", kind], max_window_layers=1)
+        gguf.write(tmp_path / name, tmp_path / f"{name}.gguf")
+        told = GGUFReader(tmp_path / f"{name}.gguf").get_field("glm4moe.context_length")
+        assert told is not None
+        assert told.contents() == bound

@@ -8,7 +8,6 @@ import resource
 import subprocess
 import sys
 from html.parser import HTMLParser
-from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -262,14 +261,13 @@ def test_ten_runs_of_several_thousand_evaluations_in_five_seconds_and_five_megab
     page = tmp_path / "page.html"
     runs, rich = ten_runs(tmp_path / "two", 0), ten_runs(tmp_path / "eight", 6)
     # of the processor, for other tests run beside it; of three attempts one will do, for they slow it as well
-    first = next((seconds for seconds in (_seconds(reported(page, runs)) for _ in range(3)) if seconds < 5), None)
-    assert first is not None
+    attempts = (_seconds(reported(page, runs)) for _ in range(3))
+    assert any(seconds < 5 for seconds in attempts)
     assert page.stat().st_size < 5e6
     rows = [json.loads(line) for line in (runs[0] / "metrics.jsonl").read_text().splitlines()]
     assert sum(row.get("valid_ppl", 0) > 0 for row in rows) == 4000
     # with as many figures as the runs in docs/reports have, and eight drawn for two, it takes less than twice as long
-    twos = chain([first], (_seconds(reported(tmp_path / "two.html", runs)) for _ in range(2)))
-    assert any(_seconds(reported(page, rich)) < 2 * two for two in twos)
+    assert any(_seconds(reported(page, rich)) < 2 * _seconds(reported(tmp_path / "two.html", runs)) for _ in range(3))
     assert page.stat().st_size < 5e6
     assert len(json.loads((rich[0] / "metrics.jsonl").read_text().splitlines()[-2])) == 35
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 from slimtune.errors import UserError, nearest
 from slimtune.export import gguf_experts, gguf_vocab
 from slimtune.export.gguf_experts import ROUTER, Sparse
-from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, layout_of, padded, tensors
+from slimtune.export.gguf_layout import ELSEWHERE, Layout, Widths, check_family, layout_of, padded, tensors
 from slimtune.models.load import check_weights, load_config
 from slimtune.sections import ModelConfig
 
@@ -64,6 +64,7 @@ def write(folder: Path, file: Path, kind: str = "", check: Check = lambda file, 
     gguf = _package()
     config = load_config(ModelConfig(path=str(folder)))
     family = str(config.model_type).removeprefix("slimtune_")
+    check_family(family)
     sparse = gguf_experts.sparse_of(config, family)
     widths = widths_of(config, sparse)
     partial = file.with_name(f".{file.name}.partial")
@@ -91,7 +92,8 @@ def _check_arithmetic(config: Any, layout: Layout) -> None:
     if (act := getattr(config, "hidden_act", "silu")) != "silu":
         raise UserError(f"hidden_act={act!r}: llama.cpp computes these blocks with silu; {ELSEWHERE}")
     if not layout.long_context and _scaling(config)["rope_type"] == "llama3":
-        other = "convert with moe.shared=false, whose mixtral has one, or " * (layout.arch == "glm4moe")
+        llama = config.model_type == "glm4_moe" and not config.attention_bias  # of Qwen2 no Mixtral is made
+        other = "convert with moe.shared=false, whose mixtral has one, or " * llama
         raise UserError(f"rope_type 'llama3': llama.cpp's {layout.arch!r} has no place for it; {other}{ELSEWHERE}")
     share = (getattr(config, "rope_parameters", None) or {}).get("partial_rotary_factor", 1.0)
     if share != 1:
@@ -182,6 +184,8 @@ def _special(config: PreTrainedConfig) -> dict[str, int]:
 def _describe(writer: Any, config: Any, layout: Layout, widths: Sequence[Widths], file_type: int, name: str) -> None:
     head, scaling = head_of(config), _scaling(config)
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        window = None
     values = [[each.mlp for each in widths], [each.heads for each in widths], [each.kv_heads for each in widths]]
     mlp, heads, kv_heads = values if layout.by_layer else [each[0] for each in values]
     writer.add_name(re.sub("phi-?3", "phi", name, flags=re.IGNORECASE))  # so named, llama.cpp drops spaces after special tokens

@@ -43,9 +43,11 @@ def sparse_of(config: Any, family: str) -> Sparse | None:
     """
     if not (host := HOSTS.get(family)):
         return None
-    keys = {name: key for key, name in host.counted.items()}
-    values = {name: int(getattr(config, key)) for name, key in keys.items()}
-    found = Sparse(host, used=int(config.num_experts_per_tok), **values)
+    keys = {**{name: key for key, name in host.counted.items()}, "used": "num_experts_per_tok"}
+    values: dict[str, Any] = {name: getattr(config, key, None) for name, key in keys.items()}
+    if absent := next((keys[name] for name, value in values.items() if not isinstance(value, int)), None):
+        raise UserError(f"config.json has no {absent}, a number that models of type {family!r} have; fetch it again")
+    found = Sparse(host, **values)
     if not 1 <= found.used <= found.number:
         raise UserError(
             f"num_experts_per_tok={found.used} of {keys['number']}={found.number}: no model runs so; correct config.json"

@@ -49,6 +49,7 @@ class Layout:
         biases: linears may have some.
         second_norm: what the norm before the MLP is called.
         long_context: frequencies that are divided each by its own number (rotary scaling "llama3") have a place.
+        output_bias: ``o_proj`` may have one of them.
     """
 
     arch: str
@@ -59,6 +60,7 @@ class Layout:
     biases: bool = True
     second_norm: str = "ffn_norm"
     long_context: bool = True
+    output_bias: bool = True
 
 
 _UNIFORM = {
@@ -68,8 +70,8 @@ _UNIFORM = {
     "qwen2": Layout("qwen2", any_heads=False, long_context=False),
     "qwen3": Layout("qwen3", biases=False),
     "qwen3_moe": Layout("qwen3moe", biases=False, long_context=False),
-    "glm4_moe": Layout("glm4moe", second_norm="post_attention_norm", long_context=False),
-    "dots1": Layout("glm4moe", second_norm="post_attention_norm", long_context=False),
+    "glm4_moe": Layout("glm4moe", second_norm="post_attention_norm", long_context=False, output_bias=False),
+    "dots1": Layout("glm4moe", second_norm="post_attention_norm", long_context=False, output_bias=False),
 }
 _BY_LAYER = {
     "llama": Layout("deci", paired=True, by_layer=True),
@@ -89,16 +91,11 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
     Raises:
         UserError: llama.cpp has none that holds it; names the reason and what does.
     """
-    if family not in _UNIFORM:
-        other = "; convert makes a glm4_moe of Qwen2 with moe.shared=true" * (family in HOSTS)
-        raise UserError(
-            f"GGUF is not written for model_type {family!r} yet (for {', '.join(_UNIFORM)} it is{other}); {ELSEWHERE}"
-        )
     found = _UNIFORM[family]
     if family not in HOSTS and (len(set(widths)) > 1 or not (found.any_heads or widths[0].heads * head == hidden)):
         found = _BY_LAYER[family]
-    biased = next((name for name in names if name.endswith("_proj.bias")), None)
-    if biased and not found.biases:
+    kinds = "_proj.bias" if not found.biases else "o_proj.bias" if not found.output_bias else " "
+    if biased := next((name for name in names if name.endswith(kinds)), None):
         raise UserError(f"llama.cpp has no biases in {found.arch!r}, and this model has {biased!r}; {ELSEWHERE}")
     if found.fused and "lm_head.weight" in names:
         raise UserError(
@@ -106,6 +103,15 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
             f"tune with budget.layout=uniform, or use the model's folder as it is"
         )
     return found
+
+
+def check_family(family: str) -> None:
+    """Raise UserError for one that llama.cpp does not hold, or that is not written yet."""
+    if family not in _UNIFORM:
+        other = "; convert makes a glm4_moe of Qwen2 with moe.shared=true" * (family in HOSTS)
+        raise UserError(
+            f"GGUF is not written for model_type {family!r} yet (for {', '.join(_UNIFORM)} it is{other}); {ELSEWHERE}"
+        )
 
 
 def padded(widths: Sequence[Widths], layout: Layout) -> list[Widths]:
