@@ -60,6 +60,7 @@ def test_every_expert_is_used_and_what_is_written_has_the_perplexity_of_the_gate
     check_perplexity(tmp_path / "run")
     check_alone(warm, tmp_path / "run" / "model", "glm4_moe")
     check_gguf(tmp_path / "run", "glm4moe")
+    assert CliRunner().invoke(app, ["verify", str(tmp_path / "run")]).exit_code == 0
 
 
 def check_gguf(out: Path, architecture: str) -> None:

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 import slimtune
 from bases import make_tokenizer, sentences, write_base, write_rows
 from cuts import UNEVEN, cut_model
+from experts import converted, written
 from slimtune.cli import app
 from slimtune.errors import UserError
 from slimtune.export.huggingface import save
+from slimtune.methods.masked import routed
 from warm import Warm
 
 run = CliRunner().invoke
@@ -126,6 +128,21 @@ def test_an_object_its_valid_rows_and_data_of_the_users_own(suite: str, tmp_path
     found = slimtune.evaluate_model(model, tasks=pick, tokenizer=make_tokenizer(), data={"pick": str(other)}, split="valid")
     assert found["tasks"]["pick"]["split"] == "given"  # a file has no splits
     assert found["tasks"]["pick"]["source"] == str(other)
+
+
+def test_figures_of_written_experts_are_those_of_the_gated_model(suite: str, tmp_path: Path) -> None:
+    keys = {"vocab_size": 320, "max_position_embeddings": 128, "eos_token_id": 0, "pad_token_id": 1}
+    model, structure, plan, router = converted("llama", 2, 2, config=keys)
+    plain = slimtune.evaluate_model(model, suite, tokenizer=make_tokenizer(), limit=6)
+    with routed(model, structure, plan, router):
+        gated = slimtune.evaluate_model(model, suite, tokenizer=make_tokenizer(), limit=6)
+    written(model, structure, plan, router, tmp_path / "model", torch.float32)
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    found = slimtune.evaluate_model(str(tmp_path / "model"), suite, limit=6)
+    values = [[task["figures"] for task in each["tasks"].values()] for each in (plain, gated, found)]
+    read = [{key: figure["value"] for figures in each for key, figure in figures.items()} for each in values]
+    assert read[2] == pytest.approx(read[1], rel=1e-4)
+    assert read[2] != pytest.approx(read[0], rel=1e-4), "the dense model has the same"
 
 
 def test_rows_without_an_answer_are_counted(suite: str, tmp_path: Path) -> None:
