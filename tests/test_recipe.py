@@ -105,6 +105,10 @@ def test_an_earlier_name_of_a_key_is_read(tmp_path: Path) -> None:
     assert "trackers" not in load(tmp_path / "recipe.yaml").to_yaml()
     with pytest.raises(UserError, match="trackers is the earlier name of track"):
         load(tmp_path / "recipe.yaml", ["track=[mlflow]"])
+    for recipe in (parse({"moe": {"tokens": 60}}), load(tmp_path / "recipe.yaml", ["moe.tokens=60"])):
+        assert recipe.moe.prior_tokens == 60
+    with pytest.raises(UserError, match=r"^recipe: tokens is the earlier name of prior_tokens; give one of the two$"):
+        parse({"moe": {"tokens": 60, "prior_tokens": 60}})
 
 
 @pytest.mark.parametrize(

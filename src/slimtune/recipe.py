@@ -45,6 +45,7 @@ class Recipe(Section):
     """A run."""
 
     literal: ClassVar[frozenset[str]] = frozenset({"alarm"})
+    earlier: ClassVar[Mapping[str, str]] = {"trackers": "track"}
 
     method: Literal["atp", "tomoe", "finetune", "twostage"] = "atp"
     """``atp``: tune and prune in one stage; ``tomoe``: tune, and make experts of the MLPs (``moe``); ``twostage``: prune, then
@@ -183,13 +184,8 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _named_anew(cls, raw: Any) -> Any:
-        """``trackers`` is the earlier name of ``track``: in recipes, and in those that earlier runs keep."""
-        if not isinstance(raw, Mapping):
-            return raw
-        if {"track", "trackers"} <= raw.keys():
-            raise UserError("recipe: trackers is the earlier name of track; give one of the two")
-        return unsearched({"track" if key == "trackers" else key: value for key, value in raw.items()})
+    def _unsearched(cls, raw: Any) -> Any:
+        return unsearched(raw) if isinstance(raw, Mapping) else raw
 
     @model_validator(mode="wrap")
     @classmethod

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -16,18 +17,23 @@ class Section(BaseModel):
 
     Attributes:
         literal: keys whose text keeps its ``${NAME}``: secrets, which are not to be written down.
+        earlier: {earlier name of a key: its name}, which recipes that runs keep may have.
     """
 
     literal: ClassVar[frozenset[str]] = frozenset()
+    earlier: ClassVar[Mapping[str, str]] = {}
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
     def _expanded(cls, raw: Any) -> Any:
-        if not isinstance(raw, dict):
+        if not isinstance(raw, Mapping):
             return expand(raw)
-        return {key: value if key in cls.literal else expand(value) for key, value in raw.items()}
+        if twice := next((old for old, new in cls.earlier.items() if old in raw and new in raw), None):
+            raise UserError(f"recipe: {twice} is the earlier name of {cls.earlier[twice]}; give one of the two")
+        named = {cls.earlier.get(key, key): value for key, value in raw.items()}
+        return {key: value if key in cls.literal else expand(value) for key, value in named.items()}
 
 
 def expand(value: Any) -> Any:

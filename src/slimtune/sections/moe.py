@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,6 +13,8 @@ from slimtune.sections.bounds import Count, Positive
 
 class MoeConfig(Section):
     """Experts of ``method: tomoe``. ``budget.keep`` is then the part of the parameters that a token uses."""
+
+    earlier: ClassVar[Mapping[str, str]] = {"tokens": "prior_tokens"}
 
     experts: Literal["partition", "overlap"] = "partition"
     """``partition``: each MLP channel is in one expert, in the shared one or in none, so nothing is stored twice; ``overlap``:
