@@ -44,9 +44,8 @@ def test_the_embedded_base_becomes_a_mixtral_that_llama_cpp_runs(warm: Any, tmp_
     assert summary["reload_difference"] < 1e-4
     assert abs(summary["result"]["active_ratio"] - 0.6) <= 0.01
     assert summary["result"]["parameters"] <= summary["base"]["parameters"]
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    model = check_alone(warm, tmp_path / "run" / "model", "mixtral")
     assert sum(each.numel() for each in model.parameters()) == summary["result"]["parameters"]
-    check_alone(warm, tmp_path / "run" / "model", "mixtral")
     check_gguf(tmp_path / "run", "llama")
     check_perplexity(tmp_path / "run")
 
@@ -71,8 +70,8 @@ def check_gguf(out: Path, architecture: str) -> None:
     assert found["tokens_same"] == found["tokens"]
 
 
-def check_alone(warm: Any, folder: Path, name: str) -> None:
-    """A process without slimtune, allowed no code but that of transformers, writes the same."""
+def check_alone(warm: Any, folder: Path, name: str) -> Any:
+    """A process without slimtune, allowed no code but that of transformers, writes the same as the model here, in fp32."""
     done = warm.run([sys.executable, "-P", str(ALONE), json.dumps([[str(folder)], [TEXT], 6, False])])
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])[str(folder)]
@@ -83,6 +82,7 @@ def check_alone(warm: Any, folder: Path, name: str) -> None:
     assert [written.tolist()] == found["tokens"]
     assert found["static"] == written.tolist()
     assert found["same_text"]
+    return model
 
 
 def check_perplexity(out: Path) -> None:

@@ -131,29 +131,6 @@ def test_of_fewer_bits_the_refusal_tells_what_else_it_may_be(
     assert ("rounded to bf16 a word that lies between two experts may go to the other one" in told) == (kind == "bf16")
 
 
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "act": ({"hidden_act": "gelu"}, r"hidden_act='gelu': llama.cpp computes these blocks with silu; use the model's folder"),
-    "rope": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}},
-        r"rope_type 'yarn' is not written to GGUF yet",
-    ),
-    "none chosen": ({"num_experts_per_tok": 0}, r"num_experts_per_tok=0 of num_local_experts=5: no model runs so"),
-    "too many chosen": ({"num_experts_per_tok": 6}, r"num_experts_per_tok=6 of num_local_experts=5: no model runs so"),
-    "more in the config": ({"num_local_experts": 6}, r"lack the tensor 'model.layers.0.block_sparse_moe.experts.5.w1.weight'"),
-    "more in the files": ({"num_local_experts": 4}, r"no place for 'model.layers.0.block_sparse_moe.experts.4.w1.weight'"),
-}
-
-
-@pytest.mark.parametrize(("keys", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, keys: dict[str, Any], reason: str) -> None:
-    write_sparse(tmp_path / "model")
-    config = json.loads((tmp_path / "model" / "config.json").read_text())
-    (tmp_path / "model" / "config.json").write_text(json.dumps(config | keys))
-    with pytest.raises(UserError, match=reason):
-        gguf.write(tmp_path / "model", tmp_path / "x.gguf")
-    assert [each.name for each in tmp_path.iterdir()] == ["model"]
-
-
 def test_more_experts_than_llama_cpp_takes_are_told_in_its_words(tmp_path: Path) -> None:
     write_sparse(tmp_path / "model", num_local_experts=1100, intermediate_size=8, num_hidden_layers=1)
     gguf.write(tmp_path / "model", tmp_path / "x.gguf", "q8_0")
@@ -180,6 +157,17 @@ def test_export_and_verify(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["verify", file]).exit_code == 1
 
 
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "act": ({"hidden_act": "gelu"}, r"hidden_act='gelu': llama.cpp computes these blocks with silu; use the model's folder"),
+    "rope": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}},
+        r"rope_type 'yarn' is not written to GGUF yet",
+    ),
+    "none chosen": ({"num_experts_per_tok": 0}, r"num_experts_per_tok=0 of num_local_experts=5: no model runs so"),
+    "too many chosen": ({"num_experts_per_tok": 6}, r"num_experts_per_tok=6 of num_local_experts=5: no model runs so"),
+    "more in the config": ({"num_local_experts": 6}, r"lack the tensor 'model.layers.0.block_sparse_moe.experts.5.w1.weight'"),
+    "more in the files": ({"num_local_experts": 4}, r"no place for 'model.layers.0.block_sparse_moe.experts.4.w1.weight'"),
+}
 HALF = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 OTHERS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "weights of all": (
@@ -209,8 +197,12 @@ OTHERS_REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize(("model_type", "keys", "reason"), OTHERS_REFUSED.values(), ids=OTHERS_REFUSED)
-def test_what_of_other_classes_is_refused(tmp_path: Path, model_type: str, keys: dict[str, Any], reason: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "keys", "reason"),
+    [*(("mixtral", *case) for case in REFUSED.values()), *OTHERS_REFUSED.values()],
+    ids=[*REFUSED, *(f"others: {name}" for name in OTHERS_REFUSED)],
+)
+def test_what_llama_cpp_cannot_hold_is_refused(tmp_path: Path, model_type: str, keys: dict[str, Any], reason: str) -> None:
     write_sparse(tmp_path / "model", model_type)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | keys))

@@ -183,9 +183,9 @@ def _special(config: PreTrainedConfig) -> dict[str, int]:
 
 def _describe(writer: Any, config: Any, layout: Layout, widths: Sequence[Widths], file_type: int, name: str) -> None:
     head, scaling = head_of(config), _scaling(config)
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        window = None
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else getattr(config, "use_sliding_window", True)
+    window = getattr(config, "sliding_window", None) if slides else None
     values = [[each.mlp for each in widths], [each.heads for each in widths], [each.kv_heads for each in widths]]
     mlp, heads, kv_heads = values if layout.by_layer else [each[0] for each in values]
     writer.add_name(re.sub("phi-?3", "phi", name, flags=re.IGNORECASE))  # so named, llama.cpp drops spaces after special tokens

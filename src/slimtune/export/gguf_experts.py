@@ -53,7 +53,7 @@ def sparse_of(config: Any, family: str) -> Sparse | None:
             f"num_experts_per_tok={found.used} of {keys['number']}={found.number}: no model runs so; correct config.json"
         )
     for key, value in host.keys.items():
-        if (own := getattr(config, key, value)) != value and key != "router_jitter_noise":  # which is of training alone
+        if (own := getattr(config, key, value)) != value:
             raise UserError(
                 f"{key}={own!r}: GGUF of {family} is written for {key}={value!r} alone; use the model's folder as it is"
             )

@@ -46,10 +46,9 @@ class Layout:
         fused: q, k and v are one matrix.
         by_layer: widths are lists.
         any_heads: heads times their size need not be the hidden size.
-        biases: linears may have some.
+        no_bias: linears whose names end so have none; empty: all may have some.
         second_norm: what the norm before the MLP is called.
         long_context: frequencies that are divided each by its own number (rotary scaling "llama3") have a place.
-        output_bias: ``o_proj`` may have one of them.
     """
 
     arch: str
@@ -57,10 +56,9 @@ class Layout:
     fused: bool = False
     by_layer: bool = False
     any_heads: bool = True
-    biases: bool = True
+    no_bias: str = ""
     second_norm: str = "ffn_norm"
     long_context: bool = True
-    output_bias: bool = True
 
 
 _UNIFORM = {
@@ -68,16 +66,16 @@ _UNIFORM = {
     "mistral": Layout("llama", paired=True),
     "mixtral": Layout("llama", paired=True),
     "qwen2": Layout("qwen2", any_heads=False, long_context=False),
-    "qwen3": Layout("qwen3", biases=False),
-    "qwen3_moe": Layout("qwen3moe", biases=False, long_context=False),
-    "glm4_moe": Layout("glm4moe", second_norm="post_attention_norm", long_context=False, output_bias=False),
-    "dots1": Layout("glm4moe", second_norm="post_attention_norm", long_context=False, output_bias=False),
+    "qwen3": Layout("qwen3", no_bias="_proj"),
+    "qwen3_moe": Layout("qwen3moe", no_bias="_proj", long_context=False),
+    "glm4_moe": Layout("glm4moe", second_norm="post_attention_norm", long_context=False, no_bias="o_proj"),
+    "dots1": Layout("glm4moe", second_norm="post_attention_norm", long_context=False, no_bias="o_proj"),
 }
 _BY_LAYER = {
     "llama": Layout("deci", paired=True, by_layer=True),
     "mistral": Layout("deci", paired=True, by_layer=True),
     "qwen2": Layout("deci", paired=True, by_layer=True),
-    "qwen3": Layout("openelm", fused=True, by_layer=True, biases=False),
+    "qwen3": Layout("openelm", fused=True, by_layer=True, no_bias="_proj"),
 }
 
 
@@ -94,8 +92,8 @@ def layout_of(family: str, widths: Sequence[Widths], hidden: int, head: int, nam
     found = _UNIFORM[family]
     if family not in HOSTS and (len(set(widths)) > 1 or not (found.any_heads or widths[0].heads * head == hidden)):
         found = _BY_LAYER[family]
-    kinds = "_proj.bias" if not found.biases else "o_proj.bias" if not found.output_bias else " "
-    if biased := next((name for name in names if name.endswith(kinds)), None):
+    biased = next((name for name in names if name.endswith(f"{found.no_bias}.bias")), None)
+    if found.no_bias and biased:
         raise UserError(f"llama.cpp has no biases in {found.arch!r}, and this model has {biased!r}; {ELSEWHERE}")
     if found.fused and "lm_head.weight" in names:
         raise UserError(

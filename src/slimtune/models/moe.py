@@ -75,14 +75,12 @@ def config_of(base: PreTrainedConfig, structure: Structure, layout: Layout) -> P
     names = meta_shapes(base)
     keys = {key: raw[key] for key in _CARRIED if key in raw}
     keys |= {key: raw[key] for key in _WINDOWS if host.windows and key in raw}
-    keys |= {**host.keys, **{key: getattr(layout, name) for key, name in host.counted.items()}}
+    keys |= {**host.keys, **host.aside, **{key: getattr(layout, name) for key, name in host.counted.items()}}
     keys |= {"num_experts_per_tok": layout.top_k, "head_dim": structure.head_dim, "use_cache": True}
     keys |= {"num_attention_heads": layout.groups * structure.group, "num_key_value_heads": layout.groups}
     keys["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
     if "intermediate_size" not in host.counted:  # of dense layers, of which there are none: the base's says more than a default
         keys["intermediate_size"] = raw["intermediate_size"]
-    if host.model_type == "glm4_moe":  # else a layer for several tokens at once is looked for
-        keys["num_nextn_predict_layers"] = 0
     if host.score == "sigmoid":
         keys["routed_scaling_factor"] = float(layout.top_k)
         keys["rope_parameters"] = {**(keys.get("rope_parameters") or {}), "partial_rotary_factor": 1.0}

@@ -7,7 +7,7 @@ routed experts, of which a router picks ``top_k`` for each token, or in none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from slimtune.errors import UserError
@@ -53,7 +53,8 @@ class Host:
         linears: names of an expert's gate, up and down.
         shared: path of the shared expert in a layer; empty: there is none.
         windows: has a sliding window.
-        keys: config keys of every such model; those of ``counted`` are numbers of the layer.
+        keys: config keys of every such model; those of ``aside`` no forward pass reads; those of ``counted`` are numbers of the
+            layer.
         idle: channels of a shared expert of zeros, where the class has no way to be without one that all its readers know;
             ``idle_gate``: path of the linear that weighs it.
     """
@@ -64,6 +65,7 @@ class Host:
     windows: bool
     keys: Mapping[str, Any]
     counted: Mapping[str, str]
+    aside: Mapping[str, Any] = field(default_factory=dict)
     shared: str = ""
     block: str = "mlp"
     module: str = "mlp"
@@ -92,7 +94,8 @@ HOSTS: Mapping[str, Host] = {
             block="block_sparse_moe",
             linears=("w1", "w3", "w2"),
             windows=True,
-            keys={"router_jitter_noise": 0.0},
+            keys={},
+            aside={"router_jitter_noise": 0.0},
             counted={"num_local_experts": "number", "intermediate_size": "width"},
         ),
         Host(
@@ -121,6 +124,7 @@ HOSTS: Mapping[str, Host] = {
             shared="mlp.shared_experts",
             windows=False,
             keys={**_GROUPLESS, "use_qk_norm": False},
+            aside={"num_nextn_predict_layers": 0},  # 1 by default, and then readers look for that layer
             counted=_ROUTED,
         ),
         Host(
