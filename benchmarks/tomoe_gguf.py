@@ -1,6 +1,6 @@
 """Speed in llama.cpp, on the CPU, at a model's true shape with random weights: experts and cuts beside the dense model.
 
-    python benchmarks/tomoe_gguf.py llama-3.2-1b --rows docs/results/tomoe-gguf.json    # two cores, 40 minutes, 13 GB of disk
+    python benchmarks/tomoe_gguf.py llama-3.2-1b --rows docs/results/tomoe-gguf.json    # two cores, 25 minutes, 13 GB of disk
     python benchmarks/tomoe_gguf.py --rows docs/results/tomoe-gguf.json                 # only print the table
 
 ``partition``: experts that have each channel once, of which a token uses the shared one and some others; ``unshared``: none
